@@ -1,0 +1,187 @@
+"""One case: build every side, check it, and only then time those that are right, in turn."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .correctness import Verdict
+from .machine import peak_extra_bytes
+from .peers.base import Call, Unavailable
+from .probes import Ceilings
+from .timing import interleave, ratio, summarize
+
+TIMED, UNAVAILABLE, FAILED, WRONG = "timed", "unavailable", "failed", "wrong"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Somebody who can run the case."""
+
+    name: str
+    what: str
+    dtype: torch.dtype
+    build: Callable[[], Call]
+    ours: bool = False
+    fast: bool = False
+
+
+@dataclass
+class Outcome:
+    """What came of a side."""
+
+    side: Side
+    status: str
+    reason: str = ""
+    prepare_s: float | None = None
+    verdict: Verdict | None = None
+    peak_bytes: int | None = None
+    samples_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to run, and what it costs at least."""
+
+    name: str
+    flops: float
+    touched_bytes: Callable[[torch.dtype], float]
+    audio_s: float
+    frames: int
+    check: Callable[..., Verdict]  # (output, dtype, ours=, fast=)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How to time."""
+
+    rounds: int
+    warmup: int = 1
+    min_sample_s: float = 0.0
+    settle_s: float = 0.02
+    memory: bool = False
+    device: str = "cpu"
+
+
+def _one_line(error: BaseException, limit: int = 160) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{type(error).__name__}: {text}"[:limit]
+
+
+def _synchronous(call: Call, device: str) -> Call:
+    if device == "cpu":
+        return call
+
+    def waited() -> object:
+        found = call()
+        torch.cuda.synchronize()
+        return found
+
+    return waited
+
+
+def _prepare(case: Case, side: Side, timing: Timing) -> tuple[Outcome, Call | None]:
+    start = time.perf_counter()
+    try:
+        call = _synchronous(side.build(), timing.device)
+        output = call()
+    except Unavailable as why:
+        return Outcome(side, UNAVAILABLE, str(why)), None
+    except Exception as error:  # noqa: BLE001  somebody else's code: whatever it raises ends this side and no other
+        return Outcome(side, FAILED, _one_line(error)), None
+    outcome = Outcome(side, TIMED, prepare_s=time.perf_counter() - start)
+    outcome.verdict = case.check(output, side.dtype, ours=side.ours, fast=side.fast)
+    if not outcome.verdict.ok:
+        outcome.status, outcome.reason = WRONG, f"wrong: {outcome.verdict.text}; not timed"
+        return outcome, None
+    del output
+    if timing.memory:
+        outcome.peak_bytes = peak_extra_bytes(call)
+    return outcome, call
+
+
+def measure_case(case: Case, sides: Sequence[Side], timing: Timing) -> list[Outcome]:
+    """Build, check and time all sides of a case, in the order given."""
+    outcomes: list[Outcome] = []
+    calls: list[Call] = []
+    for side in sides:
+        outcome, call = _prepare(case, side, timing)
+        outcomes.append(outcome)
+        if call is not None:
+            calls.append(call)
+        gc.collect()
+    timed = [outcome for outcome in outcomes if outcome.status == TIMED]
+    if calls:
+        found = interleave(
+            calls,
+            timing.rounds,
+            warmup=timing.warmup,
+            min_sample_s=timing.min_sample_s,
+            settle_s=timing.settle_s,
+        )
+        for outcome, samples in zip(timed, found, strict=True):
+            outcome.samples_s = samples
+    # Compiled graphs of finished cases would pile up, one per shape.
+    torch.compiler.reset()
+    return outcomes
+
+
+def describe(
+    case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype, Ceilings]
+) -> dict[str, Any]:
+    """Everything about a case as plain numbers; what the tables are printed from.
+
+    `ours_is_faster` is the ratio to the side that is ours and exact; the ratios of ours itself are 1.
+    """
+    ours = next((o for o in outcomes if o.side.ours and not o.side.fast and o.status == TIMED), None)
+    rows = []
+    for outcome in outcomes:
+        side = outcome.side
+        row: dict[str, Any] = {
+            "side": side.name,
+            "what": side.what,
+            "dtype": str(side.dtype).removeprefix("torch."),
+            "ours": side.ours,
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "prepare_s": outcome.prepare_s,
+            "peak_extra_bytes": outcome.peak_bytes,
+            "samples_s": outcome.samples_s,
+        }
+        if outcome.verdict is not None:
+            row["error"] = {"text": outcome.verdict.text, **outcome.verdict.numbers}
+        if outcome.status == TIMED:
+            summary = summarize(outcome.samples_s)
+            touched = case.touched_bytes(side.dtype)
+            row |= {"p20_s": summary.p20_s, "p50_s": summary.p50_s, "p80_s": summary.p80_s}
+            row |= {
+                "times_real_time": case.audio_s / summary.p50_s,
+                "frame_us": summary.p50_s / case.frames * 1e6,
+                "gflops": case.flops / summary.p50_s / 1e9,
+                "gbs": touched / summary.p50_s / 1e9,
+                "touched_bytes": touched,
+            }
+            ceiling = ceilings.get(side.dtype)
+            if ceiling is not None:
+                row["share_of_gemm"] = row["gflops"] / ceiling.gemm_gflops
+                row["share_of_copy"] = row["gbs"] / ceiling.copy_for(touched)
+                row["share_of_limit"] = ceiling.limit_s(case.flops, touched) / summary.p50_s
+            if ours is not None:
+                against = ratio(outcome.samples_s, ours.samples_s)
+                row["ours_is_faster"] = {
+                    "of_medians": against.of_medians,
+                    "paired_median": against.paired_median,
+                }
+        rows.append(row)
+    return {
+        "case": case.name,
+        "flops": case.flops,
+        "audio_s": case.audio_s,
+        "frames": case.frames,
+        "sides": rows,
+    }

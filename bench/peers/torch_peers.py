@@ -1,0 +1,116 @@
+"""Peers that run on torch: the PyPI package, the reference, folded weights, torch.compile in its forms, zentorch."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import Call, Task, Unavailable, need
+from .folded import FoldedDecoder, FoldedEncoder, finish
+
+
+def _codec_call(model: Any, task: Task, dtype: torch.dtype) -> Call:
+    """A call of a model that has the PyPI package's methods."""
+    first, second = task.cast_inputs(dtype)
+
+    @torch.inference_mode()
+    def call() -> object:
+        if task.kind == "decode":
+            return model.decode_from_codes(first, second)
+        return model.encode(first, semantic_repr=second)
+
+    return call
+
+
+def pypi(task: Task) -> Call:
+    from dualcodec_ext.peer import find_peer
+
+    cls, found = find_peer()
+    if cls is None:
+        raise Unavailable(found)
+    known = inspect.signature(cls.__init__).parameters
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in task.settings.items() if k in known}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its weight norm is torch's deprecated one
+        model = cls(**settings)
+    try:
+        model.load_state_dict(task.state)
+    except RuntimeError:
+        raise Unavailable("the PyPI package has no such model") from None
+    return _codec_call(model.to(task.device).eval(), task, torch.float32)
+
+
+def reference(task: Task, dtype: torch.dtype) -> Call:
+    from dualcodec_ext.reference import DualCodec
+
+    model = DualCodec(**task.settings)
+    model.load_state_dict(task.state)
+    return _codec_call(model.to(device=task.device, dtype=dtype).eval(), task, dtype)
+
+
+def folded_module(task: Task, form: str, dtype: torch.dtype) -> nn.Module:
+    cls = FoldedDecoder if task.kind == "decode" else FoldedEncoder
+    return finish(cls(task.program, task.state, form), form, dtype, task.device)
+
+
+def folded(task: Task, form: str, dtype: torch.dtype) -> Call:
+    return module_call(folded_module(task, form, dtype), task.cast_inputs(dtype))
+
+
+def module_call(module: Callable[..., object], inputs: tuple[torch.Tensor, ...]) -> Call:
+    def call() -> object:
+        # Not inference_mode: compiled modules guard on it, and freezing asks for no_grad.
+        with torch.no_grad():
+            return module(*inputs)
+
+    return call
+
+
+def compiled_call(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], *, freeze: bool = False, backend: str = "inductor"
+) -> Call:
+    """The module compiled for these very inputs; the compilation happens here."""
+    if inputs[0].device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise Unavailable("torch.compile needs a C++ compiler")
+    import torch._dynamo
+    import torch._inductor.config as inductor
+
+    # Every peer is a shape of its own; the default limit would send the later ones back to eager without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 512)
+    call = module_call(torch.compile(module, dynamic=False, fullgraph=True, backend=backend), inputs)
+    patched: AbstractContextManager[Any] = inductor.patch(freezing=True) if freeze else nullcontext()
+    with patched:
+        call()
+        call()
+    return call
+
+
+def compiled(task: Task, form: str, dtype: torch.dtype, freeze: bool) -> Call:
+    return compiled_call(folded_module(task, form, dtype), task.cast_inputs(dtype), freeze=freeze)
+
+
+def zentorch(task: Task, form: str, dtype: torch.dtype) -> Call:
+    need("zentorch")
+    try:
+        import zentorch as _  # noqa: F401  registers the backend
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unavailable(f"zentorch can't be imported: {' '.join(str(error).split())[:80]}") from None
+    return compiled_call(
+        folded_module(task, form, dtype), task.cast_inputs(dtype), freeze=True, backend="zentorch"
+    )
+
+
+def of_dtype(build: Callable[..., Call], *args: Any) -> Callable[[Task], Call]:
+    """A builder with everything but the task filled in."""
+
+    def filled(task: Task) -> Call:
+        return build(task, *args)
+
+    return filled

@@ -1,0 +1,84 @@
+// Every op schema, and the Python module that carries them. Implementations register themselves in <op>.cpp.
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "../kernels/common/runtime.h"
+
+TORCH_LIBRARY(dualcodec_ext, m) {
+  m.def("causal_dwconv1d(Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? lengths) -> Tensor");
+  m.def("pack_conv1d(Tensor weight) -> Tensor");
+  m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");
+  m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding) -> Tensor");
+  m.def("residual_unit(Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed) -> Tensor");
+  m.def("rvq_lookup(Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? lengths, bool channels_last, Tensor? packed) -> Tensor");
+  m.def("rvq_search(Tensor z, Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias, int num_quantizers, bool return_quantized, bool return_margin, Tensor? lengths, Tensor? packed) -> (Tensor codes, Tensor quantized, Tensor margin)");
+  m.def("snake_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? alpha, int stride, int dilation, int[] padding, str activation, Tensor? residual, Tensor? lengths, Tensor? packed) -> Tensor");
+  m.def("snake_upsample1d(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? lengths, Tensor? packed) -> Tensor");
+}
+
+namespace {
+
+void torch_parallel_for(int64_t count, void (*fn)(int64_t, int64_t, void*), void* context) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { fn(begin, end, context); });
+}
+
+int torch_num_threads() { return at::get_num_threads(); }
+
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+void torch_brgemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_c, const float* a,
+                  const float* b, float* c) {
+  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add_c, a, b, c, false);
+}
+dcx::SmallGemm library_gemm() { return torch_brgemm; }
+#else
+dcx::SmallGemm library_gemm() { return nullptr; }
+#endif
+
+bool set_gemm(const std::string& name) {
+  if (name == "own") {
+    dcx::runtime().small_gemm = nullptr;
+    return true;
+  }
+  if (name != "brgemm" || library_gemm() == nullptr) return false;
+  dcx::runtime().small_gemm = library_gemm();
+  return true;
+}
+
+bool set_isa(const std::string& name) {
+  for (dcx::Isa isa : {dcx::Isa::kGeneric, dcx::Isa::kAvx2, dcx::Isa::kAvx512})
+    if (name == dcx::isa_name(isa)) return dcx::set_active_isa(isa);
+  return false;
+}
+
+pybind11::dict cpu_features() {
+  pybind11::dict features;
+  for (dcx::Isa isa : {dcx::Isa::kGeneric, dcx::Isa::kAvx2, dcx::Isa::kAvx512}) {
+    pybind11::dict entry;
+    entry["compiled"] = dcx::isa_compiled(isa);
+    entry["detected"] = dcx::isa_detected(isa);
+    features[dcx::isa_name(isa)] = entry;
+  }
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled ops of dualcodec_ext; they are called through torch.ops.dualcodec_ext.";
+  dcx::runtime().parallel_for = torch_parallel_for;
+  dcx::runtime().num_threads = torch_num_threads;
+  if (const char* gemm = std::getenv("DUALCODEC_EXT_GEMM"); gemm != nullptr && *gemm != '\0')
+    TORCH_CHECK_VALUE(set_gemm(gemm), "DUALCODEC_EXT_GEMM must be own or, where torch has it, brgemm, got ", gemm);
+  m.def("cpu_features", &cpu_features, "Instruction sets: {name: {compiled, detected}}.");
+  m.def("active_isa", [] { return std::string(dcx::isa_name(dcx::active_isa())); }, "The instruction set in use.");
+  m.def("active_isa_error", [] { return std::string(dcx::active_isa_error()); },
+        "Why DUALCODEC_EXT_ISA was not followed; empty when it was.");
+  m.def("set_isa", &set_isa, "Switches kernels to generic, avx2 or avx512; False when that can't run here.");
+  m.def("set_gemm", &set_gemm, "Switches the small GEMM to own or brgemm (torch's); False when that is not built in.");
+}

@@ -1,0 +1,72 @@
+#include <torch/library.h>
+
+#include "../kernels/common/conv_shape.h"
+#include "../kernels/common/gemm_pack.h"
+#include "../kernels/residual_unit/params.h"
+#include "checks.h"
+
+namespace dcx {
+namespace {
+
+at::Tensor residual_unit_cpu(const at::Tensor& x,           // [B, C, T] f32|f64|bf16|f16
+                             const at::Tensor& alpha1,      // [C]
+                             const at::Tensor& weight1,     // [C, C, 7]
+                             const OptionalTensor& bias1,   // [C]
+                             const at::Tensor& alpha2,      // [C]
+                             const at::Tensor& weight2,     // [C, C, 1]
+                             const OptionalTensor& bias2,   // [C]
+                             int64_t dilation, at::IntArrayRef padding, bool causal,
+                             const OptionalTensor& lengths,  // [B] i64
+                             const OptionalTensor& packed) {  // both weights' panels, joined
+  const char* op = "residual_unit";
+  check_signal(op, "x", x);
+  const int64_t channels = x.size(1);
+  DCX_CHECK(channels > 0, op, ": x must have at least one channel, got ", shape_text(x));
+  check_shape(op, "weight1", weight1, {channels, channels, kResidualUnitTaps}, "[C, C, 7]", x);
+  check_shape(op, "weight2", weight2, {channels, channels, 1}, "[C, C, 1]", x);
+  DCX_CHECK(dilation >= 1, op, ": dilation must be at least 1, got ", dilation);
+  check_padding(op, padding);
+
+  ResidualUnitParams p{};
+  p.batch = x.size(0);
+  p.channels = channels;
+  p.in_steps = x.size(2);
+  p.dilation = dilation;
+  p.pad_left = padding[0];
+  p.pad_right = padding[1];
+  p.centre = causal ? kResidualUnitTaps - 1 : kResidualUnitTaps / 2;
+  p.out_steps = conv_output_steps(p.in_steps, kResidualUnitTaps, 1, dilation, p.pad_left, p.pad_right);
+
+  const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
+  const at::Tensor alpha1_values = small_vector(op, "alpha1", alpha1, channels, x);
+  const at::Tensor alpha2_values = small_vector(op, "alpha2", alpha2, channels, x);
+  const at::Tensor bias1_values = padded_bias(op, "bias1", bias1, channels, x);
+  const at::Tensor bias2_values = padded_bias(op, "bias2", bias2, channels, x);
+  const int64_t pointwise_numel = channels * round_up(channels, kColumnUnit);
+  const at::Tensor panels = packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
+    const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
+    static const auto pack = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("dualcodec_ext::pack_conv1d", "")
+                                 .typed<at::Tensor(const at::Tensor&)>();
+    return at::cat({pack.call(weight1.to(dtype)), pack.call(weight2.to(dtype))});
+  });
+  at::Tensor y = empty_signal(p.batch, channels, p.out_steps, x.options(), is_channels_last(x));
+  if (y.numel() == 0) return y;
+  p.x = view_of(x);
+  p.y = view_of(y);
+  p.weight1 = panels.const_data_ptr();
+  p.weight2 = static_cast<const char*>(panels.const_data_ptr()) +
+              kResidualUnitTaps * pointwise_numel * static_cast<int64_t>(panels.element_size());
+  p.bias1 = bias1_values.const_data_ptr();
+  p.bias2 = bias2_values.const_data_ptr();
+  p.alpha1 = alpha1_values.const_data_ptr();
+  p.alpha2 = alpha2_values.const_data_ptr();
+  p.lengths = data_or_null<int64_t>(length_values);
+  launch_residual_unit_cpu(p);
+  return y;
+}
+
+}  // namespace
+}  // namespace dcx
+
+TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) { m.impl("residual_unit", dcx::residual_unit_cpu); }

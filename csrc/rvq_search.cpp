@@ -1,0 +1,163 @@
+#include "../kernels/rvq_search/params.h"
+
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../kernels/common/gemm_pack.h"
+#include "rvq.h"
+
+namespace dcx {
+namespace {
+
+at::Tensor as_double(const at::Tensor& t) { return t.detach().to(at::kDouble).contiguous(); }
+
+// Everything is computed in double by plain loops, so that a packed weight does not depend on the number of threads.
+template <class T>
+void pack_into(T* out, const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
+               const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias) {
+  const int64_t stages = layout.stages, entries = layout.entries, dim = layout.dim, channels = layout.channels;
+  const at::Tensor books_tensor = as_double(codebooks), v_tensor = as_double(out_weight), b_tensor = as_double(out_bias);
+  const double* books = books_tensor.const_data_ptr<double>();
+  const double* v = v_tensor.const_data_ptr<double>();
+  const double* b = b_tensor.const_data_ptr<double>();
+
+  if (in_weight.defined()) {
+    const at::Tensor w_tensor = as_double(in_weight), in_bias_tensor = as_double(in_bias);
+    const double* w = w_tensor.const_data_ptr<double>();
+    pack_panels(out + layout.in_panels(), w, 1, channels, stages * dim, 0, 1, channels);
+    for (int64_t i = 0; i < stages; ++i)
+      for (int64_t d = 0; d < dim; ++d) {
+        const double* row = w + (i * dim + d) * channels;
+        double bias = in_bias_tensor.const_data_ptr<double>()[i * dim + d];
+        for (int64_t j = 0; j < i; ++j) {
+          for (int64_t c = 0; c < channels; ++c) bias -= row[c] * b[j * channels + c];
+          for (int64_t k = 0; k < dim; ++k) {
+            double sum = 0;
+            for (int64_t c = 0; c < channels; ++c) sum += row[c] * v[(j * channels + c) * dim + k];
+            out[layout.cross() + ((i * stages + j) * dim + d) * dim + k] = static_cast<T>(sum);
+          }
+        }
+        out[layout.in_bias() + i * dim + d] = static_cast<T>(bias);
+      }
+  }
+
+  std::vector<double> normalised(static_cast<size_t>(dim));
+  for (int64_t i = 0; i < stages; ++i) {
+    T* book = out + layout.books() + i * layout.book_size();
+    for (int64_t n = 0; n < layout.groups() * kCodeGroup; ++n) {
+      T* group = book + n / kCodeGroup * (dim + 1) * kCodeGroup + n % kCodeGroup;
+      if (n >= entries) {
+        group[0] = std::numeric_limits<T>::infinity();
+        continue;
+      }
+      const double* row = books + (i * entries + n) * dim;
+      double square = 0, kept = 0;
+      for (int64_t d = 0; d < dim; ++d) square += row[d] * row[d];
+      const double scale = std::max(std::sqrt(square), 1e-12);
+      for (int64_t d = 0; d < dim; ++d) {
+        const T value = static_cast<T>(row[d] / scale);
+        group[(d + 1) * kCodeGroup] = value;
+        kept += static_cast<double>(value) * static_cast<double>(value);
+      }
+      group[0] = static_cast<T>(kept);
+    }
+    for (int64_t n = 0; n < entries * dim; ++n)
+      out[layout.rows() + i * entries * dim + n] = static_cast<T>(books[i * entries * dim + n]);
+  }
+
+  // [Q D] x C: the reduction runs over (stage, dim), whose stride is that of a [Q, C, D] tensor brought to [Q, D, C].
+  const at::Tensor reduction_first = v_tensor.transpose(1, 2).contiguous();
+  pack_panels(out + layout.out_panels(), reduction_first.const_data_ptr<double>(), 1, stages * dim, channels, 0, channels,
+              int64_t{1});
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t i = 0; i < stages; ++i) {
+      sum += b[i * channels + c];
+      out[layout.out_bias() + i * layout.channel_columns() + c] = static_cast<T>(sum);
+    }
+  }
+}
+
+at::Tensor pack_rvq_cpu(const at::Tensor& in_weight,   // [Q, D, C]
+                        const at::Tensor& in_bias,     // [Q, D]
+                        const at::Tensor& codebooks,   // [Q, N, D]
+                        const at::Tensor& out_weight,  // [Q, C, D]
+                        const at::Tensor& out_bias) {  // [Q, C]
+  const char* op = "pack_rvq";
+  const RvqLayout layout = check_quantizer(op, codebooks, out_weight, out_bias, codebooks);
+  check_shape(op, "in_weight", in_weight, {layout.stages, layout.dim, layout.channels}, "[Q, D, C]", codebooks);
+  check_shape(op, "in_bias", in_bias, {layout.stages, layout.dim}, "[Q, D]", codebooks);
+  return pack_quantizer(layout, in_weight, in_bias, codebooks, out_weight, out_bias,
+                        accumulate_dtype(codebooks.scalar_type()));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rvq_search_cpu(
+    const at::Tensor& z,           // [B, C, F] f32|f64|bf16|f16
+    const at::Tensor& in_weight,   // [Q, D, C]
+    const at::Tensor& in_bias,     // [Q, D]
+    const at::Tensor& codebooks,   // [Q, N, D]
+    const at::Tensor& out_weight,  // [Q, C, D]
+    const at::Tensor& out_bias,    // [Q, C]
+    int64_t num_quantizers, bool return_quantized, bool return_margin,
+    const OptionalTensor& lengths,   // [B] i64
+    const OptionalTensor& packed) {  // as pack_rvq made it
+  const char* op = "rvq_search";
+  check_signal(op, "z", z);
+  const RvqLayout layout = check_quantizer(op, codebooks, out_weight, out_bias, z);
+  DCX_CHECK(z.size(1) == layout.channels, op, ": z must be [B, C, F] with C = ", layout.channels, ", got ",
+            shape_text(z));
+  check_shape(op, "in_weight", in_weight, {layout.stages, layout.dim, layout.channels}, "[Q, D, C]", z);
+  check_shape(op, "in_bias", in_bias, {layout.stages, layout.dim}, "[Q, D]", z);
+  DCX_CHECK(num_quantizers >= 1 && num_quantizers <= layout.stages, op, ": num_quantizers must be in 1..",
+            layout.stages, ", got ", num_quantizers);
+
+  RvqSearchParams p{};
+  p.layout = layout;
+  p.batch = z.size(0);
+  p.frames = z.size(2);
+  p.used = num_quantizers;
+  const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.frames);
+  const at::ScalarType dtype = accumulate_dtype(z.scalar_type());
+  const at::Tensor values = packed_or(op, packed, layout.total(), z, [&] {
+    return pack_quantizer(layout, in_weight, in_bias, codebooks, out_weight, out_bias, dtype);
+  });
+  const at::TensorOptions options = z.options();
+  at::Tensor codes = at::empty({p.batch, p.used, p.frames}, options.dtype(at::kLong));
+  at::Tensor quantized = return_quantized
+                             ? empty_signal(p.batch, layout.channels, p.frames, options, is_channels_last(z))
+                             : at::empty({0}, options);
+  at::Tensor margin =
+      return_margin ? at::empty({p.batch, p.used, p.frames}, options.dtype(dtype)) : at::empty({0}, options.dtype(dtype));
+  if (codes.numel() == 0) return {codes, quantized, margin};
+  p.z = view_of(z);
+  p.codes = codes.mutable_data_ptr<int64_t>();
+  if (return_quantized) p.quantized = view_of(quantized);
+  if (return_margin) p.margin = margin.mutable_data_ptr();
+  p.packed = values.const_data_ptr();
+  p.lengths = data_or_null<int64_t>(length_values);
+  launch_rvq_search_cpu(p);
+  return {codes, quantized, margin};
+}
+
+}  // namespace
+
+at::Tensor pack_quantizer(const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
+                          const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,
+                          at::ScalarType dtype) {
+  at::Tensor packed = at::zeros({layout.total()}, codebooks.options().dtype(dtype));
+  if (dtype == at::kDouble)
+    pack_into(packed.mutable_data_ptr<double>(), layout, in_weight, in_bias, codebooks, out_weight, out_bias);
+  else
+    pack_into(packed.mutable_data_ptr<float>(), layout, in_weight, in_bias, codebooks, out_weight, out_bias);
+  return packed;
+}
+
+}  // namespace dcx
+
+TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
+  m.impl("rvq_search", dcx::rvq_search_cpu);
+  m.impl("pack_rvq", dcx::pack_rvq_cpu);
+}

@@ -1,0 +1,264 @@
+"""What `roundtrip`, `encode` and `decode` do with files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dualcodec_ext._cli.codec import Codec, CodecCache, open_codec
+from dualcodec_ext._cli.options import ModelOptions
+from dualcodec_ext._cli.report import Report
+from dualcodec_ext._files import Found, find_inputs, reason
+from dualcodec_ext.audio import AUDIO_SUFFIXES, audio_format, encode_audio, read_audio
+from dualcodec_ext.codes import SUFFIX, UNTRAINED, CodeFile, read_codes, write_codes
+from dualcodec_ext.errors import DualCodecError
+
+
+def run_roundtrip(
+    source: Path,
+    target: Path,
+    options: ModelOptions,
+    quantizers: int | None,
+    rate: int | None,
+    kind: str | None,
+    as_json: bool,
+) -> int:
+    """Encodes one audio file and decodes it again.
+
+    Args:
+        source: audio to read.
+        target: audio to write.
+        options: which model, and how it runs.
+        quantizers: codebooks to use; None for all.
+        rate: sample rate of the output in Hz; None for the model's.
+        kind: format of the output; None for what the ending of `target` says.
+        as_json: print JSON.
+    Returns:
+        The exit code.
+    Raises:
+        DualCodecError: anything that keeps the output from being written.
+    """
+    report = Report("roundtrip", as_json)
+    kind = audio_format(kind or os.fspath(target))
+    _refuse_same_file(source, target)
+    _need_folder_of(target)
+    recording = read_audio(source)  # before the model, which takes longer to load
+    codec = _opened(options, report, quantizers)
+    start = time.perf_counter()
+    codes = codec.encode(recording.samples, recording.sample_rate_hz, quantizers)
+    encoded = time.perf_counter()
+    samples, rate_hz = codec.decode(codes, rate)
+    decoded = time.perf_counter()
+    _write_audio(target, samples, rate_hz, kind, codes.untrained)
+    result = {
+        "input": str(source),
+        "output": str(target),
+        **_code_facts(codes),
+        "output_rate_hz": rate_hz,
+        "output_samples": len(samples),
+        "encode_s": encoded - start,
+        "decode_s": decoded - encoded,
+    }
+    speeds = f"encode {_speed(codes, encoded - start)}, decode {_speed(codes, decoded - encoded)}"
+    report.done(result, f"{source} -> {target}: {_code_line(codes)}; {len(samples)} samples at {rate_hz} Hz; {speeds}")
+    return report.finish()
+
+
+def run_encode(
+    inputs: Sequence[str],
+    folder: Path,
+    options: ModelOptions,
+    quantizers: int | None,
+    skip_existing: bool,
+    as_json: bool,
+) -> int:
+    """Encodes audio files into code files.
+
+    Args:
+        inputs: files, folders and patterns.
+        folder: where the code files go.
+        options: which model, and how it runs.
+        quantizers: codebooks to use; None for all.
+        skip_existing: leave out inputs whose code file exists.
+        as_json: print JSON.
+    Returns:
+        The exit code.
+    Raises:
+        DualCodecError: the model can't be opened, or the folder can't be made.
+    """
+    report = Report("encode", as_json)
+    jobs = _jobs(inputs, AUDIO_SUFFIXES, folder, SUFFIX, skip_existing, report)
+    if not jobs:
+        return report.finish()
+    _refuse_as_folder(folder)
+    codec = _opened(options, report, quantizers)
+    _make(folder)
+
+    def work(job: tuple[Found, Path]) -> tuple[dict[str, Any], str]:
+        found, target = job
+        recording = read_audio(found.path)
+        start = time.perf_counter()
+        codes = codec.encode(recording.samples, recording.sample_rate_hz, quantizers)
+        elapsed_s = time.perf_counter() - start
+        _make(target.parent)
+        write_codes(target, codes)
+        result = {"input": str(found.path), "output": str(target), **_code_facts(codes), "encode_s": elapsed_s}
+        return result, f"{found.path} -> {target}: {_code_line(codes)}; {_speed(codes, elapsed_s)}"
+
+    report.each(jobs, lambda job: str(job[0].path), work)
+    return report.finish()
+
+
+def run_decode(
+    inputs: Sequence[str],
+    folder: Path,
+    options: ModelOptions,
+    quantizers: int | None,
+    rate: int | None,
+    kind: str,
+    any_weights: bool,
+    skip_existing: bool,
+    as_json: bool,
+) -> int:
+    """Decodes code files into audio files.
+
+    Args:
+        inputs: files, folders and patterns.
+        folder: where the audio goes.
+        options: how the model runs; its name, weights and seed only as far as they are asked for.
+        quantizers: codebooks to use of those in each file; None for all.
+        rate: sample rate of the output in Hz; None for the model's.
+        kind: format of the audio.
+        any_weights: decode codes that other weights made.
+        skip_existing: leave out inputs whose audio exists.
+        as_json: print JSON.
+    Returns:
+        The exit code.
+    Raises:
+        DualCodecError: weights that were asked for can't be had, or the folder can't be made.
+    """
+    report = Report("decode", as_json)
+    kind = audio_format(kind)
+    jobs = _jobs(inputs, (SUFFIX,), folder, f".{kind}", skip_existing, report)
+    if not jobs:
+        return report.finish()
+    _refuse_as_folder(folder)
+    codecs = CodecCache(options, any_weights)
+    _make(folder)
+
+    def work(job: tuple[Found, Path]) -> tuple[dict[str, Any], str]:
+        found, target = job
+        codes = read_codes(found.path).first(quantizers)
+        codec = codecs.for_codes(codes)
+        _tell_untrained(codes.untrained or codec.untrained, report)
+        start = time.perf_counter()
+        samples, rate_hz = codec.decode(codes, rate)
+        elapsed_s = time.perf_counter() - start
+        _make(target.parent)
+        _write_audio(target, samples, rate_hz, kind, codes.untrained or codec.untrained)
+        result = {
+            "input": str(found.path),
+            "output": str(target),
+            **_code_facts(codes),
+            "output_rate_hz": rate_hz,
+            "output_samples": len(samples),
+            "decode_s": elapsed_s,
+        }
+        line = f"{found.path} -> {target}: {_code_line(codes)}; {len(samples)} samples at {rate_hz} Hz"
+        return result, f"{line}; {_speed(codes, elapsed_s)}"
+
+    report.each(jobs, lambda job: str(job[0].path), work)
+    return report.finish()
+
+
+def _opened(options: ModelOptions, report: Report, quantizers: int | None) -> Codec:
+    codec = open_codec(options, quantizers)
+    _tell_untrained(codec.untrained, report)
+    return codec
+
+
+def _tell_untrained(untrained: bool, report: Report) -> None:
+    report.facts["untrained"] = report.facts.get("untrained", False) or untrained
+    if untrained:
+        report.facts["note"] = UNTRAINED
+        report.note(f"{UNTRAINED} (the weights are random numbers; --weights gives real ones)")
+
+
+def _jobs(
+    inputs: Sequence[str], suffixes: tuple[str, ...], folder: Path, ending: str, skip_existing: bool, report: Report
+) -> list[tuple[Found, Path]]:
+    """Pairs of input and output; inputs that give nothing, and two that would share an output, are failures."""
+    found, failed = find_inputs(inputs, suffixes)
+    for argument, why in failed:
+        report.fail(argument, why)
+    taken: dict[Path, Path] = {}
+    jobs = []
+    for file in found:
+        target = folder / file.relative.parent / (_stem(file.relative.name) + ending)
+        if target in taken:
+            report.fail(str(file.path), f"its output {target} is that of {taken[target]} too")
+            continue
+        taken[target] = file.path
+        if skip_existing and target.exists():
+            report.done(
+                {"input": str(file.path), "output": str(target), "skipped": True},
+                f"{file.path} -> {target}: is there already",
+            )
+            continue
+        jobs.append((file, target))
+    return jobs
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else Path(name).stem
+
+
+def _write_audio(target: Path, samples: Any, rate_hz: int, kind: str, untrained: bool) -> None:
+    from dualcodec_ext._files import write_atomic
+
+    write_atomic(target, encode_audio(samples, rate_hz, kind, UNTRAINED if untrained else None))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DualCodecError(f"cannot make the folder {folder}: {reason(error)}") from error
+
+
+def _refuse_as_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise DualCodecError(f"cannot write to {folder}: is not a folder")
+
+
+def _need_folder_of(target: Path) -> None:
+    # Before the work, because a typing error in the name should not cost a minute.
+    if target.is_dir():
+        raise DualCodecError(f"cannot write {target}: is a directory")
+    if not target.parent.is_dir():
+        raise DualCodecError(f"cannot write {target}: there is no folder {target.parent}")
+
+
+def _refuse_same_file(source: Path, target: Path) -> None:
+    if target.is_file() and source.exists() and os.path.samefile(source, target):
+        raise DualCodecError(f"{target}: is the input as well")
+
+
+def _code_facts(codes: CodeFile) -> dict[str, Any]:
+    facts = codes.metadata()
+    del facts["config"], facts["format_version"]
+    return {**facts, "duration_s": codes.duration_s, "bitrate_bps": codes.bitrate_bps}
+
+
+def _code_line(codes: CodeFile) -> str:
+    rate = f"{codes.bitrate_bps / 1000:.3g} kbit/s"
+    books = f"{codes.codebooks} codebook{'s' if codes.codebooks > 1 else ''}"
+    note = f", {UNTRAINED}" if codes.untrained else ""
+    return f"{codes.duration_s:.2f} s, {codes.frames} frames of {books}, {rate}{note}"
+
+
+def _speed(codes: CodeFile, elapsed_s: float) -> str:
+    return f"{codes.duration_s / max(elapsed_s, 1e-9):.3g}x real time"

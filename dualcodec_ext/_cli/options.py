@@ -1,0 +1,88 @@
+"""The options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(str, Enum):
+    """Number format of the model's weights and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model runs, and how.
+
+    Args:
+        model: preset name or path of a JSON file of settings; None where a code file says it.
+        weights: safetensors file, folder that holds one, or hub name; None for seeded random weights.
+        w2v: folder or hub name of the w2v-BERT 2.0 model; None for the default.
+        dtype: float32, bfloat16 or float16.
+        device: torch device.
+        threads: CPU threads; None for torch's choice.
+        seed: of the random weights; None for 0, or for what a code file says.
+    """
+
+    model: str | None = "12hz_v1"
+    weights: str | None = None
+    w2v: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int | None = None
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Preset (12hz_v1, 25hz_v1, ...) or a JSON file of settings.")
+]
+DecodeModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Refuse code files of another model. [default: what each file says]")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        "-w",
+        help="Safetensors file, a folder that holds it, or a hub name (amphion/dualcodec). "
+        "Without it the weights are seeded random numbers: the result is not intelligible.",
+    ),
+]
+W2v = Annotated[
+    str | None,
+    typer.Option(
+        "--w2v",
+        help="Folder or hub name of the w2v-BERT 2.0 model that gives the semantic features. With --weights the default "
+        "is facebook/w2v-bert-2.0; without either, log-mel features through a seeded matrix take its place.",
+    ),
+]
+Quantizers = Annotated[
+    int | None,
+    typer.Option("--quantizers", "-q", min=1, help="Codebooks to use, the semantic one among them. [default: all]"),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the model.")]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights where --weights is not given.")]
+DecodeSeed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Seed of the random weights. [default: what each file says]")
+]
+Rate = Annotated[
+    int | None,
+    typer.Option("--rate", "-r", min=1, max=1_000_000, help="Sample rate of the output in Hz. [default: the model's]"),
+]
+Format = Annotated[str | None, typer.Option("--format", "-f", help="wav, flac, ogg, opus, mp3, aiff, au, caf, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text, and no progress bar.")]
+SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave out inputs whose output is there already.")]
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="IN...", help="Files, folders (searched to the bottom) and patterns such as 'a/**/*.flac'.")
+]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results; made if it is missing.")]

@@ -1,0 +1,218 @@
+"""The command `dualcodec-ext`: what it is called, what it takes, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualcodec_ext._cli import options as opt
+from dualcodec_ext._cli.report import FAILED, PROGRAM, debugging, explain, fatal_json, say_error
+
+# Nothing else of the package is imported here: each command imports what it needs, so that --help answers at once.
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="DualCodec, a neural speech codec at 12.5 or 25 frames per second: speech to codes and back.",
+    epilog="Exit codes: 0 all went well, 1 verify found a difference, 2 something failed (one line on stderr says what). "
+    "DUALCODEC_EXT_DEBUG=1 shows errors in full.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"{PROGRAM} {version('dualcodec-ext')}")
+        except PackageNotFoundError:
+            print(f"{PROGRAM} (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def roundtrip(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Audio file: any format that libsndfile reads, any rate.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Audio file to write; its ending gives the format.")],
+    model: opt.Model = "12hz_v1",
+    weights: opt.Weights = None,
+    w2v: opt.W2v = None,
+    quantizers: opt.Quantizers = None,
+    rate: opt.Rate = None,
+    kind: opt.Format = None,
+    dtype: opt.DtypeOption = opt.Dtype.float32,
+    device: opt.Device = "cpu",
+    threads: opt.Threads = None,
+    seed: opt.Seed = 0,
+    as_json: opt.Json = False,
+) -> None:
+    """Encode an audio file, decode the codes, and write what comes back.
+
+    Stereo is averaged. The output has the model's sample rate, or --rate, and the input's exact length.
+    """
+    from dualcodec_ext._cli.commands import run_roundtrip
+
+    settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed)
+    raise typer.Exit(run_roundtrip(source, target, settings, quantizers, rate, kind, as_json))
+
+
+@app.command()
+def encode(
+    inputs: opt.Inputs,
+    folder: opt.OutputFolder,
+    model: opt.Model = "12hz_v1",
+    weights: opt.Weights = None,
+    w2v: opt.W2v = None,
+    quantizers: opt.Quantizers = None,
+    dtype: opt.DtypeOption = opt.Dtype.float32,
+    device: opt.Device = "cpu",
+    threads: opt.Threads = None,
+    seed: opt.Seed = 0,
+    skip_existing: opt.SkipExisting = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Turn audio files into code files: DIR/NAME.codes.safetensors.
+
+    Folders keep their structure below DIR. A file that fails is listed at the end, and the others go on.
+    """
+    from dualcodec_ext._cli.commands import run_encode
+
+    settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed)
+    raise typer.Exit(run_encode(inputs, folder, settings, quantizers, skip_existing, as_json))
+
+
+@app.command()
+def decode(
+    inputs: opt.Inputs,
+    folder: opt.OutputFolder,
+    model: opt.DecodeModel = None,
+    weights: opt.Weights = None,
+    quantizers: opt.Quantizers = None,
+    rate: opt.Rate = None,
+    kind: opt.Format = None,
+    dtype: opt.DtypeOption = opt.Dtype.float32,
+    device: opt.Device = "cpu",
+    threads: opt.Threads = None,
+    seed: opt.DecodeSeed = None,
+    any_weights: Annotated[
+        bool, typer.Option("--any-weights", help="Decode even where the codes were made with other weights.")
+    ] = False,
+    skip_existing: opt.SkipExisting = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Turn code files back into audio files: DIR/NAME.wav.
+
+    Each code file says which model made it. The audio has the model's sample rate, or --rate, and the exact length of
+    the recording that was encoded.
+    """
+    from dualcodec_ext._cli.commands import run_decode
+
+    settings = opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed)
+    raise typer.Exit(
+        run_decode(inputs, folder, settings, quantizers, rate, kind or "wav", any_weights, skip_existing, as_json)
+    )
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A code file, a weights file or an audio file.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Say what a code file, a weights file or an audio file holds."""
+    from dualcodec_ext._cli.inspect import run_info
+
+    raise typer.Exit(run_info(file, as_json))
+
+
+@app.command()
+def doctor(as_json: opt.Json = False) -> None:
+    """Say what was built, what can run here, and how to mend what can't."""
+    from dualcodec_ext._cli.inspect import run_doctor
+
+    raise typer.Exit(run_doctor(as_json))
+
+
+@app.command()
+def verify(
+    weights: Annotated[
+        str, typer.Option("--weights", "-w", help="Safetensors file, a folder that holds it, or a hub name.")
+    ],
+    audio: Annotated[
+        Path | None, typer.Option("--audio", help="Speech to compare on. [default: a generated vowel sequence]")
+    ] = None,
+    w2v: opt.W2v = None,
+    model: opt.Model = "12hz_v1",
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Compare this package with the plain PyTorch reference on real weights: keys, codes, margins and waveform.
+
+    Also with the PyPI package `dualcodec` where it is installed. Prints one verdict; exit code 0 for PASS, 1 for FAIL.
+    """
+    from dualcodec_ext.verify import run_verify
+
+    settings = opt.ModelOptions(model, weights, w2v, "float32", "cpu", threads, 0)
+    raise typer.Exit(run_verify(settings, audio, as_json))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Run `python -m bench` with the arguments given, from a checkout of the repository."""
+    from dualcodec_ext._cli.inspect import run_bench
+
+    raise typer.Exit(run_bench(context.args))
+
+
+def _drop_stdout() -> None:
+    # What is still buffered must not be tried again when Python exits: that would be a second, longer message.
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments after the program's name; None for those of the process.
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(arguments or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _drop_stdout()  # its reader has gone, and has seen what it wanted
+        return FAILED
+    except Exception as error:
+        if isinstance(error, OSError):
+            _drop_stdout()
+        if type(error).__name__ == "Abort":  # Ctrl-C, in the words of older releases of typer
+            return 130
+        if debugging() and not hasattr(error, "format_message"):
+            raise
+        say_error(explain(error))
+        if "--json" in arguments:
+            fatal_json(explain(error))
+        return FAILED

@@ -1,0 +1,142 @@
+"""get_model and Inference: the PyPI package's entry points, with its signatures and defaults."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import DualCodecConfig
+from .errors import DualCodecError
+from .model import DualCodec
+from .semantic import W2vBertFeatures
+
+
+def get_model(
+    model_id: str = "12hz_v1", pretrained_model_path: str | Path | None = "hf://amphion/dualcodec"
+) -> DualCodec:
+    """Build a released model and load its checkpoint.
+
+    Args:
+        model_id: "12hz_v1" or "25hz_v1", or another preset.
+        pretrained_model_path: directory that holds the checkpoint under its released name, the file itself, or a hub
+            name; None gives random weights and a warning.
+
+    Returns:
+        The model on the CPU in float32, in eval mode.
+
+    Raises:
+        DualCodecError: no such model or file.
+        MissingExtraError: a hub name without huggingface_hub installed.
+
+    Source: the PyPI package `dualcodec` 0.4.2.
+    """
+    if model_id not in DualCodecConfig.presets():
+        raise DualCodecError(
+            f"get_model: model_id must be one of {', '.join(DualCodecConfig.presets())}, got {model_id!r}"
+        )
+    if pretrained_model_path is None:
+        warnings.warn(
+            "pretrained_model_path is not given, model will be loaded without weights", stacklevel=2
+        )
+        return DualCodec(**DualCodecConfig.preset(model_id).to_dict()).eval()
+    return DualCodec.from_pretrained(model_id, weights=pretrained_model_path)
+
+
+class Inference:
+    """Speech to codes and back, semantic features included.
+
+    The semantic model is looked for and loaded at the first `encode`, so decoding needs neither path.
+
+    Args:
+        dualcodec_model: the codec; it is moved to `device` and put into eval mode.
+        dualcodec_path: directory (or hub name) that holds the feature statistics.
+        w2v_path: directory (or hub name) of w2v-BERT 2.0.
+        device: where both models run; "cuda" without CUDA gives a warning and the CPU.
+        autocast: how the semantic model computes: False for float32; True for float16 through torch.autocast where the
+            device has it (a CPU without it runs float32, which is faster there and exact); or a dtype, such as
+            torch.bfloat16, which is the fast one on most CPUs. The codec itself computes in its own dtype.
+        **kwargs: `meanvar_fname`, the name of the statistics file; others are ignored with a warning.
+
+    Numerics: upstream's `autocast` covers the codec as well, so that it searches its codebooks in half precision; its
+        semantic model runs in float16 even with autocast=False. Here the search is always float32, and False means
+        float32 throughout.
+    Source: the PyPI package `dualcodec` 0.4.2.
+    """
+
+    def __init__(
+        self,
+        dualcodec_model: nn.Module,
+        dualcodec_path: str | Path = "hf://amphion/dualcodec",
+        w2v_path: str | Path = "hf://facebook/w2v-bert-2.0",
+        device: str | torch.device = "cuda",
+        autocast: bool | torch.dtype = True,
+        **kwargs: Any,
+    ) -> None:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            warnings.warn("CUDA is not available, running on CPU.", stacklevel=2)
+            device = "cpu"
+        statistics = {name: kwargs.pop(name) for name in ("meanvar_fname",) if name in kwargs}
+        if kwargs:
+            warnings.warn(f"Inference: ignored unknown arguments {', '.join(sorted(kwargs))}", stacklevel=2)
+        self.device = device
+        self.autocast = autocast
+        self.model: Any = dualcodec_model.to(device).eval()
+        self.semantic = W2vBertFeatures(
+            w2v_path,
+            dualcodec_path,
+            downsample_factor=int(self.model.semantic_downsample_factor),
+            device=device,
+            autocast=autocast,
+            **statistics,
+        )
+
+    @torch.no_grad()
+    def encode(self, audio: Tensor, n_quantizers: int = 8) -> tuple[Tensor, Tensor | None]:
+        """Turn speech into codes.
+
+        Args:
+            audio: [B, 1, S] float at 24 kHz, in [-1, 1], on any device.
+            n_quantizers: codebooks to use, the semantic one included, at least 1.
+
+        Returns:
+            Semantic codes [B, 1, F] int64, and acoustic codes [B, n_quantizers - 1, F] int64, None for
+            n_quantizers=1; F may be one less than the audio fills.
+
+        Raises:
+            DualCodecError: wrong audio, or files of the semantic model that are missing.
+            MissingExtraError: transformers is not installed, or huggingface_hub for a hub name.
+        """
+        features = self.semantic(audio)
+        dtype = getattr(self.model, "compute_dtype", None) or next(self.model.parameters()).dtype
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            semantic, acoustic = self.model.encode(
+                audio.to(self.device, dtype), num_quantizers=n_quantizers, semantic_repr=features.to(dtype)
+            )
+        return semantic, acoustic
+
+    @torch.no_grad()
+    def decode_from_codes(self, semantic_codes: Tensor, acoustic_codes: Tensor | None) -> Tensor:
+        """Turn codes into speech.
+
+        Args:
+            semantic_codes: [B, 1, F] integers.
+            acoustic_codes: [B, q, F] integers, the first q acoustic codebooks; None decodes the semantic codes alone.
+
+        Returns:
+            Audio [B, 1, S'] float32 at 24 kHz.
+
+        Raises:
+            ValueError: a wrong shape, or a code out of range.
+        """
+        acoustic = None if acoustic_codes is None else acoustic_codes.to(self.device)
+        audio: Tensor = self.model.decode_from_codes(semantic_codes.to(self.device), acoustic)
+        return audio.to(torch.float32)
+
+    @torch.no_grad()
+    def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None) -> Tensor:
+        """The same as `decode_from_codes`."""
+        return self.decode_from_codes(semantic_codes, acoustic_codes)

@@ -1,0 +1,182 @@
+"""DualCodec, the drop-in: the reference's parameters and maths, the engine's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import DualCodecError
+from .ops import _common
+
+_ENGINE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class DualCodec(reference.DualCodec):
+    """The codec: `reference.DualCodec` whose `encode`, `decode_from_codes` and `semantic_quantize` run compiled kernels.
+
+    Takes the reference's keyword arguments and loads its checkpoints. In eval mode those three methods go through an
+    engine that holds folded, packed weights; it is built at the first call and again whenever a parameter has
+    changed: `load_state_dict`, `.to`, optimiser steps and other in-place edits are seen. An edit through `.data` is
+    not: call `repack()` after one. In train mode, on a device without kernels, and under
+    `backend("reference")`, the reference runs.
+
+    Numerics: float32 accumulation (float64 in float64 models); codes are searched in float32. The same input gives
+        the same bits alone and in any batch, with any number of threads.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._engine_state: tuple[Any, Any] | None = None
+        self._compute_dtype: torch.dtype | None = None
+        self._released = False
+
+    # Construction ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path = "12hz_v1",
+        *,
+        weights: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> DualCodec:
+        """Build a model and load a checkpoint into it.
+
+        Args:
+            source: a preset's name, or a directory or safetensors file that holds a checkpoint.
+            weights: for a preset, where its checkpoint is: a directory, a safetensors file, or a hub name such as
+                `hf://amphion/dualcodec` (None: that one).
+            dtype: of the parameters.
+            device: of the parameters.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            DualCodecError: no such preset, no such file, or a checkpoint of another model.
+            MissingExtraError: a hub name without huggingface_hub installed.
+        """
+        from .hub import resolve_pretrained
+
+        config, path = resolve_pretrained(source, weights)
+        model = cls(**config.to_dict())
+        model.load_checkpoint(path)
+        return model.to(device=device, dtype=dtype).eval()
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Load a safetensors file whose keys are exactly this model's; raise DualCodecError and change nothing if not."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            state = load_file(str(path))
+        except FileNotFoundError:
+            raise DualCodecError(f"checkpoint: {path} must be a safetensors file, it does not exist") from None
+        except (SafetensorError, OSError) as error:
+            raise DualCodecError(f"checkpoint: {path} must be a readable safetensors file: {error}") from None
+        _check_state(state, self.state_dict(), path)
+        self.load_state_dict(state)
+
+    # Engine ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations and audio: that of the parameters, unless `accelerate` was given another one."""
+        return self._compute_dtype or next(self.parameters()).dtype
+
+    def repack(self) -> None:
+        """Forget the packed weights. Needed after edits through `.data`, which PyTorch does not count."""
+        if not self._released:
+            self._engine_state = None
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        # An inference tensor has no version counter, and can't be edited outside inference_mode either.
+        return (
+            self.compute_dtype,
+            tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()),
+        )
+
+    def _engine(self) -> Any | None:
+        """Return the engine to run on, or None when the reference is to run."""
+        if self._released:
+            if _common.choose_backend(torch.device("cpu"), self.compute_dtype) == "reference":
+                raise DualCodecError("DualCodec: the reference needs the parameters, which release=True has freed")
+            return self._engine_state[1] if self._engine_state else None
+        parameter = next(self.parameters())
+        dtype = self.compute_dtype
+        if dtype not in _ENGINE_DTYPES or _common.choose_backend(parameter.device, dtype) == "reference":
+            return None
+        fingerprint = self._fingerprint()
+        if self._engine_state is None or self._engine_state[0] != fingerprint:
+            from .engine import Engine
+
+            self._engine_state = None  # the old weights go before the new ones come
+            self._engine_state = (fingerprint, Engine(self, dtype))
+        return self._engine_state[1]
+
+    def release(self) -> None:
+        """Pack the weights and free the parameters; the model then encodes and decodes, and nothing else."""
+        if self.training:
+            raise DualCodecError("DualCodec.release: the model must be in eval mode, got training mode")
+        if self._engine() is None:
+            raise DualCodecError("DualCodec.release: the engine must be able to run here; dx.doctor() says why it is not")
+        self._compute_dtype = self.compute_dtype
+        self._released = True
+        for parameter in self.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._released:
+            raise DualCodecError("DualCodec: a model whose parameters were released can't be copied or pickled")
+        return {**self.__dict__, "_engine_state": None}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self._released:
+            raise DualCodecError("DualCodec: state_dict needs the parameters, which release=True has freed")
+        return super().state_dict(*args, **kwargs)
+
+    # What the reference's public methods call once their arguments are checked ----------------------------------------
+
+    def _encode(
+        self,
+        audio: Tensor | None,
+        feat: Tensor,
+        num_quantizers: int | None,
+        sample_lengths: Tensor | None,
+        frame_lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        engine = self._engine()
+        if engine is None:
+            return super()._encode(audio, feat, num_quantizers, sample_lengths, frame_lengths)
+        acoustic = audio is not None and num_quantizers != 1
+        codes, latent = engine.semantic_codes(feat, frame_lengths, return_latent=acoustic)
+        if not acoustic:
+            return codes, None
+        stages = None if num_quantizers is None else num_quantizers - 1
+        return codes, engine.acoustic_codes(audio, latent, stages, sample_lengths, frame_lengths)
+
+    def _decode(
+        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None
+    ) -> Tensor:
+        engine = self._engine()
+        if engine is None:
+            return super()._decode(semantic_codes, acoustic_codes, frame_lengths)
+        return engine.decode(semantic_codes, acoustic_codes, frame_lengths)
+
+
+def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]} ({len(missing)} such)" if missing else f"has {extra[0]} ({len(extra)} such)"
+        raise DualCodecError(f"checkpoint: {path} must have this model's parameters, it {what}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise DualCodecError(
+                f"checkpoint: {name} must be {list(expected[name].shape)}, got {list(tensor.shape)} in {path}"
+            )

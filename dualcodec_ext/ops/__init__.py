@@ -1,0 +1,19 @@
+"""The ops, each checked against its `_ref` in `dualcodec_ext.reference`."""
+
+from ._common import backend
+from .causal_dwconv1d import causal_dwconv1d
+from .residual_unit import residual_unit
+from .rvq_lookup import rvq_lookup
+from .rvq_search import rvq_search
+from .snake_conv1d import snake_conv1d
+from .snake_upsample1d import snake_upsample1d
+
+__all__ = [
+    "backend",
+    "causal_dwconv1d",
+    "residual_unit",
+    "rvq_lookup",
+    "rvq_search",
+    "snake_conv1d",
+    "snake_upsample1d",
+]

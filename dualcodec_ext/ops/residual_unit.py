@@ -1,0 +1,93 @@
+"""The residual unit of encoder and decoder in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._common import check_pair, choose_backend, conv_steps, empty_signal, register
+
+
+def residual_unit(
+    x: Tensor,
+    alpha1: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    alpha2: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    dilation: int = 1,
+    padding: Sequence[int] | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Snake, dilated convolution (k=7), Snake, 1x1 convolution, plus the input, in cache-sized tiles.
+
+    Args:
+        x: [B, C, T] float32, float64, bfloat16 or float16, any strides; stride 1 on C runs and stays channels-last.
+        alpha1: [C], the first Snake's.
+        weight1: [C, C, 7].
+        bias1: [C] or None.
+        alpha2: [C], the second Snake's.
+        weight2: [C, C, 1].
+        bias2: [C] or None.
+        dilation: d, at least 1.
+        padding: zeros to the left and right; None: (6d, 0) when causal, else (3d, 3d), which keep the length.
+        causal: whether output t is aligned with the last tap (True) or the middle one.
+        lengths: [B] int64, samples per item; those past it count as zero on input and output.
+        packed: `pack_conv1d` of both weights, joined by torch.cat; then of the weights the shapes alone are read.
+
+    Returns:
+        [B, C, T + left + right - 6d], dtype and layout of x. To output t is added x[t - left + (6d when causal, else 3d)],
+        zero outside.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range; one line.
+        RuntimeError: a gradient is needed and `packed` is given.
+
+    Numerics: float32 accumulation (float64 for float64), in an order that depends on C alone.
+
+    Source: kernels/residual_unit; defined by `reference.residual_unit_ref`.
+    """
+    reach = 6 * dilation
+    if padding is None:
+        pair = [reach, 0] if causal else [reach // 2, reach // 2]
+    else:
+        pair = check_pair("residual_unit", padding)
+    if choose_backend(x.device, x.dtype) == "reference":
+        return reference.residual_unit_ref(
+            x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, (pair[0], pair[1]), causal, lengths
+        )
+    return torch.ops.dualcodec_ext.residual_unit(
+        x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, pair, causal, lengths, packed
+    )
+
+
+def _fake(
+    x: Tensor,
+    alpha1: Any,
+    weight1: Tensor,
+    bias1: Any,
+    alpha2: Any,
+    weight2: Any,
+    bias2: Any,
+    dilation: int,
+    padding: Any,
+    causal: Any,
+    lengths: Any,
+    packed: Any,
+) -> Tensor:
+    return empty_signal(x, x.shape[1], conv_steps(x.shape[2], 7, 1, dilation, padding))
+
+
+def _reference(x: Tensor, *args: Any) -> Tensor:
+    return reference.residual_unit_ref(x, *args[:-1])
+
+
+register("residual_unit", _fake, _reference, tensors=(0, 1, 2, 3, 4, 5, 6), packed=11)

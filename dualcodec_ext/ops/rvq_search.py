@@ -1,0 +1,106 @@
+"""Residual vector quantisation: latent to codes, every stage in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._common import choose_backend, empty_signal, register
+
+
+def rvq_search(
+    z: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    codebooks: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    num_quantizers: int | None = None,
+    return_quantized: bool = False,
+    return_margin: bool = False,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Code a latent: each stage takes the codebook row nearest by angle to what the stages before it left over.
+
+    Args:
+        z: [B, C, F] float32, float64, bfloat16 or float16, any strides.
+        in_weight: [Q, D, C], projections into the code space, D in 1..64.
+        in_bias: [Q, D].
+        codebooks: [Q, N, D] un-normalised, N in 1..65536. Unequal code dims are padded with zeros to one D.
+        out_weight: [Q, C, D], projections back.
+        out_bias: [Q, C].
+        num_quantizers: q, the stages to run, 1..Q; None: all.
+        return_quantized: also return the sum over the stages of out_proj(row).
+        return_margin: also return how clear each choice was.
+        lengths: [B] int64, frames per item; past it codes, sum and margin are 0.
+        packed: `ops.packing.pack_rvq(...)`; then of the weights the shapes alone are read.
+
+    Returns:
+        codes [B, q, F] int64; quantized [B, C, F], dtype and layout of z, or None; margin [B, q, F] float32 (float64 for
+        float64) or None: second smallest minus smallest squared distance, both L2-normalised (inf for N = 1).
+
+    Raises:
+        ValueError: a wrong shape, dtype or range; one line.
+        RuntimeError: in the backward pass: it has no gradient, train through `reference.ResidualVectorQuantize`.
+
+    Numerics: float32 at least, in the code space; of equal scores the lowest index wins. A frame with a NaN gets codes 0
+        and a NaN sum. Bits depend neither on the batch nor on the number of threads.
+
+    Source: kernels/rvq_search; defined by `reference.rvq_search_ref`.
+    """
+    stages = codebooks.shape[0] if num_quantizers is None else num_quantizers
+    if choose_backend(z.device, z.dtype) == "reference":
+        return reference.rvq_search_ref(
+            z,
+            in_weight,
+            in_bias,
+            codebooks,
+            out_weight,
+            out_bias,
+            stages,
+            return_quantized=return_quantized,
+            return_margin=return_margin,
+            lengths=lengths,
+        )
+    codes, quantized, margin = torch.ops.dualcodec_ext.rvq_search(
+        z,
+        in_weight,
+        in_bias,
+        codebooks,
+        out_weight,
+        out_bias,
+        stages,
+        return_quantized,
+        return_margin,
+        lengths,
+        packed,
+    )
+    return codes, quantized if return_quantized else None, margin if return_margin else None
+
+
+def _fake(
+    z: Tensor,
+    in_weight: Any,
+    in_bias: Any,
+    codebooks: Any,
+    out_weight: Any,
+    out_bias: Any,
+    num_quantizers: int,
+    return_quantized: bool,
+    return_margin: bool,
+    lengths: Any,
+    packed: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (z.shape[0], num_quantizers, z.shape[2])
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    codes = z.new_empty(shape, dtype=torch.int64)
+    quantized = empty_signal(z, z.shape[1], z.shape[2]) if return_quantized else z.new_empty(0)
+    return codes, quantized, z.new_empty(shape if return_margin else (0,), dtype=dtype)
+
+
+register("rvq_search", _fake, None, tensors=())

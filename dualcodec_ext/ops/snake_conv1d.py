@@ -1,0 +1,85 @@
+"""Snake, convolution, activation and residual in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._common import check_pair, choose_backend, conv_steps, empty_signal, register
+
+
+def snake_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: Sequence[int] = (0, 0),
+    activation: str = "none",
+    residual: Tensor | None = None,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Apply Snake (when `alpha` is given), convolve, apply an activation, add a residual.
+
+    Args:
+        x: [B, Cin, T] float32, float64, bfloat16 or float16, any strides; stride 1 on Cin runs and stays channels-last.
+        weight: [Cout, Cin, K].
+        bias: [Cout].
+        alpha: [Cin], Snake's; None: no Snake.
+        stride: at least 1.
+        dilation: at least 1.
+        padding: zeros to the left and right of the snaked input.
+        activation: "none", "tanh" or "gelu" (the erf form).
+        residual: [B, Cout, T'], added last.
+        lengths: [B] int64, samples per item; those past it count as zero on input and output.
+        packed: `ops.packing.pack_conv1d(weight)`, which saves packing at every call; then of weight the shape alone is read.
+
+    Returns:
+        [B, Cout, T'], T' = (T + left + right - (K - 1) dilation - 1) // stride + 1, dtype and layout of x.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range; one line.
+        RuntimeError: a gradient is needed and `packed` is given.
+
+    Numerics: float32 accumulation (float64 for float64), in an order that depends on the weight's shape alone.
+
+    Source: kernels/snake_conv1d; defined by `reference.snake_conv1d_ref`.
+    """
+    pair = check_pair("snake_conv1d", padding)
+    if choose_backend(x.device, x.dtype) == "reference":
+        return reference.snake_conv1d_ref(
+            x, weight, bias, alpha, stride, dilation, (pair[0], pair[1]), activation, residual, lengths
+        )
+    return torch.ops.dualcodec_ext.snake_conv1d(
+        x, weight, bias, alpha, stride, dilation, pair, activation, residual, lengths, packed
+    )
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    alpha: Any,
+    stride: int,
+    dilation: int,
+    padding: Any,
+    activation: Any,
+    residual: Any,
+    lengths: Any,
+    packed: Any,
+) -> Tensor:
+    return empty_signal(x, weight.shape[0], conv_steps(x.shape[2], weight.shape[2], stride, dilation, padding))
+
+
+def _reference(x: Tensor, *args: Any) -> Tensor:
+    return reference.snake_conv1d_ref(x, *args[:-1])
+
+
+register("snake_conv1d", _fake, _reference, tensors=(0, 1, 2, 3, 8), packed=10)

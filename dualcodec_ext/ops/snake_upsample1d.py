@@ -1,0 +1,73 @@
+"""Snake, then upsampling by a transposed or a nearest-repeat convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._common import check_pair, choose_backend, empty_signal, register
+
+
+def snake_upsample1d(
+    x: Tensor,
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 2,
+    mode: str = "transposed",
+    padding: Sequence[int] = (0, 0),
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Apply Snake and upsample by `stride`, as one small convolution per output phase.
+
+    Args:
+        x: [B, Cin, T] float32, float64, bfloat16 or float16, any strides; stride 1 on Cin runs and stays channels-last.
+        alpha: [Cin], Snake's.
+        weight: [Cin, Cout, 2 stride] when transposed, [Cout, Cin, 2 stride] when repeat.
+        bias: [Cout].
+        stride: S, at least 1.
+        mode: "transposed" (ConvTranspose1d) or "repeat" (nearest-repeat by S, then a convolution).
+        padding: (left, right): samples cropped off the (T + 1) S of the transposed convolution; or zeros put around the
+            repeated signal.
+        lengths: [B] int64, samples per item; those past it count as zero on input and output.
+        packed: `ops.packing.pack_upsample1d(weight, stride, mode, padding)`; then of weight the shape alone is read.
+
+    Returns:
+        [B, Cout, (T + 1) S - left - right] or [B, Cout, (T - 2) S + left + right + 1], dtype and layout of x.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range; one line.
+        RuntimeError: a gradient is needed and `packed` is given.
+
+    Numerics: float32 accumulation (float64 for float64); taps of a repeat that meet are added in float64 when packing.
+
+    Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_ref`.
+    """
+    pair = check_pair("snake_upsample1d", padding)
+    if choose_backend(x.device, x.dtype) == "reference":
+        return reference.snake_upsample1d_ref(x, alpha, weight, bias, stride, mode, (pair[0], pair[1]), lengths)
+    return torch.ops.dualcodec_ext.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed)
+
+
+def _fake(
+    x: Tensor, alpha: Any, weight: Tensor, bias: Any, stride: int, mode: str, padding: Any, lengths: Any, packed: Any
+) -> Tensor:
+    steps, repeat = x.shape[2], mode == "repeat"
+    pad = padding[0] + padding[1]
+    out = (steps - 2) * stride + pad + 1 if repeat else (steps + 1) * stride - pad
+    if isinstance(steps, int):
+        out = 0 if steps == 0 else max(0, out)
+    return empty_signal(x, weight.shape[0] if repeat else weight.shape[1], out)
+
+
+def _reference(x: Tensor, *args: Any) -> Tensor:
+    return reference.snake_upsample1d_ref(x, *args[:-1])
+
+
+register("snake_upsample1d", _fake, _reference, tensors=(0, 1, 2, 3), packed=8)

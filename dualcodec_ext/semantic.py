@@ -1,0 +1,424 @@
+"""Waveform to semantic features: w2v-BERT 2.0 for the released models, log-mel for the small one."""
+
+from __future__ import annotations
+
+import math
+import threading
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import DualCodecError, need_extra
+from .hub import find_directory, find_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CODEC_RATE_HZ = 24000
+_W2V_RATE_HZ = 16000
+_W2V_LAYERS = 17
+# Two 25 ms windows 10 ms apart: with one the per-utterance variance is that of a single number.
+_W2V_FEWEST_SAMPLES = 560
+
+
+def resample(audio: Tensor, orig_hz: int, new_hz: int) -> Tensor:
+    """Resample by a Hann-windowed sinc, six zero crossings a side, cut off at 0.99 of the lower Nyquist frequency.
+
+    Args:
+        audio: [..., S] float.
+        orig_hz: its rate, a whole number of Hz, at least 1.
+        new_hz: the rate wanted, likewise.
+
+    Returns:
+        [..., ceil(S * new_hz / orig_hz)], in audio's dtype; `audio` itself when the rates are equal.
+
+    Raises:
+        DualCodecError: a wrong rate, or audio that is not floating point.
+
+    Numerics: the filter is evaluated in float64; sums run in float32 (float64 for float64 audio), whatever autocast
+        says.
+    Source: the definition is that of `torchaudio.functional.resample` with its default arguments.
+    """
+    for name, rate in (("orig_hz", orig_hz), ("new_hz", new_hz)):
+        if isinstance(rate, bool) or rate != int(rate) or rate < 1:
+            raise DualCodecError(f"resample: {name} must be a whole number of Hz, got {rate}")
+    if not isinstance(audio, Tensor) or not audio.is_floating_point() or audio.dim() == 0:
+        got = f"{list(audio.shape)} {audio.dtype}" if isinstance(audio, Tensor) else type(audio).__name__
+        raise DualCodecError(f"resample: audio must be [..., S] float, got {got}")
+    common = math.gcd(int(orig_hz), int(new_hz))
+    down, up = int(orig_hz) // common, int(new_hz) // common
+    samples = -(-audio.shape[-1] * up // down)
+    if down == up:
+        return audio
+    if audio.numel() == 0:
+        return audio.new_zeros(*audio.shape[:-1], samples)
+    dtype = torch.float64 if audio.dtype == torch.float64 else torch.float32
+    filters, reach = _sinc_filters(down, up)
+    x = F.pad(audio.reshape(-1, 1, audio.shape[-1]).to(dtype), (reach, reach + down))
+    with torch.autocast(audio.device.type, enabled=False):
+        y = F.conv1d(x, filters.to(audio.device, dtype)[:, None], stride=down)  # [N, up, blocks]
+    y = y.transpose(1, 2).reshape(*audio.shape[:-1], -1)[..., :samples]
+    return y.to(audio.dtype)
+
+
+def resample_24k_to_16k(audio: Tensor) -> Tensor:
+    """Resample [..., S] from the codec's 24 kHz to w2v-BERT's 16 kHz; as `resample`."""
+    return resample(audio, CODEC_RATE_HZ, _W2V_RATE_HZ)
+
+
+@lru_cache(maxsize=16)
+def _sinc_filters(down: int, up: int) -> tuple[Tensor, int]:
+    """One filter per output phase [up, 2 * reach + down] float64, and how far each begins before its block's start.
+
+    Output up*b + p lies at time (down*b + down*p/up) input samples; tap k of a block is input down*b + k - reach.
+    """
+    zero_crossings = 6
+    cutoff = (
+        min(down, up) * 0.99
+    )  # in units of 1 / (down * up) of the common rate, twice the cut-off frequency
+    reach = math.ceil(zero_crossings * down / cutoff)
+    taps = torch.arange(-reach, reach + down, dtype=torch.float64) / down
+    phases = torch.arange(up, dtype=torch.float64) / up
+    t = ((taps - phases[:, None]) * cutoff).clamp(-zero_crossings, zero_crossings)
+    window = torch.cos(t * (math.pi / (2 * zero_crossings))) ** 2
+    return torch.sinc(t) * window * (cutoff / down), reach
+
+
+class LogMelFeatures(nn.Module):
+    """Log-mel features for the small model: 80 bands at 100 Hz, two frames stacked to 160 numbers at 50 Hz, pooled.
+
+    Frame f depends on no sample past (f + 1) * hop, and on none of the utterance's statistics, so features can be
+    computed as the audio arrives. hop is 480 * downsample_factor samples. The state_dict holds `mean` and
+    `variance`, [160] each; their defaults bring synthetic speech at -26 dBFS to the order of one.
+
+    Args:
+        downsample_factor: how many 50 Hz frames are averaged into one, at least 1: the model's
+            `semantic_downsample_factor`.
+
+    Numerics: float32. On the CPU the same samples give the same bits in any batch, and with anything or nothing
+        behind them.
+    """
+
+    channels = 160
+    _WINDOW, _HOP, _STACK, _FFT = 600, 240, 2, 1024
+    # White noise at -83 dBFS gives this power: what lies lower is the recording's silence, not speech.
+    _FLOOR = 1e-5
+
+    mean: Tensor
+    variance: Tensor
+    _window: Tensor
+    _bins: Tensor
+    _weights: Tensor
+
+    def __init__(self, downsample_factor: int = 1) -> None:
+        super().__init__()
+        if (
+            isinstance(downsample_factor, bool)
+            or not isinstance(downsample_factor, int)
+            or downsample_factor < 1
+        ):
+            raise DualCodecError(
+                f"LogMelFeatures: downsample_factor must be a whole number from 1, got {downsample_factor}"
+            )
+        self.downsample_factor = downsample_factor
+        bins, weights = _mel_bands(80, self._FFT, CODEC_RATE_HZ, low_hz=20.0, high_hz=12000.0)
+        self.register_buffer("mean", torch.full((self.channels,), -3.0))
+        self.register_buffer("variance", torch.full((self.channels,), 16.0))
+        self.register_buffer("_window", torch.hann_window(self._WINDOW), persistent=False)
+        self.register_buffer("_bins", bins, persistent=False)
+        self.register_buffer("_weights", weights, persistent=False)
+
+    @property
+    def hop_samples(self) -> int:
+        """Samples per output frame."""
+        return self._HOP * self._STACK * self.downsample_factor
+
+    def set_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Set what `forward` subtracts and divides by the root of.
+
+        Args:
+            mean: [160] float.
+            variance: [160] float, positive.
+
+        Raises:
+            DualCodecError: a wrong shape, or a variance that is not positive.
+        """
+        for name, values in (("mean", mean), ("variance", variance)):
+            if tuple(values.shape) != (self.channels,):
+                raise DualCodecError(
+                    f"LogMelFeatures.set_statistics: {name} must be [{self.channels}], got {list(values.shape)}"
+                )
+        if not bool((variance > 0).all()):
+            raise DualCodecError(
+                f"LogMelFeatures.set_statistics: variance must be positive, got {float(variance.min())}"
+            )
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """Compute the features.
+
+        Args:
+            audio: [B, 1, S] float at 24 kHz, in [-1, 1]; padded with zeros to whole frames.
+
+        Returns:
+            [B, 160, F] float32, F = ceil(S / hop).
+
+        Raises:
+            DualCodecError: a wrong shape or dtype.
+        """
+        _check_audio("LogMelFeatures", audio)
+        batch, samples = audio.shape[0], audio.shape[-1]
+        frames = -(-samples // self.hop_samples)
+        if batch * frames == 0:
+            return self.mean.new_zeros(batch, self.channels, frames)
+        # All of the window's overhang is on the left: the last one ends where its frame ends.
+        padding = (self._WINDOW - self._HOP, frames * self.hop_samples - samples)
+        x = F.pad(audio[:, 0].to(torch.float32), padding)
+        windows = x.unfold(-1, self._WINDOW, self._HOP) * self._window  # [B, 100 Hz frames, 600]
+        spectrum = torch.fft.rfft(windows, n=self._FFT)
+        power = spectrum.real.square() + spectrum.imag.square()
+        # Sums in a written-out order of exact elementwise steps: a matmul's order may follow the number of rows.
+        mel = power[..., self._bins[0]] * self._weights[0]
+        for bins, weights in zip(self._bins[1:], self._weights[1:], strict=True):
+            mel = mel + power[..., bins] * weights
+        stacked = (mel + self._FLOOR).log().reshape(batch, -1, self.channels)
+        stacked = (stacked - self.mean) / self.variance.sqrt()
+        return F.avg_pool1d(
+            stacked.transpose(1, 2).contiguous(), self.downsample_factor, self.downsample_factor
+        )
+
+
+def _mel_bands(bands: int, fft: int, rate_hz: int, low_hz: float, high_hz: float) -> tuple[Tensor, Tensor]:
+    """Triangles of height one between band edges equally spaced in mel, as taps: FFT bins and weights, both [W, bands].
+
+    mel(f) = 1127 ln(1 + f / 700). W is the widest triangle's number of bins; the others' taps end in zeros.
+    """
+    mel = [1127 * math.log1p(hz / 700) for hz in (low_hz, high_hz)]
+    edges_hz = 700 * torch.expm1(torch.linspace(mel[0], mel[1], bands + 2, dtype=torch.float64) / 1127)
+    bin_hz = torch.arange(fft // 2 + 1, dtype=torch.float64)[:, None] * (rate_hz / fft)
+    low, centre, high = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
+    triangles = torch.minimum((bin_hz - low) / (centre - low), (high - bin_hz) / (high - centre)).clamp(min=0)
+    inside = triangles > 0
+    first = inside.to(torch.int64).argmax(dim=0)
+    widest = int(inside.sum(dim=0).max())
+    bins = (first + torch.arange(widest)[:, None]).clamp(max=fft // 2)
+    weights = triangles.gather(0, bins) * (torch.arange(widest)[:, None] < inside.sum(dim=0))
+    return bins, weights.to(torch.float32)
+
+
+class W2vBertFeatures:
+    """The features that the released models code: w2v-BERT 2.0 after 17 layers, normalised and averaged over time.
+
+    Nothing is looked up or loaded before the first call. Layers past the 17th are neither loaded nor run.
+
+    Args:
+        w2v_path: directory of a transformers Wav2Vec2BertModel with its feature extractor, or a hub name.
+        dualcodec_path: directory that holds the statistics, or a hub name.
+        downsample_factor: how many 50 Hz frames are averaged into one: the model's `semantic_downsample_factor`.
+        device: where the model runs.
+        autocast: False for float32. A dtype runs matrix products in it through torch.autocast. True is float16, as
+            upstream does, where the device computes in it; on a CPU without float16 arithmetic, float32.
+        meanvar_fname: name of the statistics file, a dict of `mean` and `var`, [C] each.
+
+    Numerics: normalising and averaging in float32. A CPU without float16 arithmetic emulates it: 4 layers of the
+        full width over 5 s took 16.6 s under float16, 1.4 s in float32 (error 0) and 0.64 s under bfloat16 (largest
+        error 0.07 of a standard deviation; float16's is 0.008), 2 threads of an AVX-512 machine, torch 2.13.
+    Source: the PyPI package `dualcodec` 0.4.2, which takes hidden_states[17].
+    """
+
+    def __init__(
+        self,
+        w2v_path: str | Path = "hf://facebook/w2v-bert-2.0",
+        dualcodec_path: str | Path = "hf://amphion/dualcodec",
+        *,
+        downsample_factor: int = 4,
+        device: str | torch.device = "cpu",
+        autocast: bool | torch.dtype = True,
+        meanvar_fname: str = "w2vbert2_mean_var_stats_emilia.pt",
+    ) -> None:
+        self.w2v_path, self.dualcodec_path, self.meanvar_fname = w2v_path, dualcodec_path, meanvar_fname
+        self.downsample_factor = downsample_factor
+        self.device = torch.device(device)
+        self.autocast_dtype = _autocast_dtype(self.device, autocast)
+        self._lock = threading.Lock()
+        self._loaded: tuple[Any, Any, Tensor, Tensor] | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the semantic model is in memory."""
+        return self._loaded is not None
+
+    @torch.no_grad()
+    def __call__(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Compute the features.
+
+        Args:
+            audio: [B, 1, S] float at 24 kHz, in [-1, 1], on any device.
+            lengths: [B] int64, valid samples per item (None: all S): each item is padded, masked and normalised by
+                its own samples, and its features past its end are zero.
+
+        Returns:
+            [B, C, F] float32 on `device`; F may be one frame short of the audio's, and clips of less than a frame give
+            none.
+
+        Raises:
+            DualCodecError: wrong audio, or files that are missing or don't fit together.
+            MissingExtraError: transformers is not installed, or huggingface_hub for a hub name.
+        """
+        _check_audio("W2vBertFeatures", audio)
+        whole = audio.shape[-1]
+        sizes = [whole] * audio.shape[0] if lengths is None else lengths.tolist()
+        if len(sizes) != audio.shape[0] or any(not 0 <= size <= whole for size in sizes):
+            raise DualCodecError(
+                f"W2vBertFeatures: lengths must be [{audio.shape[0]}] in [0, {whole}], got {sizes}"
+            )
+        extractor = self._load()[1]
+        items = [_extract(extractor, clip[:, :size].cpu()) for clip, size in zip(audio, sizes, strict=True)]
+        steps = max((item[0].shape[0] for item in items), default=0)
+        frames = steps // self.downsample_factor
+        if frames == 0:
+            return torch.zeros(len(items), self._load()[2].numel(), 0, device=self.device)
+        features = torch.stack([F.pad(item[0], (0, 0, 0, steps - item[0].shape[0])) for item in items])
+        mask = torch.stack([F.pad(item[1], (0, steps - item[1].shape[0])) for item in items])
+        hidden = self.hidden(features, mask)
+        pooled = F.avg_pool1d(hidden.transpose(1, 2), self.downsample_factor, self.downsample_factor)
+        own = torch.tensor([item[0].shape[0] // self.downsample_factor for item in items], device=self.device)
+        return pooled.masked_fill(torch.arange(frames, device=self.device) >= own[:, None, None], 0.0)
+
+    @torch.no_grad()
+    def hidden(self, input_features: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run the semantic model up to its 17th layer.
+
+        Args:
+            input_features: [B, T, 160] float, the feature extractor's.
+            attention_mask: [B, T] int, 1 where input_features are valid.
+
+        Returns:
+            [B, T, C] float32, less the mean, over the standard deviation.
+        """
+        model, _, mean, std = self._load()
+        half = self.autocast_dtype
+        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+            last = model(
+                input_features=input_features.to(self.device, torch.float32),
+                attention_mask=attention_mask.to(self.device),
+            ).last_hidden_state
+        return (last.to(torch.float32) - mean) / std
+
+    def _load(self) -> tuple[Any, Any, Tensor, Tensor]:
+        with self._lock:
+            if self._loaded is None:
+                need_extra("transformers", "semantic", "W2vBertFeatures")
+                folder = find_directory(self.w2v_path, ["*.json", "*.safetensors"])
+                statistics = find_file(self.dualcodec_path, self.meanvar_fname)
+                model, extractor = _load_w2v_bert(folder)
+                mean, std = _load_statistics(statistics, int(model.config.hidden_size))
+                self._loaded = (model.to(self.device), extractor, mean.to(self.device), std.to(self.device))
+            return self._loaded
+
+
+def _autocast_dtype(device: torch.device, autocast: bool | torch.dtype) -> torch.dtype | None:
+    if isinstance(autocast, torch.dtype):
+        if autocast not in (torch.float16, torch.bfloat16, torch.float32):
+            raise DualCodecError(f"autocast must be a bool, float16, bfloat16 or float32, got {autocast}")
+        return None if autocast == torch.float32 else autocast
+    if not autocast or (device.type == "cpu" and not _cpu_computes_float16()):
+        return None
+    return torch.float16
+
+
+def _cpu_computes_float16() -> bool:
+    # No public call says so. Where torch drops this one, the CPU is taken to have no float16.
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _extract(extractor: Any, clip: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn [1, S] at 24 kHz into the model's input [T, 160] and mask [T]."""
+    at_16k = resample_24k_to_16k(clip.to(torch.float32))[0]
+    if at_16k.numel() < _W2V_FEWEST_SAMPLES:
+        return torch.zeros(0, extractor.feature_size * extractor.stride), torch.zeros(0, dtype=torch.int64)
+    inputs = extractor(at_16k.numpy(), sampling_rate=_W2V_RATE_HZ, return_tensors="pt")
+    return inputs["input_features"][0], inputs["attention_mask"][0].to(torch.int64)
+
+
+def _load_w2v_bert(folder: Path) -> tuple[Any, Any]:
+    from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
+
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise DualCodecError(f"w2v_path: {folder} must hold {name}, it does not")
+    try:
+        config = Wav2Vec2BertConfig.from_pretrained(folder)
+        if config.num_hidden_layers < _W2V_LAYERS:
+            raise DualCodecError(
+                f"w2v_path: the model must have at least {_W2V_LAYERS} layers, got {config.num_hidden_layers}"
+            )
+        # hidden_states[17] is what the 17th layer gives; behind the last layer only these two would follow.
+        config.num_hidden_layers = _W2V_LAYERS
+        config.add_adapter = config.use_intermediate_ffn_before_adapter = False
+        with _quiet_transformers():
+            model, report = Wav2Vec2BertModel.from_pretrained(folder, config=config, output_loading_info=True)
+        extractor = SeamlessM4TFeatureExtractor.from_pretrained(folder)
+    except DualCodecError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError and safetensors' own
+        lines = str(error).strip().splitlines()
+        raise DualCodecError(
+            f"w2v_path: {folder} must hold a Wav2Vec2BertModel: {lines[0] if lines else type(error).__name__}"
+        ) from error
+    missing = sorted(
+        key for key in report["missing_keys"] if key != "masked_spec_embed"
+    )  # used in training alone
+    if missing:
+        raise DualCodecError(f"w2v_path: {folder} lacks {missing[0]} ({len(missing)} such)")
+    # transformers 5 keeps the checkpoint's dtype.
+    return model.to(torch.float32).eval().requires_grad_(False), extractor
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers from listing the layers that are left out on purpose; missing ones are checked for above."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _load_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
+    """Read mean and standard deviation, [channels] float32 each."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        mean, var = saved["mean"], saved["var"]
+        mean, std = mean.to(torch.float32).reshape(-1), var.to(torch.float32).sqrt().reshape(-1)
+    except Exception as error:  # pickle, zip and key errors: any of them means that this is another file
+        raise DualCodecError(
+            f"statistics: {path} must be a torch file with the tensors mean and var, it is not"
+        ) from error
+    if mean.numel() != channels or std.numel() != channels:
+        raise DualCodecError(
+            f"statistics: {path} must hold {channels} numbers, as the semantic model has channels, got {mean.numel()}"
+        )
+    return mean, std
+
+
+def _check_audio(name: str, audio: Tensor) -> None:
+    if not isinstance(audio, Tensor):
+        raise DualCodecError(f"{name}: audio must be [B, 1, S] float, got {type(audio).__name__}")
+    if audio.dim() != 3 or audio.shape[1] != 1 or not audio.is_floating_point():
+        raise DualCodecError(f"{name}: audio must be [B, 1, S] float, got {list(audio.shape)} {audio.dtype}")

@@ -1,0 +1,29 @@
+// Element types that tensors may have in memory; kernels compute in float (for f32, bf16, f16) or double (for f64).
+#pragma once
+#include <stdint.h>
+
+namespace dcx {
+
+enum class DType : int32_t { kF32 = 0, kF64 = 1, kBF16 = 2, kF16 = 3 };
+
+// A strided [B, C, T] tensor; strides in elements.
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t stride_b = 0;
+  int64_t stride_c = 0;
+  int64_t stride_t = 0;
+};
+
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
+}
+
+// Channel counts are padded to this many columns in packed weights and scratch tiles: one AVX-512 register of floats,
+// so that no kernel needs a masked column.
+constexpr int64_t kColumnUnit = 16;
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+}  // namespace dcx

@@ -1,0 +1,31 @@
+// conv_gemm: C[m, n] = sum over taps k and channels c of A[m * row_stride + k * tap_stride + c] * B[k, c, n].
+// The one reduction under every convolution and projection: a dilated tap is a row offset, a stride a longer row.
+// A register block of MR rows x NV vectors runs down the reduction in order, in blocks that depend on
+// (taps, channels) alone, each block summed from zero and then added: an output's value depends neither on M nor on the tile.
+#pragma once
+#include "gemm_pack.h"
+#include "runtime.h"
+#include "vec.h"
+
+namespace dcx {
+namespace DCX_NS {
+
+// Reduction length after which a partial sum is written back: with 48 columns the panel's slice is 48 KB, which
+// streams from L2 at a third of its bandwidth, and shorter chains of additions round less.
+constexpr int64_t kReductionBlock = 256;
+
+template <class T>
+struct GemmOperand {
+  const T* a;
+  int64_t row_stride;
+  int64_t tap_stride;
+  int64_t taps;
+  int64_t channels;
+};
+
+// c: [m][round_up(columns, 16)], rows ld_c apart, overwritten. b: gemm_pack.h's panels. T is float or double.
+template <class T>
+void conv_gemm(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, T* c, int64_t ld_c);
+
+}  // namespace DCX_NS
+}  // namespace dcx

@@ -1,0 +1,62 @@
+// What kernels need from their host: threads, and optionally a library GEMM. csrc fills it with torch's;
+// without torch the defaults (std::thread, our own micro-kernel) stand.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace dcx {
+
+// C[M, N] (+)= A[M, K] * B[K, N], row-major, float; leading dimensions in elements.
+using SmallGemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_c,
+                           const float* a, const float* b, float* c);
+// Calls fn(begin, end, context) over a partition of [0, count). Results must not depend on the partition.
+using ParallelFor = void (*)(int64_t count, void (*fn)(int64_t begin, int64_t end, void* context), void* context);
+
+struct Runtime {
+  ParallelFor parallel_for;
+  int (*num_threads)();
+  SmallGemm small_gemm;  // null: the micro-kernel of gemm.h
+};
+Runtime& runtime();
+
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+// The best set that both this build and this machine have; DUALCODEC_EXT_ISA=generic|avx2|avx512 asks for another one.
+// An Isa that can't run is refused: active_isa_error() then tells why, and the best one is used.
+Isa active_isa();
+const char* isa_name(Isa isa);
+bool isa_compiled(Isa isa);
+bool isa_detected(Isa isa);
+const char* active_isa_error();
+// For tests: false (and no change) when the machine or the build lacks it.
+bool set_active_isa(Isa isa);
+
+// Per-thread memory, page-aligned, kept and grown on demand; a slot's content is undefined on return. Slots are
+// independent of one another. Throws std::bad_alloc when memory is short.
+constexpr int kScratchSlots = 8;
+void* thread_scratch(int slot, size_t bytes);
+
+// parallel_for over a callable, without a standard-library template.
+template <class F>
+inline void parallel(int64_t count, const F& body) {
+  if (count <= 0) return;
+  runtime().parallel_for(
+      count,
+      [](int64_t begin, int64_t end, void* context) {
+        const F& f = *static_cast<const F*>(context);
+        for (int64_t i = begin; i < end; ++i) f(i);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Rows per time tile: at most max_rows, and as many tiles as keep every thread busy. Free to choose, since no kernel's result
+// depends on where a tile starts.
+inline int64_t tile_rows(int64_t rows, int64_t batch, int64_t max_rows, int64_t unit) {
+  int64_t tiles = (rows + max_rows - 1) / max_rows;
+  const int64_t threads = runtime().num_threads();
+  if (tiles * batch < 4 * threads && rows >= threads * unit) tiles = (tiles + threads - 1) / threads * threads;
+  const int64_t per_tile = (rows + tiles - 1) / (tiles > 0 ? tiles : 1);
+  const int64_t rounded = (per_tile + unit - 1) / unit * unit;
+  return rounded > 0 ? rounded : unit;
+}
+
+}  // namespace dcx

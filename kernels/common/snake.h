@@ -1,0 +1,79 @@
+// Snake on rows of a tile: x + sin(alpha x)^2 / (alpha + 1e-9).
+// float: sin^2 has period pi, so y = alpha x is reduced by whole multiples of pi (three constants whose first two
+// products are exact for |y| <= 1e4) and an odd polynomial of degree 11 is squared; no quadrant logic. The polynomial is a
+// Chebyshev fit of sin(r)/r in r^2 on |r| <= 1.0005 pi/2, largest error 1.8e-11 before rounding.
+// Beyond 1e4, and for NaN and infinity, libm's double-precision sine decides.
+#pragma once
+#include "vec.h"
+
+#include <math.h>
+
+namespace dcx {
+namespace DCX_NS {
+
+static inline float snake_scalar(float x, float alpha) {
+  const double s = sin(static_cast<double>(alpha) * static_cast<double>(x));
+  return static_cast<float>(static_cast<double>(x) + s * s / static_cast<double>(alpha + 1e-9f));
+}
+
+// alpha and inverse: [channels padded to ld with zeros]; inverse is 1 / (alpha + 1e-9), 0 in the padding.
+static void snake_rows(float* tile, int64_t ld, int64_t rows, const float* alpha, const float* inverse) {
+  const Vec<float> inv_pi = vset1(0.318309886183790672f), magic = vset1(12582912.0f), limit = vset1(1e4f);
+  const Vec<float> pi_a = vset1(-3.140625f), pi_b = vset1(-9.67502593994140625e-4f), pi_c = vset1(-1.509957990978376e-7f);
+  const Vec<float> k1 = vset1(-0.166666666165675098f), k2 = vset1(0.00833333096483573796f),
+                   k3 = vset1(-0.000198408599651234484f), k4 = vset1(2.75252066005060225e-6f),
+                   k5 = vset1(-2.38880801039586421e-8f), one = vset1(1.0f);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = tile + r * ld;
+    for (int64_t c = 0; c < ld; c += kLanes<float>) {
+      const Vec<float> x = vload<float>(row + c), a = vload<float>(alpha + c);
+      const Vec<float> y = a * x;
+      const IVec<float> inside = (y <= limit) & (y >= -limit);
+      const Vec<float> n = (y * inv_pi + magic) - magic;
+      Vec<float> t = vfma(n, pi_c, vfma(n, pi_b, vfma(n, pi_a, y)));
+      const Vec<float> s = t * t;
+      Vec<float> p = vfma(s, k5, k4);
+      p = vfma(p, s, k3);
+      p = vfma(p, s, k2);
+      p = vfma(p, s, k1);
+      p = vfma(p, s, one);
+      t = t * p;
+      const Vec<float> out = vfma(t * t, vload<float>(inverse + c), x);
+      if (__builtin_expect(vany<float>(~inside), 0)) {
+        for (int64_t i = c; i < c + kLanes<float>; ++i) {
+          const float value = alpha[i] * row[i];
+          row[i] = fabsf(value) <= 1e4f ? out[i - c] : snake_scalar(row[i], alpha[i]);
+        }
+      } else {
+        vstore<float>(row + c, out);
+      }
+    }
+  }
+}
+
+static void snake_rows(double* tile, int64_t ld, int64_t rows, const double* alpha, const double* inverse) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < ld; ++c) {
+      const double s = sin(alpha[c] * tile[r * ld + c]);
+      tile[r * ld + c] += s * s * inverse[c];
+    }
+}
+
+// Fills alpha and inverse, each [ld], from alpha [channels]; both live in `out`, [2 * ld].
+template <class T>
+static void snake_prepare(T* out, int64_t ld, const T* alpha, int64_t channels) {
+  for (int64_t c = 0; c < ld; ++c) {
+    out[c] = c < channels ? alpha[c] : T(0);
+    out[ld + c] = c < channels ? T(1) / (alpha[c] + T(1e-9)) : T(0);
+  }
+}
+
+template <class T>
+static void add_bias(T* tile, int64_t ld, int64_t rows, const T* bias) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < ld; c += kLanes<T>)
+      vstore<T>(tile + r * ld + c, vload<T>(tile + r * ld + c) + vload<T>(bias + c));
+}
+
+}  // namespace DCX_NS
+}  // namespace dcx

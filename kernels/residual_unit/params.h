@@ -1,0 +1,27 @@
+#pragma once
+#include "../common/dtype.h"
+
+namespace dcx {
+
+// h[t] = bias1 + sum_k W1_k snake(x[t - pad_left + k * dilation], alpha1), k = 0..6
+// y[t] = x[t - pad_left + centre * dilation] + bias2 + W2 snake(h[t], alpha2)
+struct ResidualUnitParams {
+  TensorView x;         // [B, C, T]
+  TensorView y;         // [B, C, T']
+  const void* weight1;  // gemm_pack.h panels of [7][C] x C, compute type (float, or double when x is f64)
+  const void* weight2;  // panels of [1][C] x C
+  const void* bias1;    // [round_up(C, 16)], compute type, zero-padded
+  const void* bias2;
+  const void* alpha1;  // [C], compute type
+  const void* alpha2;
+  const int64_t* lengths;  // [B], null: T each
+  int64_t batch, channels, in_steps, out_steps;
+  int64_t dilation, pad_left, pad_right;
+  int64_t centre;  // the tap that the residual is aligned with: 3 centred, 6 causal
+};
+
+constexpr int64_t kResidualUnitTaps = 7;
+
+void launch_residual_unit_cpu(const ResidualUnitParams& params);
+
+}  // namespace dcx

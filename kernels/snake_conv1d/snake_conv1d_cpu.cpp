@@ -1,0 +1,120 @@
+// y = act(bias + conv(snake(x))) + residual, one parallel task per (clip, time tile).
+// A task loads its input rows as [time][channel], applies Snake in place, runs conv_gemm (a tap is a row offset, the
+// stride a longer row) into a tile, and finishes that tile in cache. One input channel is a GEMM over K contiguous samples; one
+// output channel sums over channel vectors, since a 16-column panel would be 15/16 zeros.
+#include "params.h"
+
+#include "../common/conv_shape.h"
+#include "../common/gemm.h"
+#include "../common/snake.h"
+#include "../common/tile_io.h"
+
+namespace dcx {
+namespace DCX_NS {
+namespace {
+
+// Input and output tile together, in bytes: half of a 1 MB L2, the rest is for the streamed weights.
+constexpr int64_t kTileBytes = 448 * 1024;
+// Wide layers stream megabytes of weights per tile; fewer rows than this and the stream would bound them.
+constexpr int64_t kMinTileRows = 96;
+
+enum Slot { kInput = 0, kOutput = 1, kResidual = 2, kShared = 7 };
+
+inline float tanh_of(float x) { return tanhf(x); }
+inline double tanh_of(double x) { return tanh(x); }
+inline float gelu_of(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+inline double gelu_of(double x) { return 0.5 * x * (1.0 + erf(x * 0.70710678118654752440)); }
+
+template <class T>
+void activate(T* tile, int64_t ld, int64_t rows, int64_t channels, Activation activation) {
+  if (activation == Activation::kNone) return;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; ++c) {
+      T& value = tile[r * ld + c];
+      value = activation == Activation::kTanh ? tanh_of(value) : gelu_of(value);
+    }
+}
+
+// out[r * 16] = sum over taps and channels; weight: [K][ld], zero past the channels, as is the tile.
+template <class T>
+void single_output(T* out, int64_t rows, const T* in, int64_t ld, int64_t row_stride, int64_t tap_stride, int64_t taps,
+                   const T* weight) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec<T> acc[2] = {Vec<T>{}, Vec<T>{}};
+    int64_t turn = 0;
+    for (int64_t k = 0; k < taps; ++k)
+      for (int64_t c = 0; c < ld; c += kLanes<T>, turn ^= 1)
+        acc[turn] = vfma(vload<T>(in + r * row_stride + k * tap_stride + c), vload<T>(weight + k * ld + c), acc[turn]);
+    out[r * kColumnUnit] = vsum<T>(acc[0] + acc[1]);
+  }
+}
+
+template <class T>
+void run(const SnakeConv1dParams& p) {
+  const bool single_input = p.in_channels == 1 && p.dilation == 1 && p.alpha == nullptr;
+  const bool single_column = p.out_channels == 1 && !single_input;
+  const int64_t in_ld = single_input ? 1 : round_up(p.in_channels, kColumnUnit);
+  const int64_t out_ld = round_up(p.out_channels, kColumnUnit);
+  const int64_t halo = p.dilation * (p.taps - 1) + 1;
+
+  T* shared = static_cast<T*>(
+      thread_scratch(kShared, static_cast<size_t>((2 + p.taps) * in_ld) * sizeof(T)));
+  if (p.alpha != nullptr) snake_prepare<T>(shared, in_ld, static_cast<const T*>(p.alpha), p.in_channels);
+  T* column = shared + 2 * in_ld;
+  if (single_column)
+    for (int64_t k = 0; k < p.taps; ++k)
+      for (int64_t c = 0; c < in_ld; ++c)
+        column[k * in_ld + c] =
+            c < p.in_channels ? static_cast<const T*>(p.weight)[(k * p.in_channels + c) * kColumnUnit] : T(0);
+
+  const int64_t row_bytes = (p.stride * in_ld + (p.residual.data != nullptr ? 2 : 1) * out_ld) * static_cast<int64_t>(sizeof(T));
+  const int64_t fitting = kTileBytes / row_bytes;
+  const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kColumnUnit);
+  const int64_t tiles = ceil_div(p.out_steps, rows);
+  const int64_t in_rows = (rows - 1) * p.stride + halo;
+
+  parallel(p.batch * tiles, [&](int64_t task) {
+    const int64_t b = task / tiles, t0 = task % tiles * rows;
+    const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
+    const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
+    const int64_t out_valid = p.lengths != nullptr ? conv_output_steps(in_valid, p.taps, p.stride, p.dilation,
+                                                                       p.pad_left, p.pad_right)
+                                                   : p.out_steps;
+    T* in = static_cast<T*>(thread_scratch(kInput, static_cast<size_t>(in_rows * in_ld) * sizeof(T)));
+    T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(rows * out_ld) * sizeof(T)));
+    const int64_t used = (count - 1) * p.stride + halo;
+    load_tile<T>(in, in_ld, used, p.in_channels, p.x, b, t0 * p.stride - p.pad_left, in_valid);
+    if (p.alpha != nullptr) snake_rows(in, in_ld, used, shared, shared + in_ld);
+    if (single_column) {
+      single_output<T>(out, count, in, in_ld, p.stride * in_ld, p.dilation * in_ld, p.taps, column);
+    } else {
+      GemmOperand<T> operand{in, p.stride * in_ld, p.dilation * in_ld, p.taps, p.in_channels};
+      if (single_input) operand = GemmOperand<T>{in, p.stride, 0, 1, p.taps};
+      conv_gemm<T>(count, operand, static_cast<const T*>(p.weight), p.out_channels, out, out_ld);
+    }
+    if (single_column)
+      for (int64_t r = 0; r < count; ++r) out[r * out_ld] += static_cast<const T*>(p.bias)[0];
+    else
+      add_bias<T>(out, out_ld, count, static_cast<const T*>(p.bias));
+    activate<T>(out, out_ld, count, p.out_channels, p.activation);
+    if (p.residual.data != nullptr) {
+      T* extra = static_cast<T*>(thread_scratch(kResidual, static_cast<size_t>(rows * out_ld) * sizeof(T)));
+      load_tile<T>(extra, out_ld, count, p.out_channels, p.residual, b, t0, out_valid);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t c = 0; c < p.out_channels; ++c) out[r * out_ld + c] += extra[r * out_ld + c];
+    }
+    store_tile<T>(out, out_ld, count, p.out_channels, p.y, b, t0, out_valid);
+  });
+}
+
+}  // namespace
+
+void snake_conv1d(const SnakeConv1dParams& p) {
+  if (p.x.dtype == DType::kF64)
+    run<double>(p);
+  else
+    run<float>(p);
+}
+
+}  // namespace DCX_NS
+}  // namespace dcx

@@ -1,0 +1,71 @@
+// y = bias + upsample(snake(x)), one parallel task per (clip, tile of frames), every phase of the tile from the same rows.
+// A phase is a conv_gemm whose output rows are S apart in the tile [frame][phase][channel]: neither col2im nor the repeated
+// signal exists.
+#include "params.h"
+
+#include "../common/gemm.h"
+#include "../common/snake.h"
+#include "../common/tile_io.h"
+
+namespace dcx {
+namespace DCX_NS {
+namespace {
+
+// Input and output tile together, in bytes: half of a 1 MB L2, the rest is for the streamed weights.
+constexpr int64_t kTileBytes = 512 * 1024;
+constexpr int64_t kMinTileFrames = 64;
+
+enum Slot { kInput = 0, kOutput = 1, kShared = 7 };
+
+template <class T>
+void run(const SnakeUpsample1dParams& p) {
+  const int64_t in_ld = round_up(p.in_channels, kColumnUnit), out_ld = round_up(p.out_channels, kColumnUnit);
+  const int64_t stride = p.phases.stride;
+  T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>(2 * in_ld) * sizeof(T)));
+  snake_prepare<T>(shared, in_ld, static_cast<const T*>(p.alpha), p.in_channels);
+  int64_t first = p.phases.first(0), last = first;
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    const int64_t begin = p.phases.first(phase), end = begin + p.phases.taps(phase);
+    if (begin < first) first = begin;
+    if (end > last) last = end;
+  }
+  const int64_t span = last - first;  // frames under one output frame
+
+  const int64_t frames_out = ceil_div(p.out_steps, stride);
+  const int64_t fitting = kTileBytes / ((in_ld + stride * out_ld) * static_cast<int64_t>(sizeof(T)));
+  const int64_t frames = tile_rows(frames_out, p.batch, fitting < kMinTileFrames ? kMinTileFrames : fitting, 8);
+  const int64_t tiles = ceil_div(frames_out, frames);
+
+  parallel(p.batch * tiles, [&](int64_t task) {
+    const int64_t b = task / tiles, q0 = task % tiles * frames;
+    const int64_t count = frames_out - q0 < frames ? frames_out - q0 : frames;
+    const int64_t steps = p.out_steps - q0 * stride < count * stride ? p.out_steps - q0 * stride : count * stride;
+    const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
+    const int64_t out_valid = p.lengths != nullptr ? p.phases.output_steps(in_valid) : p.out_steps;
+    T* in = static_cast<T*>(thread_scratch(kInput, static_cast<size_t>((frames + span) * in_ld) * sizeof(T)));
+    T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(frames * stride * out_ld) * sizeof(T)));
+    load_tile<T>(in, in_ld, count + span - 1, p.in_channels, p.x, b, q0 + first, in_valid);
+    snake_rows(in, in_ld, count + span - 1, shared, shared + in_ld);
+    const T* weight = static_cast<const T*>(p.weight);
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      const int64_t taps = p.phases.taps(phase);
+      const GemmOperand<T> operand{in + (p.phases.first(phase) - first) * in_ld, in_ld, in_ld, taps, p.in_channels};
+      conv_gemm<T>(count, operand, weight, p.out_channels, out + phase * out_ld, stride * out_ld);
+      weight += taps * p.in_channels * out_ld;
+    }
+    add_bias<T>(out, out_ld, steps, static_cast<const T*>(p.bias));
+    store_tile<T>(out, out_ld, steps, p.out_channels, p.y, b, q0 * stride, out_valid);
+  });
+}
+
+}  // namespace
+
+void snake_upsample1d(const SnakeUpsample1dParams& p) {
+  if (p.x.dtype == DType::kF64)
+    run<double>(p);
+  else
+    run<float>(p);
+}
+
+}  // namespace DCX_NS
+}  // namespace dcx
