@@ -19,16 +19,29 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'"(.+)"', (ROOT / "dualcodec_ext/_version.py").read_text()).group(1)
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
-DEPENDENCIES = ["numpy>=1.26", "safetensors>=0.4.3", "soundfile>=0.12", "soxr>=0.4", "typer>=0.12", "tqdm>=4.66"]
+DEPENDENCIES = [
+    "numpy>=1.26",
+    "safetensors>=0.4.3",
+    "soundfile>=0.12",
+    "soxr>=0.4",
+    "typer>=0.12",
+    "tqdm>=4.66",
+]
 PACKAGES = {
     "dualcodec_ext": "dualcodec_ext",
     **{
-        "dualcodec_ext." + str(p.relative_to(ROOT / "dualcodec_ext")).replace(os.sep, "."): str(p.relative_to(ROOT))
+        "dualcodec_ext." + str(p.relative_to(ROOT / "dualcodec_ext")).replace(os.sep, "."): str(
+            p.relative_to(ROOT)
+        )
         for p in sorted((ROOT / "dualcodec_ext").rglob("*"))
         if p.is_dir() and any(p.glob("*.py")) and "__pycache__" not in p.parts
     },
     "dualcodec_ext.kernels": "kernels",
-    **{f"dualcodec_ext.kernels.{p.name}": f"kernels/{p.name}" for p in sorted((ROOT / "kernels").iterdir()) if p.is_dir()},
+    **{
+        f"dualcodec_ext.kernels.{p.name}": f"kernels/{p.name}"
+        for p in sorted((ROOT / "kernels").iterdir())
+        if p.is_dir()
+    },
 }
 NEEDS_TORCH = {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel", "dist_info"}
 
@@ -95,7 +108,10 @@ def build_kernels(build_dir):
         "  description = kernels: $out",
     ]
     for source, target, flags in units:
-        lines += [f"build {escape(target)}: compile {escape(ROOT / 'kernels' / source)}", f"  flags = {' '.join(flags)}"]
+        lines += [
+            f"build {escape(target)}: compile {escape(ROOT / 'kernels' / source)}",
+            f"  flags = {' '.join(flags)}",
+        ]
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     try:
@@ -135,7 +151,11 @@ def main():
                 objects, sets = build_kernels(Path(self.build_temp).resolve() / "kernels")
                 for extension in self.extensions:
                     extension.extra_objects = objects
-                    extension.depends = [*objects, *map(str, ROOT.glob("csrc/*.h")), *map(str, ROOT.glob("kernels/**/*.h"))]
+                    extension.depends = [
+                        *objects,
+                        *map(str, ROOT.glob("csrc/*.h")),
+                        *map(str, ROOT.glob("kernels/**/*.h")),
+                    ]
                 super().build_extensions()
                 self.write_record(sets)
 
@@ -169,7 +189,10 @@ def main():
                 make(
                     "dualcodec_ext._C",
                     csrc + sources,
-                    extra_compile_args={"cxx": ["-O2", "-std=c++20", "-fvisibility=hidden"], "nvcc": ["-O3", "-std=c++20"]},
+                    extra_compile_args={
+                        "cxx": ["-O2", "-std=c++20", "-fvisibility=hidden"],
+                        "nvcc": ["-O3", "-std=c++20"],
+                    },
                 )
             ],
             "cmdclass": {"build_ext": BuildExtension},
@@ -182,7 +205,11 @@ def main():
         package_dir=PACKAGES,
         package_data={
             "dualcodec_ext": ["py.typed", "_build_record.json"],
-            **{name: ["*.h", "*.cuh", "*.cpp", "*.cu", "*.json", "README.md"] for name in PACKAGES if "kernels" in name},
+            **{
+                name: ["*.h", "*.cuh", "*.cpp", "*.cu", "*.json", "README.md"]
+                for name in PACKAGES
+                if "kernels" in name
+            },
         },
         **options,
     )

@@ -11,15 +11,28 @@
 #include "../kernels/common/runtime.h"
 
 TORCH_LIBRARY(dualcodec_ext, m) {
-  m.def("causal_dwconv1d(Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, float eps, Tensor? lengths) -> Tensor");
+  m.def(
+      "causal_dwconv1d(Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, float "
+      "eps, Tensor? lengths) -> Tensor");
   m.def("pack_conv1d(Tensor weight) -> Tensor");
   m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");
   m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding) -> Tensor");
-  m.def("residual_unit(Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed) -> Tensor");
-  m.def("rvq_lookup(Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? lengths, bool channels_last, Tensor? packed) -> Tensor");
-  m.def("rvq_search(Tensor z, Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias, int num_quantizers, bool return_quantized, bool return_margin, Tensor? lengths, Tensor? packed) -> (Tensor codes, Tensor quantized, Tensor margin)");
-  m.def("snake_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? alpha, int stride, int dilation, int[] padding, str activation, Tensor? residual, Tensor? lengths, Tensor? packed) -> Tensor");
-  m.def("snake_upsample1d(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? lengths, Tensor? packed) -> Tensor");
+  m.def(
+      "residual_unit(Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? "
+      "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed) -> Tensor");
+  m.def(
+      "rvq_lookup(Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? lengths, "
+      "bool channels_last, Tensor? packed) -> Tensor");
+  m.def(
+      "rvq_search(Tensor z, Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias, "
+      "int num_quantizers, bool return_quantized, bool return_margin, Tensor? lengths, Tensor? packed) -> (Tensor "
+      "codes, Tensor quantized, Tensor margin)");
+  m.def(
+      "snake_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? alpha, int stride, int dilation, int[] padding, str "
+      "activation, Tensor? residual, Tensor? lengths, Tensor? packed) -> Tensor");
+  m.def(
+      "snake_upsample1d(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, "
+      "Tensor? lengths, Tensor? packed) -> Tensor");
 }
 
 namespace {
@@ -77,8 +90,9 @@ PYBIND11_MODULE(_C, m) {
     TORCH_CHECK_VALUE(set_gemm(gemm), "DUALCODEC_EXT_GEMM must be own or, where torch has it, brgemm, got ", gemm);
   m.def("cpu_features", &cpu_features, "Instruction sets: {name: {compiled, detected}}.");
   m.def("active_isa", [] { return std::string(dcx::isa_name(dcx::active_isa())); }, "The instruction set in use.");
-  m.def("active_isa_error", [] { return std::string(dcx::active_isa_error()); },
-        "Why DUALCODEC_EXT_ISA was not followed; empty when it was.");
+  m.def(
+      "active_isa_error", [] { return std::string(dcx::active_isa_error()); },
+      "Why DUALCODEC_EXT_ISA was not followed; empty when it was.");
   m.def("set_isa", &set_isa, "Switches kernels to generic, avx2 or avx512; False when that can't run here.");
   m.def("set_gemm", &set_gemm, "Switches the small GEMM to own or brgemm (torch's); False when that is not built in.");
 }

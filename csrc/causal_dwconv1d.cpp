@@ -9,9 +9,9 @@ namespace {
 
 constexpr int64_t kMaxTaps = 64;
 
-at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|bf16|f16
-                               const at::Tensor& weight,     // [C, K]
-                               const OptionalTensor& bias,   // [C]
+at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,         // [B, C, T] f32|f64|bf16|f16
+                               const at::Tensor& weight,    // [C, K]
+                               const OptionalTensor& bias,  // [C]
                                at::IntArrayRef padding,
                                const OptionalTensor& ln_weight,  // [C]
                                const OptionalTensor& ln_bias,    // [C]

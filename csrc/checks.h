@@ -36,8 +36,8 @@ inline DType kernel_dtype(at::ScalarType dtype) {
 }
 
 inline void check_float(const char* op, const char* name, const at::Tensor& t) {
-  DCX_CHECK(is_compute_dtype(t.scalar_type()), op, ": ", name,
-            " must be float32, float64, bfloat16 or float16, got ", t.scalar_type());
+  DCX_CHECK(is_compute_dtype(t.scalar_type()), op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
+            t.scalar_type());
 }
 
 // A [B, C, T] signal.
@@ -47,8 +47,8 @@ inline void check_signal(const char* op, const char* name, const at::Tensor& t) 
 }
 
 // A tensor of the exact shape, of any supported float type, on x's device.
-inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape, const char* needed,
-                        const at::Tensor& x) {
+inline void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape,
+                        const char* needed, const at::Tensor& x) {
   DCX_CHECK(t.sizes() == shape, op, ": ", name, " must be ", needed, " = ", shape, ", got ", shape_text(t));
   check_float(op, name, t);
   DCX_CHECK(t.device() == x.device(), op, ": ", name, " must be on ", x.device(), " as the input is, got ", t.device());
@@ -80,7 +80,8 @@ inline at::Tensor check_lengths(const char* op, const OptionalTensor& lengths, i
   const at::Tensor host = lengths->to(at::kCPU).contiguous();
   const int64_t* values = host.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b)
-    DCX_CHECK(values[b] >= 0 && values[b] <= steps, op, ": lengths[", b, "] must be in 0..", steps, ", got ", values[b]);
+    DCX_CHECK(values[b] >= 0 && values[b] <= steps, op, ": lengths[", b, "] must be in 0..", steps, ", got ",
+              values[b]);
   return host;
 }
 

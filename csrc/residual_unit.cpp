@@ -8,15 +8,15 @@
 namespace dcx {
 namespace {
 
-at::Tensor residual_unit_cpu(const at::Tensor& x,           // [B, C, T] f32|f64|bf16|f16
-                             const at::Tensor& alpha1,      // [C]
-                             const at::Tensor& weight1,     // [C, C, 7]
-                             const OptionalTensor& bias1,   // [C]
-                             const at::Tensor& alpha2,      // [C]
-                             const at::Tensor& weight2,     // [C, C, 1]
-                             const OptionalTensor& bias2,   // [C]
+at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|bf16|f16
+                             const at::Tensor& alpha1,     // [C]
+                             const at::Tensor& weight1,    // [C, C, 7]
+                             const OptionalTensor& bias1,  // [C]
+                             const at::Tensor& alpha2,     // [C]
+                             const at::Tensor& weight2,    // [C, C, 1]
+                             const OptionalTensor& bias2,  // [C]
                              int64_t dilation, at::IntArrayRef padding, bool causal,
-                             const OptionalTensor& lengths,  // [B] i64
+                             const OptionalTensor& lengths,   // [B] i64
                              const OptionalTensor& packed) {  // both weights' panels, joined
   const char* op = "residual_unit";
   check_signal(op, "x", x);

@@ -9,14 +9,14 @@
 namespace dcx {
 namespace {
 
-at::Tensor rvq_lookup_cpu(const at::Tensor& codes,           // [B, q, F] integers, q <= Q
-                          const at::Tensor& codebooks,       // [Q, N, D]
-                          const at::Tensor& out_weight,      // [Q, C, D]
-                          const at::Tensor& out_bias,        // [Q, C]
-                          const OptionalTensor& addend,      // [B, C, F] f32|f64|bf16|f16
-                          const OptionalTensor& lengths,     // [B] i64
+at::Tensor rvq_lookup_cpu(const at::Tensor& codes,        // [B, q, F] integers, q <= Q
+                          const at::Tensor& codebooks,    // [Q, N, D]
+                          const at::Tensor& out_weight,   // [Q, C, D]
+                          const at::Tensor& out_bias,     // [Q, C]
+                          const OptionalTensor& addend,   // [B, C, F] f32|f64|bf16|f16
+                          const OptionalTensor& lengths,  // [B] i64
                           bool channels_last,
-                          const OptionalTensor& packed) {    // as pack_rvq made it
+                          const OptionalTensor& packed) {  // as pack_rvq made it
   const char* op = "rvq_lookup";
   DCX_CHECK(codes.dim() == 3, op, ": codes must be [B, q, F], got ", shape_text(codes));
   DCX_CHECK(c10::isIntegralType(codes.scalar_type(), false), op, ": codes must be integers, got ", codes.scalar_type());
@@ -30,8 +30,7 @@ at::Tensor rvq_lookup_cpu(const at::Tensor& codes,           // [B, q, F] intege
   p.used = codes.size(1);
   p.frames = codes.size(2);
   const bool has_addend = addend.has_value() && addend->defined();
-  if (has_addend)
-    check_shape(op, "addend", *addend, {p.batch, layout.channels, p.frames}, "[B, C, F]", codes);
+  if (has_addend) check_shape(op, "addend", *addend, {p.batch, layout.channels, p.frames}, "[B, C, F]", codes);
   const at::Tensor& like = has_addend ? *addend : out_weight;
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.frames);
   const at::ScalarType dtype = accumulate_dtype(like.scalar_type());

@@ -19,7 +19,8 @@ template <class T>
 void pack_into(T* out, const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
                const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias) {
   const int64_t stages = layout.stages, entries = layout.entries, dim = layout.dim, channels = layout.channels;
-  const at::Tensor books_tensor = as_double(codebooks), v_tensor = as_double(out_weight), b_tensor = as_double(out_bias);
+  const at::Tensor books_tensor = as_double(codebooks), v_tensor = as_double(out_weight),
+                   b_tensor = as_double(out_bias);
   const double* books = books_tensor.const_data_ptr<double>();
   const double* v = v_tensor.const_data_ptr<double>();
   const double* b = b_tensor.const_data_ptr<double>();
@@ -70,8 +71,8 @@ void pack_into(T* out, const RvqLayout& layout, const at::Tensor& in_weight, con
 
   // [Q D] x C: the reduction runs over (stage, dim), whose stride is that of a [Q, C, D] tensor brought to [Q, D, C].
   const at::Tensor reduction_first = v_tensor.transpose(1, 2).contiguous();
-  pack_panels(out + layout.out_panels(), reduction_first.const_data_ptr<double>(), 1, stages * dim, channels, 0, channels,
-              int64_t{1});
+  pack_panels(out + layout.out_panels(), reduction_first.const_data_ptr<double>(), 1, stages * dim, channels, 0,
+              channels, int64_t{1});
   for (int64_t c = 0; c < channels; ++c) {
     double sum = 0;
     for (int64_t i = 0; i < stages; ++i) {
@@ -94,16 +95,16 @@ at::Tensor pack_rvq_cpu(const at::Tensor& in_weight,   // [Q, D, C]
                         accumulate_dtype(codebooks.scalar_type()));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rvq_search_cpu(
-    const at::Tensor& z,           // [B, C, F] f32|f64|bf16|f16
-    const at::Tensor& in_weight,   // [Q, D, C]
-    const at::Tensor& in_bias,     // [Q, D]
-    const at::Tensor& codebooks,   // [Q, N, D]
-    const at::Tensor& out_weight,  // [Q, C, D]
-    const at::Tensor& out_bias,    // [Q, C]
-    int64_t num_quantizers, bool return_quantized, bool return_margin,
-    const OptionalTensor& lengths,   // [B] i64
-    const OptionalTensor& packed) {  // as pack_rvq made it
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rvq_search_cpu(const at::Tensor& z,  // [B, C, F] f32|f64|bf16|f16
+                                                              const at::Tensor& in_weight,   // [Q, D, C]
+                                                              const at::Tensor& in_bias,     // [Q, D]
+                                                              const at::Tensor& codebooks,   // [Q, N, D]
+                                                              const at::Tensor& out_weight,  // [Q, C, D]
+                                                              const at::Tensor& out_bias,    // [Q, C]
+                                                              int64_t num_quantizers, bool return_quantized,
+                                                              bool return_margin,
+                                                              const OptionalTensor& lengths,   // [B] i64
+                                                              const OptionalTensor& packed) {  // as pack_rvq made it
   const char* op = "rvq_search";
   check_signal(op, "z", z);
   const RvqLayout layout = check_quantizer(op, codebooks, out_weight, out_bias, z);
@@ -129,8 +130,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rvq_search_cpu(
   at::Tensor quantized = return_quantized
                              ? empty_signal(p.batch, layout.channels, p.frames, options, is_channels_last(z))
                              : at::empty({0}, options);
-  at::Tensor margin =
-      return_margin ? at::empty({p.batch, p.used, p.frames}, options.dtype(dtype)) : at::empty({0}, options.dtype(dtype));
+  at::Tensor margin = return_margin ? at::empty({p.batch, p.used, p.frames}, options.dtype(dtype))
+                                    : at::empty({0}, options.dtype(dtype));
   if (codes.numel() == 0) return {codes, quantized, margin};
   p.z = view_of(z);
   p.codes = codes.mutable_data_ptr<int64_t>();

@@ -22,7 +22,8 @@ at::Tensor pack_as(const at::Tensor& weight) {
   const at::Tensor values = weight.detach().to(c10::CppTypeToScalarType<T>::value).contiguous();
   const int64_t columns = values.size(0), channels = values.size(1), taps = values.size(2);
   at::Tensor packed = at::empty({taps * channels * round_up(columns, kColumnUnit)}, values.options());
-  pack_panels(packed.mutable_data_ptr<T>(), values.const_data_ptr<T>(), taps, channels, columns, 1, taps, channels * taps);
+  pack_panels(packed.mutable_data_ptr<T>(), values.const_data_ptr<T>(), taps, channels, columns, 1, taps,
+              channels * taps);
   return packed;
 }
 
@@ -32,8 +33,8 @@ at::Tensor pack_conv1d_cpu(const at::Tensor& weight) {  // [Cout, Cin, K]
   return weight.scalar_type() == at::kDouble ? pack_as<double>(weight) : pack_as<float>(weight);
 }
 
-at::Tensor snake_conv1d_cpu(const at::Tensor& x,       // [B, Cin, T] f32|f64|bf16|f16
-                            const at::Tensor& weight,  // [Cout, Cin, K]
+at::Tensor snake_conv1d_cpu(const at::Tensor& x,          // [B, Cin, T] f32|f64|bf16|f16
+                            const at::Tensor& weight,     // [Cout, Cin, K]
                             const OptionalTensor& bias,   // [Cout]
                             const OptionalTensor& alpha,  // [Cin]
                             int64_t stride, int64_t dilation, at::IntArrayRef padding, c10::string_view activation,
@@ -42,8 +43,8 @@ at::Tensor snake_conv1d_cpu(const at::Tensor& x,       // [B, Cin, T] f32|f64|bf
                             const OptionalTensor& packed) {
   const char* op = "snake_conv1d";
   check_signal(op, "x", x);
-  DCX_CHECK(weight.dim() == 3 && weight.size(1) == x.size(1), op, ": weight must be [Cout, Cin, K] with Cin = ",
-            x.size(1), ", got ", shape_text(weight));
+  DCX_CHECK(weight.dim() == 3 && weight.size(1) == x.size(1), op,
+            ": weight must be [Cout, Cin, K] with Cin = ", x.size(1), ", got ", shape_text(weight));
   DCX_CHECK(weight.size(0) > 0 && weight.size(1) > 0 && weight.size(2) > 0, op, ": weight must not be empty, got ",
             shape_text(weight));
   check_float(op, "weight", weight);

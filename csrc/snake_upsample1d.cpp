@@ -52,14 +52,15 @@ at::Tensor pack_as(const at::Tensor& weight, const UpsamplePhases& phases) {
   return packed;
 }
 
-at::Tensor pack_upsample1d_cpu(const at::Tensor& weight, int64_t stride, c10::string_view mode, at::IntArrayRef padding) {
+at::Tensor pack_upsample1d_cpu(const at::Tensor& weight, int64_t stride, c10::string_view mode,
+                               at::IntArrayRef padding) {
   const UpsamplePhases phases = parse_phases("pack_upsample1d", stride, mode, padding);
   return weight.scalar_type() == at::kDouble ? pack_as<double>(weight, phases) : pack_as<float>(weight, phases);
 }
 
-at::Tensor snake_upsample1d_cpu(const at::Tensor& x,       // [B, Cin, T] f32|f64|bf16|f16
-                                const at::Tensor& alpha,   // [Cin]
-                                const at::Tensor& weight,  // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
+at::Tensor snake_upsample1d_cpu(const at::Tensor& x,         // [B, Cin, T] f32|f64|bf16|f16
+                                const at::Tensor& alpha,     // [Cin]
+                                const at::Tensor& weight,    // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
                                 const OptionalTensor& bias,  // [Cout]
                                 int64_t stride, c10::string_view mode, at::IntArrayRef padding,
                                 const OptionalTensor& lengths,  // [B] i64
@@ -69,7 +70,8 @@ at::Tensor snake_upsample1d_cpu(const at::Tensor& x,       // [B, Cin, T] f32|f6
   SnakeUpsample1dParams p{};
   p.phases = parse_phases(op, stride, mode, padding);
   const auto [in_channels, out_channels] = weight_channels(op, weight, p.phases);
-  DCX_CHECK(in_channels == x.size(1), op, ": weight must have Cin = ", x.size(1), " as x does, got ", shape_text(weight));
+  DCX_CHECK(in_channels == x.size(1), op, ": weight must have Cin = ", x.size(1), " as x does, got ",
+            shape_text(weight));
   p.batch = x.size(0);
   p.in_channels = in_channels;
   p.in_steps = x.size(2);
@@ -79,10 +81,9 @@ at::Tensor snake_upsample1d_cpu(const at::Tensor& x,       // [B, Cin, T] f32|f6
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, in_channels, x);
   const at::Tensor bias_values = padded_bias(op, "bias", bias, out_channels, x);
-  const at::Tensor panels =
-      packed_or(op, packed, p.phases.total_taps() * in_channels * round_up(out_channels, kColumnUnit), x, [&] {
-        return pack_upsample1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), stride, mode, padding);
-      });
+  const at::Tensor panels = packed_or(
+      op, packed, p.phases.total_taps() * in_channels * round_up(out_channels, kColumnUnit), x,
+      [&] { return pack_upsample1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), stride, mode, padding); });
   at::Tensor y = empty_signal(p.batch, out_channels, p.out_steps, x.options(), is_channels_last(x));
   if (y.numel() == 0) return y;
   p.x = view_of(x);

@@ -102,5 +102,7 @@ def _read_settings(model: Any) -> dict[str, Any]:
         ) from None
     for block in blocks:
         if getattr(block, "gamma", None) is not None or getattr(block, "adanorm", False):
-            raise DualCodecError("accelerate: model must have plain ConvNeXt blocks, got one with gamma or AdaLayerNorm")
+            raise DualCodecError(
+                "accelerate: model must have plain ConvNeXt blocks, got one with gamma or AdaLayerNorm"
+            )
     return settings

@@ -45,12 +45,18 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the compiled module was built for torch {built}, this is torch {here}: {_REBUILD}"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if record.get("python") != python:
-        return None, f"the compiled module was built for Python {record.get('python')}, this is {python}: {_REBUILD}"
+        return (
+            None,
+            f"the compiled module was built for Python {record.get('python')}, this is {python}: {_REBUILD}",
+        )
     try:
         return importlib.import_module("dualcodec_ext._C"), ""
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         text = str(error).strip().splitlines()
-        return None, f"the compiled module can't be loaded ({text[0] if text else type(error).__name__}): {_REBUILD}"
+        return (
+            None,
+            f"the compiled module can't be loaded ({text[0] if text else type(error).__name__}): {_REBUILD}",
+        )
 
 
 def load_module() -> ModuleType | None:
@@ -116,10 +122,18 @@ def doctor() -> str:
         f"compiled module: {'usable' if not unavailable_reason() else 'not usable: ' + unavailable_reason()}",
     ]
     if built:
-        cuda = f"CUDA {built['cuda']} for {', '.join(built['cuda_archs'])}" if built.get("cuda") else "no CUDA"
+        cuda = (
+            f"CUDA {built['cuda']} for {', '.join(built['cuda_archs'])}" if built.get("cuda") else "no CUDA"
+        )
         lines.append(f"built with: torch {built.get('torch')}, {built.get('compiler')}, {cuda}")
     for name, facts in info["cpu"].items():
-        state = "in use" if name == info["active_isa"] else "ready" if facts["compiled"] and facts["detected"] else ""
+        state = (
+            "in use"
+            if name == info["active_isa"]
+            else "ready"
+            if facts["compiled"] and facts["detected"]
+            else ""
+        )
         why = "not compiled" if not facts["compiled"] else "not on this CPU"
         lines.append(f"instruction set {name}: {state or why}")
     module = load_module()
@@ -132,5 +146,7 @@ def doctor() -> str:
         ("huggingface_hub", "hub", "downloads from the hub"),
     ):
         found = importlib.util.find_spec(package) is not None
-        lines.append(f"{use}: {'ready' if found else f'''need {package}: pip install 'dualcodec-ext[{extra}]' '''.strip()}")
+        lines.append(
+            f"{use}: {'ready' if found else f'''need {package}: pip install 'dualcodec-ext[{extra}]' '''.strip()}"
+        )
     return "\n".join(lines)

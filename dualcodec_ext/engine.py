@@ -71,11 +71,21 @@ class ConvStep:
 
     @classmethod
     def of_conv(
-        cls, conv: WNConv1d | CausalConv1d, dtype: torch.dtype, alpha: Tensor | None = None, activation: str = "none"
+        cls,
+        conv: WNConv1d | CausalConv1d,
+        dtype: torch.dtype,
+        alpha: Tensor | None = None,
+        activation: str = "none",
     ) -> ConvStep:
         inner = conv.conv if isinstance(conv, CausalConv1d) else conv
         return cls.of(
-            inner.folded_weight(dtype), inner.bias, alpha, inner.stride, inner.dilation, inner.padding, activation
+            inner.folded_weight(dtype),
+            inner.bias,
+            alpha,
+            inner.stride,
+            inner.dilation,
+            inner.padding,
+            activation,
         )
 
     def __call__(self, signal: Signal, residual: Tensor | None = None) -> Signal:
@@ -123,7 +133,13 @@ class UpsampleStep:
         packed = packing.pack_upsample1d(weight, conv.stride, mode, padding)
         flat = alpha.detach().reshape(-1).to(dtype, copy=True)
         return cls(
-            flat, _placeholder(weight.shape, dtype), packed, _vector(inner.bias, dtype), conv.stride, mode, padding
+            flat,
+            _placeholder(weight.shape, dtype),
+            packed,
+            _vector(inner.bias, dtype),
+            conv.stride,
+            mode,
+            padding,
         )
 
     def __call__(self, signal: Signal) -> Signal:
@@ -201,7 +217,9 @@ class ConvNeXtStep:
 
     @classmethod
     def of(cls, block: reference.ConvNeXtBlock, dtype: torch.dtype) -> ConvNeXtStep:
-        depthwise = block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(dtype, copy=True)
+        depthwise = (
+            block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(dtype, copy=True)
+        )
         taps = depthwise.shape[1]
         return cls(
             depthwise,
@@ -218,7 +236,14 @@ class ConvNeXtStep:
         x, lengths = signal
         ln_weight, ln_bias, eps = self.norm
         y = ops.causal_dwconv1d(
-            x, self.weight, self.bias, padding=self.padding, ln_weight=ln_weight, ln_bias=ln_bias, eps=eps, lengths=lengths
+            x,
+            self.weight,
+            self.bias,
+            padding=self.padding,
+            ln_weight=ln_weight,
+            ln_bias=ln_bias,
+            eps=eps,
+            lengths=lengths,
         )
         return self.contract(self.expand((y, lengths)), residual=x)
 
@@ -260,7 +285,11 @@ class Quantizer:
         )
 
     def search(
-        self, z: Tensor, lengths: Tensor | None, num_quantizers: int | None = None, return_quantized: bool = False
+        self,
+        z: Tensor,
+        lengths: Tensor | None,
+        num_quantizers: int | None = None,
+        return_quantized: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         result = ops.rvq_search(
             z,
@@ -276,9 +305,13 @@ class Quantizer:
         )
         return result[0], result[1]
 
-    def lookup(self, codes: Tensor, lengths: Tensor | None, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def lookup(
+        self, codes: Tensor, lengths: Tensor | None, addend: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         if addend is None:  # carries the dtype and the layout of the result
-            addend = torch.zeros(1, dtype=dtype).expand(codes.shape[0], codes.shape[2], self.out_weight.shape[1])
+            addend = torch.zeros(1, dtype=dtype).expand(
+                codes.shape[0], codes.shape[2], self.out_weight.shape[1]
+            )
             addend = addend.contiguous().transpose(1, 2)
         return ops.rvq_lookup(
             codes,
@@ -402,7 +435,9 @@ class Engine:
         residual = z[..., :frames] - semantic_latent
         return self._acoustic_quantizer.search(residual, frame_lengths, num_quantizers)[0]
 
-    def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
+    def decode(
+        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None
+    ) -> Tensor:
         """Turn codes [B, 1, F] and [B, q, F] (or None) into audio [B, 1, S']."""
         latent = self._semantic_quantizer.lookup(semantic_codes, frame_lengths, None, self.dtype)
         if self._decode_semantic:

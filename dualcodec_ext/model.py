@@ -77,7 +77,9 @@ class DualCodec(reference.DualCodec):
         try:
             state = load_file(str(path))
         except FileNotFoundError:
-            raise DualCodecError(f"checkpoint: {path} must be a safetensors file, it does not exist") from None
+            raise DualCodecError(
+                f"checkpoint: {path} must be a safetensors file, it does not exist"
+            ) from None
         except (SafetensorError, OSError) as error:
             raise DualCodecError(f"checkpoint: {path} must be a readable safetensors file: {error}") from None
         _check_state(state, self.state_dict(), path)
@@ -106,7 +108,9 @@ class DualCodec(reference.DualCodec):
         """Return the engine to run on, or None when the reference is to run."""
         if self._released:
             if _common.choose_backend(torch.device("cpu"), self.compute_dtype) == "reference":
-                raise DualCodecError("DualCodec: the reference needs the parameters, which release=True has freed")
+                raise DualCodecError(
+                    "DualCodec: the reference needs the parameters, which release=True has freed"
+                )
             return self._engine_state[1] if self._engine_state else None
         parameter = next(self.parameters())
         dtype = self.compute_dtype
@@ -125,7 +129,9 @@ class DualCodec(reference.DualCodec):
         if self.training:
             raise DualCodecError("DualCodec.release: the model must be in eval mode, got training mode")
         if self._engine() is None:
-            raise DualCodecError("DualCodec.release: the engine must be able to run here; dx.doctor() says why it is not")
+            raise DualCodecError(
+                "DualCodec.release: the engine must be able to run here; dx.doctor() says why it is not"
+            )
         self._compute_dtype = self.compute_dtype
         self._released = True
         for parameter in self.parameters():
@@ -133,7 +139,9 @@ class DualCodec(reference.DualCodec):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._released:
-            raise DualCodecError("DualCodec: a model whose parameters were released can't be copied or pickled")
+            raise DualCodecError(
+                "DualCodec: a model whose parameters were released can't be copied or pickled"
+            )
         return {**self.__dict__, "_engine_state": None}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +181,9 @@ class DualCodec(reference.DualCodec):
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        what = f"lacks {missing[0]} ({len(missing)} such)" if missing else f"has {extra[0]} ({len(extra)} such)"
+        what = (
+            f"lacks {missing[0]} ({len(missing)} such)" if missing else f"has {extra[0]} ({len(extra)} such)"
+        )
         raise DualCodecError(f"checkpoint: {path} must have this model's parameters, it {what}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:

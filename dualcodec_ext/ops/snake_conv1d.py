@@ -75,7 +75,9 @@ def _fake(
     lengths: Any,
     packed: Any,
 ) -> Tensor:
-    return empty_signal(x, weight.shape[0], conv_steps(x.shape[2], weight.shape[2], stride, dilation, padding))
+    return empty_signal(
+        x, weight.shape[0], conv_steps(x.shape[2], weight.shape[2], stride, dilation, padding)
+    )
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:

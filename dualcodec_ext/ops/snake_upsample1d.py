@@ -51,12 +51,24 @@ def snake_upsample1d(
     """
     pair = check_pair("snake_upsample1d", padding)
     if choose_backend(x.device, x.dtype) == "reference":
-        return reference.snake_upsample1d_ref(x, alpha, weight, bias, stride, mode, (pair[0], pair[1]), lengths)
-    return torch.ops.dualcodec_ext.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed)
+        return reference.snake_upsample1d_ref(
+            x, alpha, weight, bias, stride, mode, (pair[0], pair[1]), lengths
+        )
+    return torch.ops.dualcodec_ext.snake_upsample1d(
+        x, alpha, weight, bias, stride, mode, pair, lengths, packed
+    )
 
 
 def _fake(
-    x: Tensor, alpha: Any, weight: Tensor, bias: Any, stride: int, mode: str, padding: Any, lengths: Any, packed: Any
+    x: Tensor,
+    alpha: Any,
+    weight: Tensor,
+    bias: Any,
+    stride: int,
+    mode: str,
+    padding: Any,
+    lengths: Any,
+    packed: Any,
 ) -> Tensor:
     steps, repeat = x.shape[2], mode == "repeat"
     pad = padding[0] + padding[1]

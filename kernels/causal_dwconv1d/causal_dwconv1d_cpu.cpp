@@ -1,6 +1,6 @@
 // y = LayerNorm(bias + depthwise conv(x)), one parallel task per (clip, time tile).
-// A task loads its rows as [time][channel]; a row of the output is K multiply-adds per channel register, then, while the row is in
-// L1, its mean and variance in two passes. Nothing crosses rows, so a tile may start anywhere.
+// A task loads its rows as [time][channel]; a row of the output is K multiply-adds per channel register, then, while
+// the row is in L1, its mean and variance in two passes. Nothing crosses rows, so a tile may start anywhere.
 #include "params.h"
 
 #include "../common/conv_shape.h"
@@ -59,9 +59,8 @@ void run(const CausalDwconv1dParams& p) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    const int64_t out_valid = p.lengths != nullptr
-                                  ? conv_output_steps(in_valid, p.taps, 1, 1, p.pad_left, p.pad_right)
-                                  : p.out_steps;
+    const int64_t out_valid =
+        p.lengths != nullptr ? conv_output_steps(in_valid, p.taps, 1, 1, p.pad_left, p.pad_right) : p.out_steps;
     T* in = static_cast<T*>(thread_scratch(kInput, static_cast<size_t>((rows + halo) * ld) * sizeof(T)));
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(rows * ld) * sizeof(T)));
     load_tile<T>(in, ld, count + halo, p.channels, p.x, b, t0 - p.pad_left, in_valid);

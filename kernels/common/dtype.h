@@ -15,9 +15,7 @@ struct TensorView {
   int64_t stride_t = 0;
 };
 
-inline int64_t element_size(DType dtype) {
-  return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
-}
+inline int64_t element_size(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 
 // Channel counts are padded to this many columns in packed weights and scratch tiles: one AVX-512 register of floats,
 // so that no kernel needs a masked column.

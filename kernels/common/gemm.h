@@ -1,7 +1,8 @@
 // conv_gemm: C[m, n] = sum over taps k and channels c of A[m * row_stride + k * tap_stride + c] * B[k, c, n].
 // The one reduction under every convolution and projection: a dilated tap is a row offset, a stride a longer row.
 // A register block of MR rows x NV vectors runs down the reduction in order, in blocks that depend on
-// (taps, channels) alone, each block summed from zero and then added: an output's value depends neither on M nor on the tile.
+// (taps, channels) alone, each block summed from zero and then added: an output's value depends neither on M nor on the
+// tile.
 #pragma once
 #include "gemm_pack.h"
 #include "runtime.h"

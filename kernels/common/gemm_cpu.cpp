@@ -5,15 +5,16 @@ namespace DCX_NS {
 namespace {
 
 template <class T, int MR, int NV>
-inline void micro_kernel(const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels,
-                                const T* b, int64_t b_stride, T* c, int64_t ld_c, bool add) {
+inline void micro_kernel(const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels, const T* b,
+                         int64_t b_stride, T* c, int64_t ld_c, bool add) {
   Vec<T> acc[MR][NV];  // every loop over it is unrolled, or it would live in memory
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) acc[m][n] = Vec<T>{};
   for (int64_t k = 0; k < taps; ++k) {
-    // Base rows three apart keep the addresses within base + {0, 1, 2} * row_stride, which x86 encodes without extra registers.
+    // Base rows three apart keep the addresses within base + {0, 1, 2} * row_stride, which x86 encodes without extra
+    // registers.
     const T* rows[(MR + 2) / 3];
 #pragma GCC unroll 8
     for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + k * tap_stride + 3 * g * row_stride;
@@ -40,8 +41,8 @@ inline void micro_kernel(const T* a, int64_t row_stride, int64_t tap_stride, int
 }
 
 template <class T, int MR, int NV>
-inline void row_block(int64_t rows, const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps,
-                             int64_t channels, const T* b, int64_t b_stride, T* c, int64_t ld_c, bool add) {
+inline void row_block(int64_t rows, const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels,
+                      const T* b, int64_t b_stride, T* c, int64_t ld_c, bool add) {
   if constexpr (MR > 1) {
     if (rows < MR) {
       row_block<T, MR - 1, NV>(rows, a, row_stride, tap_stride, taps, channels, b, b_stride, c, ld_c, add);
@@ -55,24 +56,26 @@ inline void row_block(int64_t rows, const T* a, int64_t row_stride, int64_t tap_
 template <int NV>
 constexpr int kBlockRows =
 #if DCX_ISA == 2
-    NV == 3 ? 9 : NV == 2 ? 13 : 16;
+    NV == 3   ? 9
+    : NV == 2 ? 13
+              : 16;
 #else
     NV == 2 ? 6 : 12;
 #endif
 
 template <class T, int NV>
-inline void panel_columns(int64_t m, const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps,
-                                 int64_t channels, const T* b, int64_t b_stride, T* c, int64_t ld_c, bool add) {
+inline void panel_columns(int64_t m, const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels,
+                          const T* b, int64_t b_stride, T* c, int64_t ld_c, bool add) {
   constexpr int MR = kBlockRows<NV>;
   for (int64_t i = 0; i < m; i += MR)
-    row_block<T, MR, NV>(m - i < MR ? m - i : MR, a + i * row_stride, row_stride, tap_stride, taps, channels, b, b_stride,
-                         c + i * ld_c, ld_c, add);
+    row_block<T, MR, NV>(m - i < MR ? m - i : MR, a + i * row_stride, row_stride, tap_stride, taps, channels, b,
+                         b_stride, c + i * ld_c, ld_c, add);
 }
 
 // One panel (width columns) over one reduction block.
 template <class T>
 void gemm_panel(int64_t m, const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels,
-                       const T* b, int64_t width, T* c, int64_t ld_c, bool add) {
+                const T* b, int64_t width, T* c, int64_t ld_c, bool add) {
   int64_t n = 0;
 #if DCX_ISA == 2
   constexpr int64_t three = 3 * kLanes<T>;
@@ -87,14 +90,14 @@ void gemm_panel(int64_t m, const T* a, int64_t row_stride, int64_t tap_stride, i
 }
 
 inline bool library_gemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add,
-                                const float* a, const float* b, float* c) {
+                         const float* a, const float* b, float* c) {
   const SmallGemm gemm = runtime().small_gemm;
   if (gemm == nullptr) return false;
   gemm(m, n, k, ld_a, ld_b, ld_c, add, a, b, c);
   return true;
 }
-inline bool library_gemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const double*,
-                                const double*, double*) {
+inline bool library_gemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const double*, const double*,
+                         double*) {
   return false;
 }
 
@@ -121,8 +124,7 @@ void conv_gemm(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns,
                               slice + k * op.channels * width, c + n0);
           if (!done) break;
         }
-        if (!done)
-          gemm_panel<T>(m, a, op.row_stride, op.tap_stride, taps, c1 - c0, slice, width, c + n0, ld_c, add);
+        if (!done) gemm_panel<T>(m, a, op.row_stride, op.tap_stride, taps, c1 - c0, slice, width, c + n0, ld_c, add);
         panel += op.taps * op.channels * width;
       }
     }

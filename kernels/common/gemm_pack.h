@@ -1,5 +1,6 @@
 // How a GEMM's right-hand side lies in memory: column panels, each [reduction][panel width], so that a micro-kernel
-// reads one stream. Columns are padded with zeros to a multiple of 16; panels are 48 wide or less, of nearly equal width.
+// reads one stream. Columns are padded with zeros to a multiple of 16; panels are 48 wide or less, of nearly equal
+// width.
 #pragma once
 #include "dtype.h"
 
@@ -15,7 +16,8 @@ inline int64_t panel_begin(int64_t columns, int64_t i) {
   return units * i / panel_count(columns) * kColumnUnit;
 }
 
-// Writes panels of a [taps][channels] x columns matrix given by strides (elements) into out[taps * channels * padded columns].
+// Writes panels of a [taps][channels] x columns matrix given by strides (elements) into out[taps * channels * padded
+// columns].
 template <class Out, class In>
 inline void pack_panels(Out* out, const In* weight, int64_t taps, int64_t channels, int64_t columns, int64_t stride_tap,
                         int64_t stride_channel, int64_t stride_column) {
@@ -24,7 +26,8 @@ inline void pack_panels(Out* out, const In* weight, int64_t taps, int64_t channe
     for (int64_t k = 0; k < taps; ++k)
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t n = begin; n < end; ++n)
-          *out++ = n < columns ? static_cast<Out>(weight[k * stride_tap + c * stride_channel + n * stride_column]) : Out(0);
+          *out++ =
+              n < columns ? static_cast<Out>(weight[k * stride_tap + c * stride_channel + n * stride_column]) : Out(0);
   }
 }
 

@@ -15,30 +15,30 @@
   namespace avx512 {                \
   void op(const Params&);           \
   }
-#define DCX_X86_SELECT(op, params)       \
-  if (active_isa() == Isa::kAvx512) {    \
-    avx512::op(params);                  \
-    return;                              \
-  }                                      \
-  if (active_isa() == Isa::kAvx2) {      \
-    avx2::op(params);                    \
-    return;                              \
+#define DCX_X86_SELECT(op, params)    \
+  if (active_isa() == Isa::kAvx512) { \
+    avx512::op(params);               \
+    return;                           \
+  }                                   \
+  if (active_isa() == Isa::kAvx2) {   \
+    avx2::op(params);                 \
+    return;                           \
   }
 #else
 #define DCX_X86_DECLARE(op, Params)
 #define DCX_X86_SELECT(op, params)
 #endif
 
-#define DCX_LAUNCH_CPU(op, Params)             \
-  namespace dcx {                              \
-  namespace generic {                          \
-  void op(const Params&);                      \
-  }                                            \
-  DCX_X86_DECLARE(op, Params)                  \
+#define DCX_LAUNCH_CPU(op, Params)               \
+  namespace dcx {                                \
+  namespace generic {                            \
+  void op(const Params&);                        \
+  }                                              \
+  DCX_X86_DECLARE(op, Params)                    \
   void launch_##op##_cpu(const Params& params) { \
-    DCX_X86_SELECT(op, params)                 \
-    generic::op(params);                       \
-  }                                            \
+    DCX_X86_SELECT(op, params)                   \
+    generic::op(params);                         \
+  }                                              \
   }
 
 DCX_LAUNCH_CPU(causal_dwconv1d, CausalDwconv1dParams)

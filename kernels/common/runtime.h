@@ -48,8 +48,8 @@ inline void parallel(int64_t count, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Rows per time tile: at most max_rows, and as many tiles as keep every thread busy. Free to choose, since no kernel's result
-// depends on where a tile starts.
+// Rows per time tile: at most max_rows, and as many tiles as keep every thread busy. Free to choose, since no kernel's
+// result depends on where a tile starts.
 inline int64_t tile_rows(int64_t rows, int64_t batch, int64_t max_rows, int64_t unit) {
   int64_t tiles = (rows + max_rows - 1) / max_rows;
   const int64_t threads = runtime().num_threads();

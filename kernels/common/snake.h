@@ -1,8 +1,8 @@
 // Snake on rows of a tile: x + sin(alpha x)^2 / (alpha + 1e-9).
 // float: sin^2 has period pi, so y = alpha x is reduced by whole multiples of pi (three constants whose first two
-// products are exact for |y| <= 1e4) and an odd polynomial of degree 11 is squared; no quadrant logic. The polynomial is a
-// Chebyshev fit of sin(r)/r in r^2 on |r| <= 1.0005 pi/2, largest error 1.8e-11 before rounding.
-// Beyond 1e4, and for NaN and infinity, libm's double-precision sine decides.
+// products are exact for |y| <= 1e4) and an odd polynomial of degree 11 is squared; no quadrant logic. The polynomial
+// is a Chebyshev fit of sin(r)/r in r^2 on |r| <= 1.0005 pi/2, largest error 1.8e-11 before rounding. Beyond 1e4, and
+// for NaN and infinity, libm's double-precision sine decides.
 #pragma once
 #include "vec.h"
 
@@ -19,7 +19,8 @@ static inline float snake_scalar(float x, float alpha) {
 // alpha and inverse: [channels padded to ld with zeros]; inverse is 1 / (alpha + 1e-9), 0 in the padding.
 static void snake_rows(float* tile, int64_t ld, int64_t rows, const float* alpha, const float* inverse) {
   const Vec<float> inv_pi = vset1(0.318309886183790672f), magic = vset1(12582912.0f), limit = vset1(1e4f);
-  const Vec<float> pi_a = vset1(-3.140625f), pi_b = vset1(-9.67502593994140625e-4f), pi_c = vset1(-1.509957990978376e-7f);
+  const Vec<float> pi_a = vset1(-3.140625f), pi_b = vset1(-9.67502593994140625e-4f),
+                   pi_c = vset1(-1.509957990978376e-7f);
   const Vec<float> k1 = vset1(-0.166666666165675098f), k2 = vset1(0.00833333096483573796f),
                    k3 = vset1(-0.000198408599651234484f), k4 = vset1(2.75252066005060225e-6f),
                    k5 = vset1(-2.38880801039586421e-8f), one = vset1(1.0f);

@@ -1,5 +1,5 @@
-// Moves a stretch of time steps between strided tensors of any element type and a scratch tile [rows][ld] of the compute type
-// (channels innermost, columns past the channels zero). Steps outside [0, valid) read as zero.
+// Moves a stretch of time steps between strided tensors of any element type and a scratch tile [rows][ld] of the
+// compute type (channels innermost, columns past the channels zero). Steps outside [0, valid) read as zero.
 #pragma once
 #include "dtype.h"
 #include "vec.h"
@@ -144,7 +144,8 @@ static void load_tile(T* tile, int64_t ld, int64_t rows, int64_t channels, const
                           x.stride_t);
       break;
     case DType::kF16:
-      load_rows<LoadF16>(out, ld, count, channels, static_cast<const uint16_t*>(x.data) + offset, x.stride_c, x.stride_t);
+      load_rows<LoadF16>(out, ld, count, channels, static_cast<const uint16_t*>(x.data) + offset, x.stride_c,
+                         x.stride_t);
       break;
   }
 }

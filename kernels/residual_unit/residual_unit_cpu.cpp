@@ -1,6 +1,7 @@
 // y = x + W2 snake(W1 * snake(x)), one parallel task per (clip, time tile), the whole chain in cache.
-// A task loads rows + 6 * dilation input rows as [time][channel], keeps the ones that the residual needs, applies Snake in
-// place, runs the dilated k=7 convolution as conv_gemm (a tap is a row offset), Snake, the 1x1, the addition, and stores.
+// A task loads rows + 6 * dilation input rows as [time][channel], keeps the ones that the residual needs, applies Snake
+// in place, runs the dilated k=7 convolution as conv_gemm (a tap is a row offset), Snake, the 1x1, the addition, and
+// stores.
 #include "params.h"
 
 #include "../common/conv_shape.h"
@@ -36,9 +37,8 @@ void run(const ResidualUnitParams& p) {
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
     const int64_t out_valid =
-        p.lengths != nullptr
-            ? conv_output_steps(in_valid, kResidualUnitTaps, 1, p.dilation, p.pad_left, p.pad_right)
-            : p.out_steps;
+        p.lengths != nullptr ? conv_output_steps(in_valid, kResidualUnitTaps, 1, p.dilation, p.pad_left, p.pad_right)
+                             : p.out_steps;
     const size_t tile_bytes = static_cast<size_t>(rows * ld) * sizeof(T);
     T* in = static_cast<T*>(thread_scratch(kInput, tile_bytes + static_cast<size_t>(halo * ld) * sizeof(T)));
     T* middle = static_cast<T*>(thread_scratch(kMiddle, tile_bytes));

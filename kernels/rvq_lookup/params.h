@@ -5,10 +5,10 @@ namespace dcx {
 
 // y[b, :, f] = sum over stages i < used of V_i row_i(codes[b, i, f]) + out_bias_i, plus addend[b, :, f]
 struct RvqLookupParams {
-  const int64_t* codes;  // [B, used, F] contiguous
-  TensorView y;          // [B, C, F]
-  TensorView addend;     // [B, C, F], data null: none
-  const void* packed;    // RvqLayout, compute type
+  const int64_t* codes;    // [B, used, F] contiguous
+  TensorView y;            // [B, C, F]
+  TensorView addend;       // [B, C, F], data null: none
+  const void* packed;      // RvqLayout, compute type
   const int64_t* lengths;  // [B], null: F each
   RvqLayout layout;
   int64_t batch, frames, used;

@@ -1,6 +1,6 @@
 // y = sum of the chosen rows' output projections, one parallel task per (clip, tile of frames).
-// A task gathers each frame's rows into a tile [frame][Q D] (zeros for stages not given) and projects all stages by one GEMM. A code out
-// of range is never followed: its position is noted, the lowest one wins, and row 0 stands in.
+// A task gathers each frame's rows into a tile [frame][Q D] (zeros for stages not given) and projects all stages by one
+// GEMM. A code out of range is never followed: its position is noted, the lowest one wins, and row 0 stands in.
 #include "params.h"
 
 #include "../common/gemm.h"
@@ -56,7 +56,8 @@ void run(const RvqLookupParams& p) {
     if (p.addend.data != nullptr) {
       T* extra = static_cast<T*>(thread_scratch(kAddend, static_cast<size_t>(rows * channel_ld) * sizeof(T)));
       load_tile<T>(extra, channel_ld, count, layout.channels, p.addend, b, f0, valid);
-      for (int64_t i = 0; i < count * channel_ld; i += kLanes<T>) vstore<T>(out + i, vload<T>(out + i) + vload<T>(extra + i));
+      for (int64_t i = 0; i < count * channel_ld; i += kLanes<T>)
+        vstore<T>(out + i, vload<T>(out + i) + vload<T>(extra + i));
     }
     store_tile<T>(out, channel_ld, count, layout.channels, p.y, b, f0, valid);
   });

@@ -3,15 +3,15 @@
 
 namespace dcx {
 
-// For stages i = 0 .. used - 1: e = W_i r + in_bias_i, code = the row nearest to e (both L2-normalised, lowest index on a
-// tie), r -= V_i row + out_bias_i; r starts as z.
+// For stages i = 0 .. used - 1: e = W_i r + in_bias_i, code = the row nearest to e (both L2-normalised, lowest index on
+// a tie), r -= V_i row + out_bias_i; r starts as z.
 struct RvqSearchParams {
-  TensorView z;             // [B, C, F]
-  int64_t* codes;           // [B, used, F] contiguous
-  TensorView quantized;     // [B, C, F] the sum over the stages, data null: not wanted
-  void* margin;             // [B, used, F] contiguous, compute type; null: not wanted
-  const void* packed;       // RvqLayout, compute type (float, or double when z is f64)
-  const int64_t* lengths;   // [B], null: F each
+  TensorView z;            // [B, C, F]
+  int64_t* codes;          // [B, used, F] contiguous
+  TensorView quantized;    // [B, C, F] the sum over the stages, data null: not wanted
+  void* margin;            // [B, used, F] contiguous, compute type; null: not wanted
+  const void* packed;      // RvqLayout, compute type (float, or double when z is f64)
+  const int64_t* lengths;  // [B], null: F each
   RvqLayout layout;
   int64_t batch, frames, used;
 };

@@ -1,7 +1,8 @@
-// All stages of residual vector quantisation in the D-dimensional code space, one parallel task per (clip, tile of frames).
-// One GEMM projects a frame for every stage; a chosen row is taken off the later stages' e by D x D cross products, so no residual
-// is stored. The search holds 8 frames x 3 registers of scores |c|^2 - 2 e.c (c: 16 entries) and a running minimum per lane:
-// no distance outlives its register block. Entries are met in rising order and replaced only by smaller scores.
+// All stages of residual vector quantisation in the D-dimensional code space, one parallel task per (clip, tile of
+// frames). One GEMM projects a frame for every stage; a chosen row is taken off the later stages' e by D x D cross
+// products, so no residual is stored. The search holds 8 frames x 3 registers of scores |c|^2 - 2 e.c (c: 16 entries)
+// and a running minimum per lane: no distance outlives its register block. Entries are met in rising order and replaced
+// only by smaller scores.
 #include "params.h"
 
 #include "../common/gemm.h"
@@ -194,7 +195,8 @@ void run(const RvqSearchParams& p) {
         if (!(norm < static_cast<T>(HUGE_VAL))) {
           // A square may overflow where the vector itself is finite: scale by the largest coordinate first.
           T largest = 0;
-          for (int64_t d = 0; d < dim; ++d) largest = fabs(e[d]) > largest || e[d] != e[d] ? static_cast<T>(fabs(e[d])) : largest;
+          for (int64_t d = 0; d < dim; ++d)
+            largest = fabs(e[d]) > largest || e[d] != e[d] ? static_cast<T>(fabs(e[d])) : largest;
           if (!(largest < static_cast<T>(HUGE_VAL))) {
             broken[f] = 1;
             for (int64_t d = 0; d < dim; ++d) query[f * dim + d] = 0;

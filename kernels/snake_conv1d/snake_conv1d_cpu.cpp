@@ -1,7 +1,7 @@
 // y = act(bias + conv(snake(x))) + residual, one parallel task per (clip, time tile).
 // A task loads its input rows as [time][channel], applies Snake in place, runs conv_gemm (a tap is a row offset, the
-// stride a longer row) into a tile, and finishes that tile in cache. One input channel is a GEMM over K contiguous samples; one
-// output channel sums over channel vectors, since a 16-column panel would be 15/16 zeros.
+// stride a longer row) into a tile, and finishes that tile in cache. One input channel is a GEMM over K contiguous
+// samples; one output channel sums over channel vectors, since a 16-column panel would be 15/16 zeros.
 #include "params.h"
 
 #include "../common/conv_shape.h"
@@ -57,8 +57,7 @@ void run(const SnakeConv1dParams& p) {
   const int64_t out_ld = round_up(p.out_channels, kColumnUnit);
   const int64_t halo = p.dilation * (p.taps - 1) + 1;
 
-  T* shared = static_cast<T*>(
-      thread_scratch(kShared, static_cast<size_t>((2 + p.taps) * in_ld) * sizeof(T)));
+  T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>((2 + p.taps) * in_ld) * sizeof(T)));
   if (p.alpha != nullptr) snake_prepare<T>(shared, in_ld, static_cast<const T*>(p.alpha), p.in_channels);
   T* column = shared + 2 * in_ld;
   if (single_column)
@@ -67,7 +66,8 @@ void run(const SnakeConv1dParams& p) {
         column[k * in_ld + c] =
             c < p.in_channels ? static_cast<const T*>(p.weight)[(k * p.in_channels + c) * kColumnUnit] : T(0);
 
-  const int64_t row_bytes = (p.stride * in_ld + (p.residual.data != nullptr ? 2 : 1) * out_ld) * static_cast<int64_t>(sizeof(T));
+  const int64_t row_bytes =
+      (p.stride * in_ld + (p.residual.data != nullptr ? 2 : 1) * out_ld) * static_cast<int64_t>(sizeof(T));
   const int64_t fitting = kTileBytes / row_bytes;
   const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kColumnUnit);
   const int64_t tiles = ceil_div(p.out_steps, rows);
@@ -77,9 +77,9 @@ void run(const SnakeConv1dParams& p) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    const int64_t out_valid = p.lengths != nullptr ? conv_output_steps(in_valid, p.taps, p.stride, p.dilation,
-                                                                       p.pad_left, p.pad_right)
-                                                   : p.out_steps;
+    const int64_t out_valid = p.lengths != nullptr
+                                  ? conv_output_steps(in_valid, p.taps, p.stride, p.dilation, p.pad_left, p.pad_right)
+                                  : p.out_steps;
     T* in = static_cast<T*>(thread_scratch(kInput, static_cast<size_t>(in_rows * in_ld) * sizeof(T)));
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(rows * out_ld) * sizeof(T)));
     const int64_t used = (count - 1) * p.stride + halo;

@@ -6,11 +6,11 @@ namespace dcx {
 
 // y[b, :, q * S + p] = bias + sum_j W_{p, j} snake(x[b, :, q + first[p] + j])
 struct SnakeUpsample1dParams {
-  TensorView x;           // [B, Cin, T]
-  TensorView y;           // [B, Cout, T']
-  const void* weight;     // phase by phase, gemm_pack.h panels of [taps(p)][Cin] x Cout, compute type
-  const void* bias;       // [round_up(Cout, 16)], compute type, zero-padded
-  const void* alpha;      // [Cin], compute type
+  TensorView x;            // [B, Cin, T]
+  TensorView y;            // [B, Cout, T']
+  const void* weight;      // phase by phase, gemm_pack.h panels of [taps(p)][Cin] x Cout, compute type
+  const void* bias;        // [round_up(Cout, 16)], compute type, zero-padded
+  const void* alpha;       // [Cin], compute type
   const int64_t* lengths;  // [B], null: T each
   int64_t batch, in_channels, out_channels, in_steps, out_steps;
   UpsamplePhases phases;

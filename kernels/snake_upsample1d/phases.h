@@ -1,5 +1,5 @@
-// An upsampling by S as S small convolutions over frames, one per output phase: output q * S + p reads frames q + first(p) ..
-// q + first(p) + taps(p) - 1. README.md has the derivation.
+// An upsampling by S as S small convolutions over frames, one per output phase: output q * S + p reads frames q +
+// first(p) .. q + first(p) + taps(p) - 1. README.md has the derivation.
 #pragma once
 #include <stdint.h>
 
@@ -12,7 +12,7 @@ inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 
 struct UpsamplePhases {
   UpsampleMode mode;
   int64_t stride;
-  int64_t pad_left;   // kTransposed: samples cropped on the left; kRepeat: zeros padded there
+  int64_t pad_left;  // kTransposed: samples cropped on the left; kRepeat: zeros padded there
   int64_t pad_right;
 
   int64_t first(int64_t phase) const {

@@ -1,6 +1,6 @@
-// y = bias + upsample(snake(x)), one parallel task per (clip, tile of frames), every phase of the tile from the same rows.
-// A phase is a conv_gemm whose output rows are S apart in the tile [frame][phase][channel]: neither col2im nor the repeated
-// signal exists.
+// y = bias + upsample(snake(x)), one parallel task per (clip, tile of frames), every phase of the tile from the same
+// rows. A phase is a conv_gemm whose output rows are S apart in the tile [frame][phase][channel]: neither col2im nor
+// the repeated signal exists.
 #include "params.h"
 
 #include "../common/gemm.h"
