@@ -126,7 +126,7 @@ def _layer_row(layer: Layer, where: str, steps: int, frames: int, state: State) 
 def _quantizer_rows(quantizer: Quantizer, where: str, frames: int, model: DualCodec) -> Iterator[Row]:
     rvq = model.get_submodule(quantizer.key)
     assert isinstance(rvq, ResidualVectorQuantize)
-    weights = testing.rvq_tensors(rvq, torch.float32)
+    weights = rvq.op_tensors(torch.float32)
     tensors, state = tuple(weights.values()), model.state_dict()
     stages, shape = len(quantizer.dims), f"Q={len(quantizer.dims)} N={quantizer.entries} F={frames}"
     z = _noise(2, 1, quantizer.channels, frames)

@@ -154,7 +154,7 @@ class _Part:
 
 
 def _search(rvq: ResidualVectorQuantize, exact: Tensor, rounded: Tensor) -> _Part:
-    tensors = testing.rvq_tensors(rvq, torch.float64)
+    tensors = rvq.op_tensors(torch.float64)
     codes, quantized, margins = rvq_search_ref(exact, **tensors, return_quantized=True, return_margin=True)
     assert quantized is not None and margins is not None
     error = ((rounded.double() - exact).norm(dim=1) / exact.norm(dim=1)).max().item()

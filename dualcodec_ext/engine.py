@@ -33,6 +33,13 @@ def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _inner(conv: nn.Module) -> WNConv1d:
+    """Return the convolution inside a causal wrapper, or the convolution itself."""
+    inner = conv.conv if isinstance(conv, CausalConv1d) else conv
+    assert isinstance(inner, WNConv1d)
+    return inner
+
+
 @dataclass
 class ConvStep:
     """`ops.snake_conv1d` with its weights."""
@@ -77,7 +84,7 @@ class ConvStep:
         alpha: Tensor | None = None,
         activation: str = "none",
     ) -> ConvStep:
-        inner = conv.conv if isinstance(conv, CausalConv1d) else conv
+        inner = _inner(conv)
         return cls.of(
             inner.folded_weight(dtype),
             inner.bias,
@@ -124,9 +131,9 @@ class UpsampleStep:
 
     @classmethod
     def of(cls, alpha: Tensor, conv: WNConvTranspose1d | CausalUpsample, dtype: torch.dtype) -> UpsampleStep:
+        inner: WNConv1d | WNConvTranspose1d
         if isinstance(conv, CausalUpsample):
-            inner = conv.conv.conv if isinstance(conv.conv, CausalConv1d) else conv.conv
-            mode, padding = "repeat", conv.padding
+            inner, mode, padding = _inner(conv.conv), "repeat", conv.padding
         else:
             inner, mode, padding = conv, "transposed", conv.padding
         weight = inner.folded_weight(dtype)
@@ -176,8 +183,8 @@ class ResidualUnitStep:
     @classmethod
     def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype) -> ResidualUnitStep:
         snake1, conv1, snake2, conv2 = unit.block
-        inner1 = conv1.conv if isinstance(conv1, CausalConv1d) else conv1
-        inner2 = conv2.conv if isinstance(conv2, CausalConv1d) else conv2
+        assert isinstance(snake1, reference.Snake1d) and isinstance(snake2, reference.Snake1d)
+        inner1, inner2 = _inner(conv1), _inner(conv2)
         weight1, weight2 = inner1.folded_weight(dtype), inner2.folded_weight(dtype)
         packed = torch.cat([packing.pack_conv1d(weight1), packing.pack_conv1d(weight2)])
         alpha1, alpha2 = _vector(snake1.alpha, dtype), _vector(snake2.alpha, dtype)
@@ -261,28 +268,11 @@ class Quantizer:
 
     @classmethod
     def of(cls, rvq: reference.ResidualVectorQuantize, dtype: torch.dtype) -> Quantizer:
-        stages = list(rvq.quantizers)
-        width = max(q.codebook.weight.shape[1] for q in stages)
-
-        def padded(tensor: Tensor, dim: int) -> Tensor:  # unequal code dims are padded with zeros
-            missing = width - tensor.shape[dim]
-            shape = [missing if i == dim else size for i, size in enumerate(tensor.shape)]
-            return torch.cat([tensor.detach().to(dtype), tensor.new_zeros(shape, dtype=dtype)], dim)
-
-        in_weight = torch.stack([padded(q.in_proj.folded_weight(dtype)[..., 0], 0) for q in stages])
-        in_bias = torch.stack([padded(q.in_proj.bias, 0) for q in stages])
-        codebooks = torch.stack([padded(q.codebook.weight, 1) for q in stages])
-        out_weight = torch.stack([padded(q.out_proj.folded_weight(dtype)[..., 0], 1) for q in stages])
-        out_bias = torch.stack([q.out_proj.bias.detach().to(dtype) for q in stages])
-        packed = packing.pack_rvq(in_weight, in_bias, codebooks, out_weight, out_bias)
-        return cls(
-            _placeholder(in_weight.shape, dtype),
-            in_bias,
-            _placeholder(codebooks.shape, dtype),
-            _placeholder(out_weight.shape, dtype),
-            out_bias,
-            packed,
-        )
+        tensors = rvq.op_tensors(dtype)
+        packed = packing.pack_rvq(**tensors)
+        for name in ("in_weight", "codebooks", "out_weight"):
+            tensors[name] = _placeholder(tensors[name].shape, dtype)
+        return cls(**tensors, packed=packed)
 
     def search(
         self,

@@ -1,4 +1,4 @@
-"""Input makers for tests and benches, and, from `_compare`, the comparers: what a test needs beside the reference."""
+"""What tests and benches share: seeded weights, inputs, poison, and the comparers of `_compare`."""
 
 import math
 import zlib
@@ -34,7 +34,6 @@ __all__ = [
     "poison_past_lengths",
     "poisoned_memory",
     "rvq_margin_bound",
-    "rvq_tensors",
     "seed_model",
     "seeded_model",
     "strided_copies",
@@ -175,26 +174,6 @@ def make_features(frames: int, batch: int = 1, dim: int = 1024, seed: int = 0) -
     gen = torch.Generator().manual_seed(seed * 104729 + 1)
     noise = torch.randn(batch, dim, frames + 1, generator=gen)
     return (0.5 * noise[..., :-1] + noise[..., 1:]) / math.sqrt(1.25)
-
-
-def rvq_tensors(rvq: reference.ResidualVectorQuantize, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a quantiser's tensors by `rvq_search`'s argument names; unequal code dims are padded with
-    zeros."""
-    stages = rvq.stages()
-    wide = max(stage.codebook_dim for stage in stages)
-
-    def pad(x: Tensor, dim: int) -> Tensor:
-        missing = list(x.shape)
-        missing[dim] = wide - x.shape[dim]
-        return torch.cat([x.detach().to(dtype), x.new_zeros(missing, dtype=dtype)], dim)
-
-    return {
-        "in_weight": torch.stack([pad(s.in_proj.folded_weight(dtype)[..., 0], 0) for s in stages]),
-        "in_bias": torch.stack([pad(s.in_proj.bias, 0) for s in stages]),
-        "codebooks": torch.stack([pad(s.codebook.weight, 1) for s in stages]),
-        "out_weight": torch.stack([pad(s.out_proj.folded_weight(dtype)[..., 0], 1) for s in stages]),
-        "out_bias": torch.stack([s.out_proj.bias.detach().to(dtype) for s in stages]),
-    }
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from dualcodec_ext.testing import (
     assert_close_to_f64,
     compare_codes,
     rvq_margin_bound,
-    rvq_tensors,
 )
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ class _Search:
 
     def __init__(self, stack: reference.ResidualVectorQuantize, latent: Tensor, codes: Tensor) -> None:
         self._stack, self._latent, self.codes = stack, latent, codes
-        self._tensors = rvq_tensors(stack, torch.float64)
+        self._tensors = stack.op_tensors(torch.float64)
         margins = reference.rvq_search_ref(latent, **self._tensors, return_margin=True)[2]
         assert margins is not None
         self.margins = margins
@@ -243,7 +242,7 @@ class _Search:
         from dualcodec_ext import ops
 
         codes, _, margins = ops.rvq_search(
-            self._latent.float(), **rvq_tensors(self._stack, torch.float32), return_margin=True
+            self._latent.float(), **self._stack.op_tensors(torch.float32), return_margin=True
         )
         bound = self.bound(_LEAST_RELATIVE_ERROR)
         report = compare_codes(codes, self.codes, self.margins, bound)

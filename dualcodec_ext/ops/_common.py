@@ -74,7 +74,7 @@ def unavailable(name: str) -> str:
     if name in ("auto", "reference"):
         return ""
     if name == "cpu":
-        return "" if build.load_module() is not None else build.unavailable_reason()
+        return build.unavailable_reason() or ""
     return f"this version has no {name} kernels"
 
 
@@ -94,6 +94,8 @@ def _tell_once(level: int, message: str) -> None:
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Return "cpu" or "reference", whichever is to run an op on tensors of this device and dtype.
 
+    The compiled ops refuse a dtype that they lack themselves, in one line.
+
     Raises:
         BackendError: the backend asked for by name lacks the device or the dtype, or can't run here.
     """
@@ -101,9 +103,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     if name == "reference":
         return name
     if torch.compiler.is_compiling():
-        if device.type == "cpu" and dtype in FLOAT_DTYPES and _loaded:
-            return "cpu"
-        return "reference"
+        return "cpu" if device.type == "cpu" and _loaded else "reference"
     if name != "auto":
         reason = unavailable(name)
         if reason:
@@ -115,8 +115,6 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
         return name
     if device.type != "cpu":
         _tell_once(logging.WARNING, f"no kernels for {device.type} in this version: the reference runs there")
-        return "reference"
-    if dtype not in FLOAT_DTYPES:
         return "reference"
     reason = unavailable("cpu")
     if reason:

@@ -79,6 +79,28 @@ class ResidualVectorQuantize(nn.Module):
     def stages(self) -> list[VectorQuantize]:
         return [cast(VectorQuantize, quantizer) for quantizer in self.quantizers]
 
+    @torch.no_grad()
+    def op_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors by `rvq_search_ref`'s argument names; unequal code dims are padded with zeros.
+
+        Zeros change neither a norm nor a distance, so the padded quantiser is the same one.
+        """
+        stages = self.stages()
+        widest = max(stage.codebook_dim for stage in stages)
+
+        def pad(x: Tensor, dim: int) -> Tensor:
+            missing = list(x.shape)
+            missing[dim] = widest - x.shape[dim]
+            return torch.cat([x.detach().to(dtype), x.new_zeros(missing, dtype=dtype)], dim)
+
+        return {
+            "in_weight": torch.stack([pad(s.in_proj.folded_weight(dtype)[..., 0], 0) for s in stages]),
+            "in_bias": torch.stack([pad(s.in_proj.bias, 0) for s in stages]),
+            "codebooks": torch.stack([pad(s.codebook.weight, 1) for s in stages]),
+            "out_weight": torch.stack([pad(s.out_proj.folded_weight(dtype)[..., 0], 1) for s in stages]),
+            "out_bias": torch.stack([s.out_proj.bias.detach().to(dtype) for s in stages]),
+        }
+
     def _counts(self, batch: int, n_quantizers: int | None, possibly_no_quantizer: bool) -> Tensor:  # [B]
         if not self.training:
             return torch.full((batch,), self.n_codebooks if n_quantizers is None else n_quantizers)

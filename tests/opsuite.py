@@ -1,0 +1,188 @@
+"""What every op's test file does in the same way: run a case on the op and on its reference, and compare."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualcodec_ext import build, testing
+from tolerances import TOLERANCE
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+EDGE_STEPS = [0, 1, 2, 6, 7, 63, 1000]
+
+
+@dataclass
+class Case:
+    """One call: the op, its reference, the signal first among the tensors, and the other arguments by name."""
+
+    op: Callable[..., Any]
+    ref: Callable[..., Any]
+    x: Tensor
+    weights: dict[str, Tensor | None]
+    options: dict[str, Any] = field(default_factory=dict)
+    lengths: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.op.__name__
+
+    def call(self, f: Callable[..., Any], dtype: torch.dtype | None = None, x: Tensor | None = None) -> Any:
+        cast = (lambda t: t) if dtype is None else (lambda t: None if t is None else t.to(dtype))
+        weights = {k: cast(v) for k, v in self.weights.items()}
+        return f(cast(self.x if x is None else x), **weights, **self.options, lengths=self.lengths)
+
+    def actual(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        with testing.poisoned_memory(), torch.no_grad():
+            return self.call(self.op, dtype)
+
+    def expected(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """In float64, of the values that the dtype holds."""
+        rounded = replace(
+            self,
+            x=self.x.to(dtype).double(),
+            weights={k: None if v is None else v.to(dtype).double() for k, v in self.weights.items()},
+        )
+        return rounded.call(self.ref)
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32) -> float:
+    actual, expected = case.actual(dtype), case.expected(dtype)
+    assert actual.dtype == dtype
+    return testing.assert_close(actual, expected, TOLERANCE[case.name, dtype])
+
+
+def check_2x(case: Case, dtype: torch.dtype) -> None:
+    """The project's rule: at most twice plain PyTorch's error in the same dtype."""
+    with torch.no_grad():
+        baseline = case.call(case.ref, dtype)
+    testing.assert_close_to_f64(case.actual(dtype), case.expected(dtype), baseline)
+
+
+def check_layouts(case: Case) -> None:
+    expected = case.actual()
+    for name, x in testing.strided_copies(case.x).items():
+        with torch.no_grad():
+            y = case.call(case.op, x=x)
+        assert torch.equal(y, expected), name
+        if x.stride(1) == 1 and x.shape[1] > 1:
+            assert y.stride(1) == 1, f"{name}: channels-last in must be channels-last out"
+        else:
+            assert y.is_contiguous(), f"{name}: must be contiguous"
+
+
+def check_gradients(case: Case) -> None:
+    """Gradcheck in float64, and the same gradients as the reference in float32."""
+    names = [k for k, v in case.weights.items() if v is not None]
+
+    def of(f: Callable[..., Any], x: Tensor, *values: Tensor) -> Tensor:
+        weights = {**case.weights, **dict(zip(names, values, strict=True))}
+        return f(x, **weights, **case.options, lengths=case.lengths)
+
+    doubles = [t.double().requires_grad_() for t in [case.x, *[case.weights[n] for n in names]]]  # type: ignore[union-attr]
+    assert torch.autograd.gradcheck(functools.partial(of, case.op), doubles, fast_mode=True)
+    grads = []
+    for f in (case.op, case.ref):
+        leaves = [t.clone().requires_grad_() for t in [case.x, *[case.weights[n] for n in names]]]  # type: ignore[union-attr]
+        y = of(f, *leaves)
+        y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+        grads.append([t.grad for t in leaves])
+    for name, ours, theirs in zip(["x", *names], *grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_frozen_weights(case: Case) -> None:
+    """Only what asks for a gradient gets one."""
+    x = case.x.clone().requires_grad_()
+    case.call(case.op, x=x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def check_lengths(case: Case, lengths: list[int], dtype: torch.dtype = torch.float32) -> None:
+    """A padded batch gives each item, bit for bit, what it gets alone, and zeros behind it; padding may hold NaN."""
+    values = torch.tensor(lengths)
+    padded = replace(case, x=testing.poison_past_lengths(case.x, values), lengths=values)
+    y = padded.actual(dtype)
+    for i, n in enumerate(lengths):
+        options = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in case.options.items()}
+        if options.get("residual") is not None:
+            options["residual"] = options["residual"][..., : replace(case, x=case.x[i : i + 1, :, :n], options={**options, "residual": None}).actual(dtype).shape[-1]]
+        alone = replace(case, x=case.x[i : i + 1, :, :n], options=options).actual(dtype)
+        own = alone.shape[-1]
+        assert torch.equal(y[i : i + 1, ..., :own], alone), f"item {i} of length {n}"
+        assert not y[i, ..., own:].any(), f"item {i}: samples past {own} must be zero"
+    assert not y.isnan().any()
+
+
+def check_threads(case: Case) -> None:
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(case.actual())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def check_alone(case: Case) -> None:
+    """Every item of a batch has the bits that it has alone."""
+    whole = case.actual()
+    for i in range(case.x.shape[0]):
+        options = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in case.options.items()}
+        assert torch.equal(replace(case, x=case.x[i : i + 1], options=options).actual(), whole[i : i + 1])
+
+
+def check_compiles(case: Case) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: case.op(x, **w, **case.options, lengths=case.lengths), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(case.x, case.weights), case.call(case.op))
+
+
+def check_opcheck(op: str, *args: Any, gradients: bool = True) -> None:
+    tests = ["test_schema", "test_faketensor"]
+    if gradients:
+        tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(getattr(torch.ops.dualcodec_ext, op).default, args, test_utils=tests)
+
+
+def instruction_sets() -> list[Any]:
+    """The sets as parameters; those that this machine lacks are skipped with the reason."""
+    module = build.load_module()
+    features = module.cpu_features() if module is not None else {}
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(not facts["detected"], reason=f"this CPU has no {name}"))
+        for name, facts in features.items()
+        if facts["compiled"]
+    ]
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    module = build.load_module()
+    assert module is not None
+    before = module.active_isa()
+    assert module.set_isa(name)
+    try:
+        yield
+    finally:
+        module.set_isa(before)
+
+
+def must_have_module() -> None:
+    """The suite tests compiled code: without it nothing here would be tested, so that is a failure and not a skip."""
+    if os.environ.get("DUALCODEC_EXT_BACKEND", "auto") in ("auto", "cpu"):
+        assert build.load_module() is not None, build.unavailable_reason()
+
+
+must_have_module()
