@@ -1,69 +1,93 @@
-# make demo and make test each set up .venv and build on their own. TORCH picks the torch to build with; the default is a
-# CPU build, since the newest one brings gigabytes of CUDA libraries.
-PYTHON ?= python3
+# make demo and make test each set up .venv and build on their own; a second run does what changed. TORCH is what pip
+# is asked for: the newest torch may bring gigabytes of CUDA libraries.
+PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,$(shell \
+  $(python) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" 2>/dev/null && echo $(python))) python3)
 TORCH ?= torch==2.13.0
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
-BUILD_TOOLS := 'setuptools>=77' wheel ninja numpy
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The PyPI package that the tests compare with; its own dependencies clash with everything, so it comes without them.
 PEER := dualcodec==0.4.2 einops easydict
+CMAKE := $(shell command -v cmake || echo $(abspath $(BIN))/cmake)
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-SOURCES := setup.py pyproject.toml kernels/sources.json $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PACKAGING := setup.py pyproject.toml dualcodec_ext/_version.py
+SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test bench lint ctest wheel sdist clean
+# extra NAME: the packages of an extra, one a line, to install them without building anything.
+extra = $(BIN)/python -c "import sys, tomllib; \
+  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]], sep='\n')" $(1)
+
+.PHONY: build demo test pytest ctest bench lint wheel sdist clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.python:
-	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f'Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12 ...')"
-	$(PYTHON) -m venv $(VENV)
-	touch $@
-
-$(VENV)/.torch: $(VENV)/.python
-	$(BIN)/pip install -q $(TORCH) $(BUILD_TOOLS)
-	touch $@
-
-# Editable, so Python files need no second build.
-$(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e .
-	touch $@
-
-$(VENV)/.test: $(VENV)/.built
-	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
-	$(BIN)/pip install -q --no-deps $(PEER) || echo "the PyPI package could not be had: the tests that compare with it are skipped"
-	touch $@
-
-$(VENV)/.lint: $(VENV)/.torch
-	$(BIN)/pip install -q 'ruff>=0.9' 'mypy>=1.14' 'clang-format>=19'
-	touch $@
+build: $(VENV)/.built
 
 demo: $(VENV)/.built
 	$(BIN)/python -m dualcodec_ext.demo
 
-test: $(VENV)/.test ctest
+test: ctest pytest
+
+pytest: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest -q
 
-ctest: $(VENV)/.torch
-	@if command -v cmake >/dev/null; then \
-	  cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null && cmake --build build/cmake -j 2 && ctest --test-dir build/cmake --output-on-failure; \
-	else echo "cmake was not found: the C++ tests are not run"; fi
+ctest: $(CMAKE) $(VENV)/.torch
+	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null
+	$(CMAKE) --build build/cmake -j $(JOBS)
+	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench decode
 	$(BIN)/python -m bench encode
 	$(BIN)/python -m bench ops
 
-lint: $(VENV)/.lint
+# With the tests' packages there, so that mypy sees the same types on every machine.
+lint: $(VENV)/.lint $(VENV)/.built $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc kernels tests/cpp -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy dualcodec_ext
 
 wheel: $(VENV)/.torch
-	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 
 sdist: $(VENV)/.torch
-	$(BIN)/pip install -q build
+	$(PIP) install -q build
 	$(BIN)/python -m build --sdist --no-isolation --skip-dependency-check
 
 clean:
 	rm -rf build dist $(VENV) dualcodec_ext/_C*.so dualcodec_ext/_build_record.json *.egg-info
+
+$(VENV)/.python:
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
+	  f'Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	$(PIP) install -q $(TORCH) 'setuptools>=77' ninja numpy
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(PACKAGING)
+	$(PIP) install -q --no-build-isolation -e .
+	touch $@
+
+# Editable, so that only C++ needs a second build.
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(call extra,test) > $@.txt
+	$(PIP) install -q -r $@.txt
+	$(PIP) install -q --no-deps $(PEER) || echo "the PyPI package could not be had: the tests that compare with it are skipped"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(call extra,lint) > $@.txt
+	$(PIP) install -q -r $@.txt
+	touch $@
+
+$(abspath $(BIN))/cmake: $(VENV)/.torch
+	$(PIP) install -q 'cmake>=3.20'

@@ -1,23 +1,33 @@
-"""Builds dualcodec_ext._C: csrc/ through torch's cpp_extension, kernels/ once per instruction set through ninja.
+"""Builds dualcodec_ext._C: csrc/ through torch's cpp_extension, kernels/ once per instruction set with ninja.
 
-DUALCODEC_EXT_CUDA=auto|0|1   CUDA sources: when a CUDA torch, nvcc and .cu files are found | never | or stop and say why
-TORCH_CUDA_ARCH_LIST          what they are compiled for (default below)
+DUALCODEC_EXT_CUDA    CUDA code: auto (where a CUDA torch, nvcc and .cu files are), 0, 1 (or stop and say why)
+TORCH_CUDA_ARCH_LIST  what it is compiled for; default: DEFAULT_CUDA_ARCHS, as far as nvcc knows them
+MAX_JOBS, CXX         compile jobs at a time; the C++ compiler
+
+Objects stay in build/, so a second build compiles what changed. Only building needs torch.
 """
 
-import datetime
+import contextlib
+import fcntl
+import importlib.util
 import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
-from setuptools import setup
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-VERSION = re.search(r'"(.+)"', (ROOT / "dualcodec_ext/_version.py").read_text()).group(1)
+VERSION = re.search(r'"(.+)"', (ROOT / "dualcodec_ext/_version.py").read_text())[1]
+OLDEST_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 DEPENDENCIES = [
     "numpy>=1.26",
@@ -27,82 +37,121 @@ DEPENDENCIES = [
     "typer>=0.12",
     "tqdm>=4.66",
 ]
-PACKAGES = {
-    "dualcodec_ext": "dualcodec_ext",
-    **{
-        "dualcodec_ext." + str(p.relative_to(ROOT / "dualcodec_ext")).replace(os.sep, "."): str(
-            p.relative_to(ROOT)
-        )
-        for p in sorted((ROOT / "dualcodec_ext").rglob("*"))
-        if p.is_dir() and any(p.glob("*.py")) and "__pycache__" not in p.parts
-    },
-    "dualcodec_ext.kernels": "kernels",
-    **{
-        f"dualcodec_ext.kernels.{p.name}": f"kernels/{p.name}"
-        for p in sorted((ROOT / "kernels").iterdir())
-        if p.is_dir()
-    },
-}
-NEEDS_TORCH = {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel", "dist_info"}
+NEEDS_TORCH = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop", "dist_info"}
+COMPILES = NEEDS_TORCH - {"dist_info"}
+
+
+class Torch(NamedTuple):
+    version: str
+    cuda: str | None
+
+    @property
+    def minor(self):
+        return tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", self.version).groups())
+
+
+class Cuda(NamedTuple):
+    """How CUDA sources are built."""
+
+    sources: list[str]
+    home: str
+    archs: str
 
 
 def stop(message):
     sys.exit(f"dualcodec-ext: {message}")
 
 
-def find_cuda(torch):
-    """Return the CUDA toolkit's folder, or the reason why CUDA sources can't be built."""
-    if torch.version.cuda is None:
-        return None, f"torch {torch.__version__} is a CPU build: install a CUDA torch"
-    nvcc = shutil.which("nvcc")
+def find_torch():
+    """Return what torch says of itself, without the seconds that importing it takes; None without torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    facts = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return Torch(str(facts["__version__"]), facts.get("cuda"))
+
+
+def find_nvcc():
+    """Return (toolkit folder, nvcc's version), or the reason why there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which(str(Path(home, "bin/nvcc"))) if home else shutil.which("nvcc")
     if nvcc is None:
-        return None, "nvcc was not found on PATH: install the CUDA toolkit"
-    # nvcc may be a wrapper script elsewhere, so the toolkit is asked where it is.
-    answer = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
-    top = re.search(r"TOP=(\S+)", answer.stdout + answer.stderr)
-    if top is None:
-        return None, f"{nvcc} --dryrun did not tell where the toolkit is"
-    return str(Path(top.group(1)).resolve()), ""
+        return (
+            f"{home}/bin holds no nvcc: set CUDA_HOME"
+            if home
+            else "nvcc was not found: install the CUDA toolkit"
+        )
+    if not home:
+        # nvcc on PATH may be a wrapper script that lies elsewhere, so the toolkit is asked where it is.
+        answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        top = re.search(r"\bTOP=(\S+)", answer.stdout + answer.stderr)
+        if top is None:
+            return f"{nvcc} --dryrun did not tell where the toolkit is: set CUDA_HOME"
+        home = str(Path(top[1]).resolve())
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+\.\d+)", told)
+    return (home, version[1]) if version else f"{nvcc} --version tells no release"
 
 
-def cuda_sources(torch):
-    wanted = os.environ.get("DUALCODEC_EXT_CUDA", "auto")
+def known_archs(home):
+    """Return DEFAULT_CUDA_ARCHS without those that this nvcc lacks."""
+    listed = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+    number = {arch: re.sub(r"\D", "", arch.partition("+")[0]) for arch in DEFAULT_CUDA_ARCHS.split(";")}
+    return ";".join(arch for arch in number if f"compute_{number[arch]}" in listed.split())
+
+
+def plan_cuda(torch, sources, environ):
+    """Return how CUDA code is built, or the reason why it is not; stops where the user's 1 can't be met."""
+    wanted = environ.get("DUALCODEC_EXT_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         stop(f"DUALCODEC_EXT_CUDA must be auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
-        return [], None
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels").rglob("*.cu"))
-    home, reason = find_cuda(torch)
-    if wanted == "1":
-        if home is None:
-            stop(f"DUALCODEC_EXT_CUDA=1 can't be met: {reason}")
-        if not sources:
-            stop("DUALCODEC_EXT_CUDA=1 can't be met: this version has no CUDA sources")
-    return (sources, home) if home is not None else ([], None)
+        return "DUALCODEC_EXT_CUDA=0"
+    plan = _plan_cuda(torch, sources, environ)
+    if wanted == "1" and isinstance(plan, str):
+        stop(f"DUALCODEC_EXT_CUDA=1 can't be met: {plan}")
+    return plan
+
+
+def _plan_cuda(torch, sources, environ):
+    if torch.cuda is None:
+        return f"torch {torch.version} is a CPU build: install a CUDA torch"
+    found = find_nvcc()
+    if isinstance(found, str):
+        return found
+    home, version = found
+    if version.split(".")[0] != torch.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {version}, torch {torch.version} of CUDA {torch.cuda}"
+    if not sources:
+        return "this version has no CUDA sources"
+    return Cuda(sources, home, environ.get("TORCH_CUDA_ARCH_LIST") or known_archs(home))
 
 
 def kernel_units(build_dir):
-    """Return (source, object, flags) of every kernel unit on this machine's architecture."""
+    """Return (source, object, flags) of every kernel unit for this machine's architecture, and its sets."""
     listed = json.loads((ROOT / "kernels/sources.json").read_text())
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    define = [listed["x86_define"]] if x86 else []
-    units = [(s, f"{build_dir}/once/{s}.o", define) for s in listed["once"]]
+    flags = [*listed["flags"], "-fPIC", *([listed["x86_define"]] if x86 else [])]
     sets = [name for name in listed["isa"] if x86 or name not in listed["x86_only"]]
+    units = [(source, f"{build_dir}/once/{source}.o", flags) for source in listed["once"]]
     for name in sets:
-        units += [(s, f"{build_dir}/{name}/{s}.o", define + listed["isa"][name]) for s in listed["per_isa"]]
-    return units, sets, listed["flags"]
+        own = [*flags, *listed["isa"][name]]
+        units += [(source, f"{build_dir}/{name}/{source}.o", own) for source in listed["per_isa"]]
+    return units, sets
 
 
-def build_kernels(build_dir):
+def build_kernels(build_dir, compiler):
     """Compile the kernels with ninja; returns the object files and the instruction sets."""
     build_dir.mkdir(parents=True, exist_ok=True)
-    units, sets, common = kernel_units(build_dir)
-    compiler = os.environ.get("CXX", "c++")
-    escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
+    units, sets = kernel_units(build_dir)
+
+    def escape(path):
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
-        f"  command = {compiler} -MMD -MF $out.d {' '.join(common)} -fPIC $flags -c $in -o $out",
+        f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = kernels: $out",
@@ -114,105 +163,158 @@ def build_kernels(build_dir):
         ]
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    try:
-        subprocess.run(["ninja", "-C", str(build_dir), *jobs], check=True)
-    except FileNotFoundError:
-        stop("building needs ninja: pip install ninja")
-    except subprocess.CalledProcessError:
+    if subprocess.run(["ninja", "-C", str(build_dir), *jobs]).returncode != 0:
         stop("the kernels did not compile; the compiler's messages are above")
     return [target for _, target, _ in units], sets
 
 
-def main():
+def first_line(*command):
+    """Return the first line that a command prints, or None where it fails."""
     try:
-        import torch
-        from torch.utils import cpp_extension
-    except ImportError:
-        if not NEEDS_TORCH.isdisjoint(sys.argv) or "egg_info" not in sys.argv:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def check_tools():
+    """Stop in one line where a tool is missing; returns the compiler."""
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        # The pip package's program is on PATH only in an activated environment.
+        os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
+    if shutil.which("ninja") is None:
+        stop("building needs ninja: pip install ninja")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        stop(
+            f"building needs a C++ compiler, and {compiler} was not found: install g++ or clang++, or set CXX"
+        )
+    return compiler
+
+
+def make_build_ext(version, cuda, compiler):
+    """Return setuptools' build_ext command: torch's, with our kernels' objects and the build record added."""
+    import torch
+    from torch.utils import cpp_extension
+
+    class BuildExt(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # setuptools gives editable builds a temporary folder: each of them would compile everything anew.
+            minor = ".".join(torch.__version__.split(".")[:2])
+            name = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{minor}-{cuda_tag(cuda)}"
+            self.build_temp = str(ROOT / "build" / name)
+
+        def run(self):
+            Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+            with open(Path(self.build_temp, ".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                super().run()
+                self.write_record()
+
+        def build_extensions(self):
+            objects, self.instruction_sets = build_kernels(Path(self.build_temp, "kernels"), compiler)
+            for extension in self.extensions:
+                extension.extra_objects = objects
+            super().build_extensions()
+
+        def write_record(self):
+            """Leave the text that dualcodec_ext/build.py reads before it loads the module."""
+            record = {
+                "version": version,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "platform": sysconfig.get_platform(),
+                "compiler": first_line(*compiler.split(), "--version"),
+                "isa": self.instruction_sets,
+                "cuda": torch.version.cuda if cuda else None,
+                "cuda_archs": re.split(r"[; ]+", cuda.archs) if cuda else [],
+                "commit": first_line("git", "rev-parse", "--short", "HEAD")
+                if (ROOT / ".git").exists()
+                else None,
+            }
+            module = Path(self.get_ext_fullpath("dualcodec_ext._C"))
+            module.with_name("_build_record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    return BuildExt
+
+
+class BuildPy(build_py):
+    """Starts from an empty folder, or a file that was removed from the sources would live on in wheels."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "dualcodec_ext"), ignore_errors=True)
+        super().run()
+
+
+def cuda_tag(cuda):
+    return "cu" + find_torch().cuda.replace(".", "") if cuda else "cpu"
+
+
+def compiled_options(torch, version, cuda):
+    """Return setup()'s arguments for a build that compiles."""
+    compiler = check_tools()
+    defines = []
+    if cuda:
+        os.environ["TORCH_CUDA_ARCH_LIST"], os.environ["CUDA_HOME"] = cuda.archs, cuda.home
+        defines = ["-DDCX_WITH_CUDA"]
+    build_ext = make_build_ext(version, cuda, compiler)
+    from torch.utils import cpp_extension
+
+    extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
+        "dualcodec_ext._C",
+        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))
+        + (cuda.sources if cuda else []),
+        extra_compile_args={
+            "cxx": ["-O2", "-g0", "-fvisibility=hidden", *defines],
+            "nvcc": ["-O3", "--generate-line-info", *defines],
+        },
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext, "build_py": BuildPy}}
+
+
+def main():
+    commands = set(sys.argv[1:])
+    version, torch_needed, options = VERSION, f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}", {}
+    torch = find_torch()
+    if commands & NEEDS_TORCH:
+        if torch is None:
             stop("building needs torch: pip install torch, then pip install --no-build-isolation .")
-        torch = None
+        if torch.minor < OLDEST_TORCH:
+            stop(f"building needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, got {torch.version}")
+    # An sdist fits every torch, a wheel the one that it was built with.
+    if torch is not None and "sdist" not in commands:
+        sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/**/*.cu"))
+        plan = plan_cuda(torch, sources, os.environ)
+        cuda = plan if isinstance(plan, Cuda) else None
+        minor = ".".join(map(str, torch.minor))
+        version, torch_needed = f"{VERSION}+torch{minor}.{cuda_tag(cuda)}", f"torch=={minor}.*"
+        if commands & COMPILES:
+            print(f"dualcodec-ext: CUDA code: {f'for {cuda.archs}' if cuda else f'none ({plan})'}")
+            options = compiled_options(torch, version, cuda)
 
-    options = {}
-    version, torch_requirement = VERSION, "torch>=2.11"
-    sdist = "sdist" in sys.argv
-    if torch is not None and not sdist:
-        minor = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-        local = "cpu" if torch.version.cuda is None else "cu" + torch.version.cuda.replace(".", "")
-        version, torch_requirement = f"{VERSION}+torch{minor}.{local}", f"torch=={minor}.*"
-        if tuple(int(part) for part in minor.split(".")) < (2, 11):
-            stop(f"building needs torch 2.11 or newer, got {torch.__version__}")
-        sources, cuda_home = cuda_sources(torch)
-        if sources:
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
-            os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = cuda_home
-
-        class BuildExtension(cpp_extension.BuildExtension):
-            def build_extensions(self):
-                objects, sets = build_kernels(Path(self.build_temp).resolve() / "kernels")
-                for extension in self.extensions:
-                    extension.extra_objects = objects
-                    extension.depends = [
-                        *objects,
-                        *map(str, ROOT.glob("csrc/*.h")),
-                        *map(str, ROOT.glob("kernels/**/*.h")),
-                    ]
-                super().build_extensions()
-                self.write_record(sets)
-
-            def write_record(self, sets):
-                compiler = subprocess.run(
-                    [os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True
-                ).stdout.splitlines()
-                record = {
-                    "version": version,
-                    "torch": torch.__version__,
-                    "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-                    "compiler": compiler[0] if compiler else "unknown",
-                    "isa": sets,
-                    "cuda": torch.version.cuda if sources else None,
-                    "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"].split(";") if sources else [],
-                    "built": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                }
-                module = Path(self.get_ext_fullpath("dualcodec_ext._C"))
-                module.with_name("_build_record.json").write_text(json.dumps(record, indent=1) + "\n")
-
-            def copy_extensions_to_source(self):
-                super().copy_extensions_to_source()
-                built = Path(self.build_lib) / "dualcodec_ext/_build_record.json"
-                if built.exists():
-                    shutil.copy2(built, ROOT / "dualcodec_ext/_build_record.json")
-
-        csrc = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*.cpp"))
-        make = cpp_extension.CUDAExtension if sources else cpp_extension.CppExtension
-        options = {
-            "ext_modules": [
-                make(
-                    "dualcodec_ext._C",
-                    csrc + sources,
-                    extra_compile_args={
-                        "cxx": ["-O2", "-std=c++20", "-fvisibility=hidden"],
-                        "nvcc": ["-O3", "-std=c++20"],
-                    },
-                )
-            ],
-            "cmdclass": {"build_ext": BuildExtension},
-        }
-
+    folders = [
+        path for path in sorted(ROOT.glob("kernels/*")) if path.is_dir() and path.name != "__pycache__"
+    ]
+    kernels = {"dualcodec_ext.kernels": "kernels"}
+    kernels |= {f"dualcodec_ext.kernels.{folder.name}": f"kernels/{folder.name}" for folder in folders}
     setup(
         version=version,
-        install_requires=[torch_requirement, *DEPENDENCIES],
-        packages=list(PACKAGES),
-        package_dir=PACKAGES,
+        install_requires=[torch_needed, *DEPENDENCIES],
+        packages=[*find_packages(include=["dualcodec_ext", "dualcodec_ext.*"]), *kernels],
+        package_dir=kernels,
         package_data={
-            "dualcodec_ext": ["py.typed", "_build_record.json"],
-            **{
-                name: ["*.h", "*.cuh", "*.cpp", "*.cu", "*.json", "README.md"]
-                for name in PACKAGES
-                if "kernels" in name
-            },
+            "dualcodec_ext": ["py.typed"],
+            **{name: ["*.h", "*.cuh", "README.md"] for name in kernels},
         },
+        include_package_data=False,
         **options,
     )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,2 @@
-"""Benchmarks: `python -m bench decode|encode|ops`, what users would pick instead in turn beside us. See README.md."""
+"""Benchmarks: `python -m bench decode|encode|ops`, what users would pick instead in turn beside us. See
+README.md."""

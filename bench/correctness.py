@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dualcodec_ext.testing import one_ulp
 
-# A peer is a peer as long as it computes the same function: its own rounding is its own business. Far outside these
-# the graph was built wrongly. [relative RMS error]
+# A peer is a peer as long as it computes the same function: its own rounding is its own business. Far outside
+# these # the graph was built wrongly. [relative RMS error]
 PEER_RMS_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-# Below this agreement of codes the encoder is another one. bf16 features and latents move many codes of the late
-# stages, whose residuals are small; each of them starts from what is left, so nothing is asserted there.
+# Below this agreement of codes the encoder is another one. bf16 features and latents move many codes of the
+# late # stages, whose residuals are small; each of them starts from what is left, so nothing is asserted
+# there.
 PEER_CODE_AGREEMENT = {torch.float64: 0.999, torch.float32: 0.9, torch.float16: 0.0, torch.bfloat16: 0.0}
 FAST_MAX_LIMIT = 1e-4  # of full scale, for the Winograd decoder
 
@@ -63,7 +64,8 @@ def cut(x: Tensor, spans: Spans) -> Tensor:
 
 @dataclass(frozen=True)
 class WaveCheck:
-    """A tensor of samples or latents against float64, ours by the error of plain PyTorch in the same dtype."""
+    """A tensor of samples or latents against float64, ours by the error of plain PyTorch in the same
+    dtype."""
 
     wanted: Tensor  # float64, on the CPU, its spans one behind the other
     plain: Error | None = None  # what ours is held to: at most twice it
@@ -98,8 +100,8 @@ class WaveCheck:
 
 @dataclass(frozen=True)
 class CodesCheck:
-    """Codes against float64's. A code may differ where float64's own margin is below its bound; what hangs on such a
-    frame is then no longer comparable, and is excused."""
+    """Codes against float64's. A code may differ where float64's own margin is below its bound; what hangs on
+    such a frame is then no longer comparable, and is excused."""
 
     wanted: tuple[Tensor, ...]  # [B, q, F] per part, in the order they are computed
     margins: tuple[Tensor, ...]

@@ -63,7 +63,8 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """The commit of the checkout this runs from, and whether tracked files differ from it; (None, None) outside one."""
+    """The commit of the checkout this runs from, and whether tracked files differ from it; (None, None)
+    outside one."""
 
     def git(*words: str) -> str | None:
         try:
@@ -82,7 +83,8 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int | None:
-    """Most resident memory during one call beyond what was resident before it, its result included; Linux only."""
+    """Most resident memory during one call beyond what was resident before it, its result included; Linux
+    only."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(
             0

@@ -92,7 +92,7 @@ def _prepare(case: Case, side: Side, timing: Timing) -> tuple[Outcome, Call | No
         output = call()
     except Unavailable as why:
         return Outcome(side, UNAVAILABLE, str(why)), None
-    except Exception as error:  # noqa: BLE001  somebody else's code: whatever it raises ends this side and no other
+    except Exception as error:  # whatever a side raises ends that side and no other
         return Outcome(side, FAILED, _one_line(error)), None
     outcome = Outcome(side, TIMED, prepare_s=time.perf_counter() - start)
     outcome.verdict = case.check(output, side.dtype, ours=side.ours, fast=side.fast)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
+
+import dualcodec_ext as dx
+from dualcodec_ext import build
 
 from .peers.base import Call, Task, Unavailable
 
 
-@cache
 def missing_module() -> str:
     """Why the compiled module can't be used, on one line; empty where it can."""
-    try:
-        from dualcodec_ext import build
-        from dualcodec_ext import ops as _  # noqa: F401  loads the module
-    except ImportError as error:
-        return " ".join(str(error).split())
-    if hasattr(torch.ops.dualcodec_ext, "snake_conv1d"):
+    if build.load_module() is not None:
         return ""
-    return " ".join(str(build.doctor()).split())
+    return " ".join(build.unavailable_reason().split())
 
 
 def require_module() -> None:
-    """Raise Unavailable where there is no compiled module: the reference must never be timed under our name."""
+    """Raise Unavailable where there is no compiled module: the reference must never be timed under our
+    name."""
     if missing := missing_module():
         raise Unavailable(f"no compiled module: {missing}")
 
@@ -31,8 +27,6 @@ def require_module() -> None:
 def codec_call(task: Task, dtype: torch.dtype, *, fast: bool) -> Call:
     """The drop-in on a reference model's parameters."""
     require_module()
-    import dualcodec_ext as dx
-
     source = dx.reference.DualCodec(**task.settings)
     source.load_state_dict(task.state)
     source = source.to(task.device).eval()

@@ -1,4 +1,5 @@
-"""What this machine can do at best, measured in the same run: small-matrix GEMM rate and copy and read bandwidth."""
+"""What this machine can do at best, measured in the same run: small-matrix GEMM rate and copy and read
+bandwidth."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 
-# The k=7 convolution of a residual unit as one GEMM, [rows x 7C] times [7C x C], on a tile of rows that stays in L2. 70 %
-# of a decode's FLOPs are of this shape, and these are its channels.
+# The k=7 convolution of a residual unit as one GEMM, [rows x 7C] times [7C x C], on a tile of rows that stays
+# in L2. 70 % # of a decode's FLOPs are of this shape, and these are its channels.
 _CPU_ROWS = 256
 _CPU_WIDTHS = (48, 96, 192, 384)
 _CUDA_SHAPES = ((4096, 4096), (8192, 8192))
@@ -32,8 +33,8 @@ class Ceilings:
     read_gbs: float
 
     def copy_for(self, touched_bytes: float) -> float:
-        """The copy rate of the smallest probed buffer pair that a working set fits in, so that one that lives in cache
-        is held against the cache."""
+        """The copy rate of the smallest probed buffer pair that a working set fits in, so that one that lives
+        in cache is held against the cache."""
         for size in sorted(self.copy_gbs):
             if touched_bytes <= 2 * size:
                 return self.copy_gbs[size]
@@ -48,9 +49,11 @@ class Ceilings:
 
 
 def _rate(work: Callable[[], float], threads: int, seconds: float) -> float:
-    """Work units per second of `threads` Python threads that each call `work` (which returns its units) over and over.
+    """Work units per second of `threads` Python threads that each call `work` (which returns its units) over
+    and over.
 
-    Each thread runs its own GEMMs on one core: what a tiled kernel does, and free of a library's threading overhead.
+    Each thread runs its own GEMMs on one core: what a tiled kernel does, and free of a library's threading
+    overhead.
     """
     units = [0.0] * threads
     spans = [0.0] * threads
@@ -75,7 +78,8 @@ def _rate(work: Callable[[], float], threads: int, seconds: float) -> float:
 
 
 def _gemm_kernels(width: int, dtype: torch.dtype) -> dict[str, Callable[[], Callable[[], float]]]:
-    """The GEMMs that can be had for one width; which is the fastest depends on the processor and the dtype."""
+    """The GEMMs that can be had for one width; which is the fastest depends on the processor and the
+    dtype."""
     generator = torch.Generator().manual_seed(0)
     depth, loops = 7 * width, 8
     flops = 2.0 * _CPU_ROWS * depth * width * loops
@@ -143,7 +147,8 @@ def _gemm_rates(threads: int, dtype: torch.dtype, seconds: float) -> dict[str, d
 
 
 def _copy_rate(size: int, threads: int, seconds: float) -> float:
-    """Bytes read plus bytes written per second; the buffers together are `size` on either side, split over the threads."""
+    """Bytes read plus bytes written per second; the buffers together are `size` on either side, split over
+    the threads."""
     works = threading.local()
 
     def work() -> float:

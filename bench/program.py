@@ -1,7 +1,8 @@
-"""The model as a list of layers, walked from its settings alone: the FLOP counts, the op shapes and the folded peers come from here.
+"""The model as a list of layers, walked from its settings alone: the FLOP counts, the op shapes and the
+folded peers come from here.
 
-A layer names its parameters by their state-dict keys, so a list and a state dict are all it takes to rebuild the
-model in another form (peers/folded.py), and no count is ever typed in by hand.
+A layer names its parameters by their state-dict keys, so a list and a state dict are all it takes to rebuild
+the model in another form (peers/folded.py), and no count is ever typed in by hand.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Conv:
 
 @dataclass(frozen=True)
 class Upsample:
-    """Snake, then a transposed convolution or nearest-repeat and a convolution; 2 * stride taps either way."""
+    """Snake, then a transposed convolution or nearest-repeat and a convolution; 2 * stride taps either
+    way."""
 
     key: str
     alpha: str
@@ -58,8 +60,9 @@ class Upsample:
         return max(0, steps * self.stride + self.left + self.right - 2 * self.stride + 1)
 
     def flops(self, steps: int) -> float:
-        # By phases: a transposed output sums two inputs. Of the 2S repeated samples under a nearest-repeat output, the
-        # window starts on a frame's edge for one phase in S, and so covers two frames there and three elsewhere.
+        # By phases: a transposed output sums two inputs. Of the 2S repeated samples under a nearest-repeat
+        # output, the # window starts on a frame's edge for one phase in S, and so covers two frames there and
+        # three elsewhere.
         inputs = 2.0 if self.mode == "transposed" else 3.0 - 1.0 / self.stride
         return 2.0 * self.c_in * self.c_out * inputs * self.out_length(steps)
 
@@ -111,7 +114,7 @@ class ConvNeXt:
         return 2.0 * self.channels * (self.taps + 2 * self.hidden) * steps
 
     def weight_count(self) -> int:
-        return self.channels * (self.taps + 2 * self.hidden + 5) + self.hidden
+        return self.channels * (self.taps + 2 * self.hidden + 4) + self.hidden
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,12 @@ class Quantizer:
     def lookup_flops(self, frames: int, stages: int | None = None) -> float:
         return sum(2.0 * d * self.channels for d in self.dims[:stages]) * frames
 
-    def weight_count(self) -> int:
+    def search_weights(self) -> int:
         return sum(d * (2 * self.channels + self.entries + 1) + self.channels for d in self.dims)
+
+    def lookup_weights(self) -> int:
+        """The projections out; of a codebook a lookup reads a row per frame, which is next to nothing."""
+        return sum((d + 1) * self.channels for d in self.dims)
 
 
 Layer = Conv | Upsample | Unit | ConvNeXt
@@ -166,13 +173,14 @@ class Program:
         return quantizers + semantic + chain_flops(self.encoder, frames * self.hop_samples)
 
     def decode_weights(self) -> int:
-        """Number of folded weights that a decode reads (of the projections and codebooks: all)."""
-        layers = self.semantic_decoder + self.decoder
-        return sum(x.weight_count() for x in (*layers, self.semantic_vq, self.rvq))
+        """Number of folded weights that a decode reads."""
+        layers = sum(layer.weight_count() for layer in self.semantic_decoder + self.decoder)
+        return layers + self.semantic_vq.lookup_weights() + self.rvq.lookup_weights()
 
     def encode_weights(self) -> int:
         layers = self.semantic_encoder + self.semantic_decoder + self.encoder
-        return sum(x.weight_count() for x in (*layers, self.semantic_vq, self.rvq))
+        searches = self.semantic_vq.search_weights() + self.rvq.search_weights()
+        return sum(layer.weight_count() for layer in layers) + searches
 
 
 def chain_flops(layers: Iterable[Layer], steps: int) -> float:

@@ -1,4 +1,5 @@
-"""One row per op and codec shape: inputs, providers, bytes and FLOPs. The shapes come from the layer list of a preset."""
+"""One row per op and codec shape: inputs, providers, bytes and FLOPs. The shapes come from the layer list of
+a preset."""
 
 from __future__ import annotations
 
@@ -265,7 +266,8 @@ def _folded_op(row: Row, form: str, dtype: torch.dtype) -> tuple[nn.Module, tupl
 
 
 def _flat(call: Call) -> Call:
-    """Drops the H=1 dim of the 2d form's output, which costs nothing and lets every side be compared alike."""
+    """Drops the H=1 dim of the 2d form's output, which costs nothing and lets every side be compared
+    alike."""
 
     def flat() -> object:
         y = call()

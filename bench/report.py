@@ -53,8 +53,8 @@ def header_lines(run: Mapping[str, Any]) -> list[str]:
     for dtype, ceiling in run["ceilings"].items():
         copies = ", ".join(f"{int(size) >> 20} MiB {rate:.0f}" for size, rate in ceiling["copy_gbs"].items())
         lines.append(
-            f"measured ceiling, {dtype}: GEMM {ceiling['gemm_gflops']:.0f} GFLOP/s "
-            f"(best width {ceiling['gemm_peak_gflops']:.0f}); copy {copies} GB/s; read {ceiling['read_gbs']:.0f} GB/s"
+            f"measured ceiling, {dtype}: GEMM {ceiling['gemm_gflops']:.0f} GFLOP/s (best width "
+            f"{ceiling['gemm_peak_gflops']:.0f}); copy {copies} GB/s; read {ceiling['read_gbs']:.0f} GB/s"
         )
     return lines
 
@@ -139,8 +139,8 @@ def markdown(run: Mapping[str, Any]) -> str:
 
 
 LEGEND = (
-    "/ours, paired: how many times as long the side takes as ours (ratio of medians, median of the rounds' ratios). "
-    "gemm, copy, limit: share of the measured small-GEMM rate, of the copy rate for this working set, and of the direct limit "
-    "(the longer of arithmetic at that GEMM rate and traffic at that copy rate). error: against float64, largest error over "
-    "largest value and RMS over RMS, or the share of equal codes."
+    "/ours, paired: how many times as long the side takes as ours (ratio of medians, median of the rounds' "
+    "ratios). gemm, copy, limit: share of the measured small-GEMM rate, of the copy rate for this "
+    "working set, and of the direct limit (the longer of arithmetic at that GEMM rate and traffic at that copy rate). "
+    "error: against float64, largest error over largest value and RMS over RMS, or the share of equal codes."
 )

@@ -1,4 +1,5 @@
-"""Timing in turn: every side runs once per round, A B C A B C, so that a slow spell of the machine hits all of them."""
+"""Timing in turn: every side runs once per round, A B C A B C, so that a slow spell of the machine hits all
+of them."""
 
 from __future__ import annotations
 
@@ -43,8 +44,9 @@ class Ratio:
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> Ratio:
     """Both ways to compare two sides timed in turn.
 
-    The ratio of medians is what a user sees. The median of per-round ratios is steadier where the machine drifts, since
-    the two sides of a round ran next to each other. Where they differ much, the run is not to be trusted.
+    The ratio of medians is what a user sees. The median of per-round ratios is steadier where the machine
+    drifts, since the two sides of a round ran next to each other. Where they differ much, the run is not to
+    be trusted.
     """
     if len(peer) != len(ours):
         raise ValueError(f"ratio: samples must pair up, got {len(peer)} and {len(ours)}")
@@ -81,8 +83,8 @@ def interleave(
         rounds: samples per call, one per round, at least 1.
         warmup: untimed calls of each side before the first round.
         min_sample_s: a sample repeats its call until it lasts about this long; 0 for one call per sample.
-        settle_s: pause before each sample. OpenMP and ONNX Runtime threads spin for some milliseconds when their work
-            is done, which would be charged to the next side.
+        settle_s: pause before each sample. OpenMP and ONNX Runtime threads spin for some milliseconds when
+            their work is done, which would be charged to the next side.
         clock: seconds, rising.
 
     Returns:

@@ -22,7 +22,8 @@ from .program import ConvNeXt, Quantizer, build_program
 
 _F64, _F32 = torch.float64, torch.float32
 
-# Beside a cut: four causal ConvNeXt blocks before and behind the semantic codebook see 48 frames back, the DAC about 5.
+# Beside a cut: four causal ConvNeXt blocks before and behind the semantic codebook see 48 frames back, the
+# DAC about 5.
 _CONTEXT_FRAMES = 64
 
 
@@ -35,7 +36,8 @@ def load_settings(preset: str, config: str | None) -> tuple[str, dict[str, Any]]
 
 
 def make_task(kind: str, settings: Mapping[str, Any], seconds: float, threads: int, device: str) -> Task:
-    """Seeded weights under which every activation is of order one and the codebooks are in use, and seeded inputs.
+    """Seeded weights under which every activation is of order one and the codebooks are in use, and seeded
+    inputs.
 
     Args:
         kind: "decode" or "encode".
@@ -68,7 +70,8 @@ def _reference(task: Task, dtype: torch.dtype) -> DualCodec:
 def check_windows(frames: int, limit: int) -> list[tuple[int, int, int, int]]:
     """Which frames to run in float64, and which of those to compare: (first, last, compare from, compare to).
 
-    A long clip is compared at its two ends. The cut side gets more frames than the receptive field of either path.
+    A long clip is compared at its two ends. The cut side gets more frames than the receptive field of either
+    path.
     """
     if frames <= limit:
         return [(0, frames, 0, frames)]
@@ -108,7 +111,8 @@ def exact_length(task: Task, frames: int) -> int:
 def encode_check(task: Task, limit_s: float = 30.0) -> CodesCheck:
     """Float64 codes, their margins, and the margins below which float32 may choose otherwise.
 
-    Those bounds are for a latent of twice the error that plain PyTorch's has in float32 (given float64's semantic codes).
+    Those bounds are for a latent of twice the error that plain PyTorch's has in float32 (given float64's
+    semantic codes).
     """
     program, hop = task.program, task.program.hop_samples
     exact, rounded = _reference(task, torch.float64), _reference(task, torch.float32)

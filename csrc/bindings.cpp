@@ -1,7 +1,8 @@
 // Every op schema, and the Python module that carries them. Implementations register themselves in <op>.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
-#include <torch/extension.h>
+#include <c10/util/Exception.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <cstdlib>

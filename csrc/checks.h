@@ -1,7 +1,9 @@
 // Argument checks and the small conversions that every op shares. A failed check is one line:
 // "op: argument must be <what is needed>, got <what came>", raised as ValueError.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <optional>

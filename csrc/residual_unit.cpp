@@ -1,3 +1,5 @@
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
 #include <torch/library.h>
 
 #include "../kernels/common/conv_shape.h"

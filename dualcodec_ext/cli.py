@@ -40,7 +40,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _program(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop."),
     ] = False,
 ) -> None:
     pass
@@ -48,8 +49,12 @@ def _program(
 
 @app.command()
 def roundtrip(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Audio file: any format that libsndfile reads, any rate.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Audio file to write; its ending gives the format.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Audio file: any format that libsndfile reads, any rate.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Audio file to write; its ending gives the format.")
+    ],
     model: opt.Model = "12hz_v1",
     weights: opt.Weights = None,
     w2v: opt.W2v = None,
@@ -125,13 +130,17 @@ def decode(
 
     settings = opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed)
     raise typer.Exit(
-        run_decode(inputs, folder, settings, quantizers, rate, kind or "wav", any_weights, skip_existing, as_json)
+        run_decode(
+            inputs, folder, settings, quantizers, rate, kind or "wav", any_weights, skip_existing, as_json
+        )
     )
 
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A code file, a weights file or an audio file.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A code file, a weights file or an audio file.")
+    ],
     as_json: opt.Json = False,
 ) -> None:
     """Say what a code file, a weights file or an audio file holds."""
@@ -154,7 +163,8 @@ def verify(
         str, typer.Option("--weights", "-w", help="Safetensors file, a folder that holds it, or a hub name.")
     ],
     audio: Annotated[
-        Path | None, typer.Option("--audio", help="Speech to compare on. [default: a generated vowel sequence]")
+        Path | None,
+        typer.Option("--audio", help="Speech to compare on. [default: a generated vowel sequence]"),
     ] = None,
     w2v: opt.W2v = None,
     model: opt.Model = "12hz_v1",
@@ -171,7 +181,9 @@ def verify(
     raise typer.Exit(run_verify(settings, audio, as_json))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
 def bench(context: typer.Context) -> None:
     """Run `python -m bench` with the arguments given, from a checkout of the repository."""
     from dualcodec_ext._cli.inspect import run_bench

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, NoReturn
 from .config import DualCodecConfig
 from .errors import DualCodecError, need_extra
 
-DEFAULT_SOURCE = "hf://amphion/dualcodec"
+_DEFAULT_REPO = "amphion/dualcodec"
+DEFAULT_SOURCE = f"hf://{_DEFAULT_REPO}"
 RELEASED_FILES = {
     "12hz_v1": "dualcodec_12hz_16384_4096.safetensors",
     "25hz_v1": "dualcodec_25hz_16384_1024.safetensors",
@@ -29,12 +30,12 @@ class HubName(NamedTuple):
 
     @classmethod
     def parse(cls, source: str | Path) -> HubName | None:
-        """Read `hf://owner/name[@revision][/path]` or `owner/name`; None if it is neither, or is a local path."""
+        """Read `hf://owner/name[@revision][/path]` or `owner/name`; None if it is neither, or is there locally."""
         text = str(source)
         explicit = text.startswith("hf://")
         if not explicit and (isinstance(source, Path) or Path(text).expanduser().exists()):
             return None
-        # Without hf:// a path inside can't be told from a local one, and a name can't begin as a local path does.
+        # Without hf:// a path inside can't be told from a local one.
         body = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?"
         hit = re.fullmatch(body + ("(?:/(.+?))?/*" if explicit else "()"), text.removeprefix("hf://"))
         if hit is None:
@@ -105,8 +106,8 @@ def find_checkpoint(source: str | Path, preset: str) -> Path:
 
     Args:
         source: the file; or a directory that holds it under its released name (for a preset that was not
-            released, the only safetensors file there); or `hf://owner/name[@revision][/path]`, or `owner/name`
-            if nothing local has that name.
+            released, the only safetensors file there); or `hf://owner/name[@revision][/path]`, or
+            `owner/name` if nothing local has that name.
         preset: the preset's name.
 
     Returns:
@@ -131,13 +132,15 @@ def find_checkpoint(source: str | Path, preset: str) -> Path:
         return path
     if not path.is_dir():
         raise DualCodecError(
-            f"checkpoint: {source} must be a directory or a safetensors file, it does not exist{_how(released, source)}"
+            f"checkpoint: {source} must be a directory or a safetensors file, it does not exist"
+            f"{_how(released, source)}"
         )
     if released is not None:
         if (path / released).is_file():
             return path / released
         raise DualCodecError(
-            f"checkpoint: {path} must hold {released}, got {_listed(_checkpoints_in(path))}{_how(released, path)}"
+            f"checkpoint: {path} must hold {released}, got {_listed(_checkpoints_in(path))}"
+            f"{_how(released, path)}"
         )
     files = [file for file in _checkpoints_in(path) if file.name not in RELEASED_FILES.values()]
     if len(files) != 1:
@@ -225,8 +228,8 @@ def _settings_of(file: Path) -> DualCodecConfig:
         return DualCodecConfig.from_json(beside)
     except OSError:
         raise DualCodecError(
-            f"checkpoint: {file} must have a released file's name, or a {_CONFIG_FILE} beside it, it has neither: "
-            "a preset's name goes with weights=<this file>"
+            f"checkpoint: {file} must have a released file's name or a {_CONFIG_FILE} beside it, it has neither "
+            "(a preset's name goes with weights=FILE)"
         ) from None
     except (TypeError, ValueError) as error:
         raise DualCodecError(f"checkpoint: {beside}: {error}") from None
@@ -244,7 +247,7 @@ def _how(released: str | None, where: str | Path) -> str:
     if released is None:
         return ""
     folder = Path(where).parent if Path(where).suffix == ".safetensors" else where
-    return f" (to have it: hf download {HubName.parse(DEFAULT_SOURCE).repo} {released} --local-dir {folder})"  # type: ignore[union-attr]
+    return f" (to have it: hf download {_DEFAULT_REPO} {released} --local-dir {folder})"
 
 
 def _client(hub: HubName) -> Any:
@@ -267,8 +270,8 @@ def _fetch_if_there(hub: HubName, file: str) -> Path | None:
     try:
         return Path(client.hf_hub_download(hub.repo, file, revision=hub.revision))
     except Exception as error:
-        # The offline error is a kind of "no such entry" to the client, yet says nothing about the repository.
-        errors = client.errors
+        # To the client being offline is a kind of "no such entry", yet it says nothing about the repository.
+        errors = client.utils
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(
             error, errors.LocalEntryNotFoundError
         ):
@@ -281,6 +284,7 @@ def _refuse_download(hub: HubName, file: str, error: Exception) -> NoReturn:
     what = f"{file} of {hub.repo}" if file else hub.repo
     command = f"hf download {hub.repo} {file}".strip()
     raise DualCodecError(
-        f"checkpoint: {what} could not be fetched from the hub: {lines[0] if lines else type(error).__name__} "
+        f"checkpoint: {what} could not be fetched from the hub: "
+        f"{lines[0] if lines else type(error).__name__} "
         f"(where there is a network: {command} --local-dir DIR, then give DIR)"
     ) from error

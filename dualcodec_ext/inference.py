@@ -22,8 +22,8 @@ def get_model(
 
     Args:
         model_id: "12hz_v1" or "25hz_v1", or another preset.
-        pretrained_model_path: directory that holds the checkpoint under its released name, the file itself, or a hub
-            name; None gives random weights and a warning.
+        pretrained_model_path: directory that holds the checkpoint under its released name, the file itself,
+            or a hub name; None gives random weights and a warning.
 
     Returns:
         The model on the CPU in float32, in eval mode.
@@ -56,14 +56,15 @@ class Inference:
         dualcodec_path: directory (or hub name) that holds the feature statistics.
         w2v_path: directory (or hub name) of w2v-BERT 2.0.
         device: where both models run; "cuda" without CUDA gives a warning and the CPU.
-        autocast: how the semantic model computes: False for float32; True for float16 through torch.autocast where the
-            device has it (a CPU without it runs float32, which is faster there and exact); or a dtype, such as
-            torch.bfloat16, which is the fast one on most CPUs. The codec itself computes in its own dtype.
+        autocast: how the semantic model computes: False for float32; True for float16 through torch.autocast
+            where the device has it (a CPU without it runs float32, which is faster there and more accurate);
+            or a dtype, such as torch.bfloat16, which is the fast one on most CPUs. The codec computes in its
+            own dtype.
         **kwargs: `meanvar_fname`, the name of the statistics file; others are ignored with a warning.
 
-    Numerics: upstream's `autocast` covers the codec as well, so that it searches its codebooks in half precision; its
-        semantic model runs in float16 even with autocast=False. Here the search is always float32, and False means
-        float32 throughout.
+    Numerics: upstream's `autocast` covers the codec as well, so that it searches its codebooks in half
+        precision, and its semantic model runs in float16 even with autocast=False. Here the search is always
+        float32, and False means float32 throughout.
     Source: the PyPI package `dualcodec` 0.4.2.
     """
 
@@ -88,7 +89,7 @@ class Inference:
         self.semantic = W2vBertFeatures(
             w2v_path,
             dualcodec_path,
-            downsample_factor=int(self.model.semantic_downsample_factor),
+            downsample_factor=self.model.semantic_downsample_factor,
             device=device,
             autocast=autocast,
             **statistics,
@@ -124,7 +125,8 @@ class Inference:
 
         Args:
             semantic_codes: [B, 1, F] integers.
-            acoustic_codes: [B, q, F] integers, the first q acoustic codebooks; None decodes the semantic codes alone.
+            acoustic_codes: [B, q, F] integers, the first q acoustic codebooks; None decodes the semantic
+                codes alone.
 
         Returns:
             Audio [B, 1, S'] float32 at 24 kHz.

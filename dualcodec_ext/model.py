@@ -29,8 +29,8 @@ class DualCodec(reference.DualCodec):
         the same bits alone and in any batch, with any number of threads.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self._engine_state: tuple[Any, Any] | None = None
         self._compute_dtype: torch.dtype | None = None
         self._released = False

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import math
 import threading
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._w2v_bert import autocast_dtype, load_statistics, load_w2v_bert
 from .errors import DualCodecError, need_extra
 from .hub import find_directory, find_file
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 CODEC_RATE_HZ = 24000
 _W2V_RATE_HZ = 16000
-_W2V_LAYERS = 17
 # Two 25 ms windows 10 ms apart: with one the per-utterance variance is that of a single number.
 _W2V_FEWEST_SAMPLES = 560
 
 
 def resample(audio: Tensor, orig_hz: int, new_hz: int) -> Tensor:
-    """Resample by a Hann-windowed sinc, six zero crossings a side, cut off at 0.99 of the lower Nyquist frequency.
+    """Resample by a Hann-windowed sinc: six zero crossings a side, cut off at 0.99 of the lower Nyquist rate.
 
     Args:
         audio: [..., S] float.
@@ -40,8 +36,8 @@ def resample(audio: Tensor, orig_hz: int, new_hz: int) -> Tensor:
     Raises:
         DualCodecError: a wrong rate, or audio that is not floating point.
 
-    Numerics: the filter is evaluated in float64; sums run in float32 (float64 for float64 audio), whatever autocast
-        says.
+    Numerics: the filter is evaluated in float64; sums run in float32 (float64 for float64 audio), whatever
+        autocast says.
     Source: the definition is that of `torchaudio.functional.resample` with its default arguments.
     """
     for name, rate in (("orig_hz", orig_hz), ("new_hz", new_hz)):
@@ -73,9 +69,10 @@ def resample_24k_to_16k(audio: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _sinc_filters(down: int, up: int) -> tuple[Tensor, int]:
-    """One filter per output phase [up, 2 * reach + down] float64, and how far each begins before its block's start.
+    """One filter per output phase, [up, 2 * reach + down] float64, and `reach`.
 
-    Output up*b + p lies at time (down*b + down*p/up) input samples; tap k of a block is input down*b + k - reach.
+    Output up*b + p lies at input sample down*b + down*p/up; tap k of block b is input sample
+    down*b + k - reach.
     """
     zero_crossings = 6
     cutoff = (
@@ -90,18 +87,18 @@ def _sinc_filters(down: int, up: int) -> tuple[Tensor, int]:
 
 
 class LogMelFeatures(nn.Module):
-    """Log-mel features for the small model: 80 bands at 100 Hz, two frames stacked to 160 numbers at 50 Hz, pooled.
+    """Log-mel features for the small model: 80 bands at 100 Hz, stacked by two to 160 at 50 Hz, pooled.
 
-    Frame f depends on no sample past (f + 1) * hop, and on none of the utterance's statistics, so features can be
-    computed as the audio arrives. hop is 480 * downsample_factor samples. The state_dict holds `mean` and
-    `variance`, [160] each; their defaults bring synthetic speech at -26 dBFS to the order of one.
+    Frame f depends on no sample past (f + 1) * hop, and on none of the utterance's statistics, so features
+    can be computed as the audio arrives. hop is 480 * downsample_factor samples. The state_dict holds `mean`
+    and `variance`, [160] each.
 
     Args:
         downsample_factor: how many 50 Hz frames are averaged into one, at least 1: the model's
             `semantic_downsample_factor`.
 
-    Numerics: float32. On the CPU the same samples give the same bits in any batch, and with anything or nothing
-        behind them.
+    Numerics: float32. On the CPU the same samples give the same bits in any batch, and with anything or
+        nothing behind them.
     """
 
     channels = 160
@@ -151,7 +148,8 @@ class LogMelFeatures(nn.Module):
         for name, values in (("mean", mean), ("variance", variance)):
             if tuple(values.shape) != (self.channels,):
                 raise DualCodecError(
-                    f"LogMelFeatures.set_statistics: {name} must be [{self.channels}], got {list(values.shape)}"
+                    f"LogMelFeatures.set_statistics: {name} must be [{self.channels}], "
+                    f"got {list(values.shape)}"
                 )
         if not bool((variance > 0).all()):
             raise DualCodecError(
@@ -183,7 +181,7 @@ class LogMelFeatures(nn.Module):
         windows = x.unfold(-1, self._WINDOW, self._HOP) * self._window  # [B, 100 Hz frames, 600]
         spectrum = torch.fft.rfft(windows, n=self._FFT)
         power = spectrum.real.square() + spectrum.imag.square()
-        # Sums in a written-out order of exact elementwise steps: a matmul's order may follow the number of rows.
+        # A sum in a written-out order: that of a matmul may follow the number of rows.
         mel = power[..., self._bins[0]] * self._weights[0]
         for bins, weights in zip(self._bins[1:], self._weights[1:], strict=True):
             mel = mel + power[..., bins] * weights
@@ -195,7 +193,7 @@ class LogMelFeatures(nn.Module):
 
 
 def _mel_bands(bands: int, fft: int, rate_hz: int, low_hz: float, high_hz: float) -> tuple[Tensor, Tensor]:
-    """Triangles of height one between band edges equally spaced in mel, as taps: FFT bins and weights, both [W, bands].
+    """Triangles of height one between band edges equally spaced in mel: bins and weights, both [W, bands].
 
     mel(f) = 1127 ln(1 + f / 700). W is the widest triangle's number of bins; the others' taps end in zeros.
     """
@@ -213,22 +211,25 @@ def _mel_bands(bands: int, fft: int, rate_hz: int, low_hz: float, high_hz: float
 
 
 class W2vBertFeatures:
-    """The features that the released models code: w2v-BERT 2.0 after 17 layers, normalised and averaged over time.
+    """The features that the released models code: w2v-BERT 2.0 after 17 layers, normalised, time-averaged.
 
     Nothing is looked up or loaded before the first call. Layers past the 17th are neither loaded nor run.
 
     Args:
         w2v_path: directory of a transformers Wav2Vec2BertModel with its feature extractor, or a hub name.
         dualcodec_path: directory that holds the statistics, or a hub name.
-        downsample_factor: how many 50 Hz frames are averaged into one: the model's `semantic_downsample_factor`.
+        downsample_factor: how many 50 Hz frames are averaged into one: the model's
+            `semantic_downsample_factor`.
         device: where the model runs.
-        autocast: False for float32. A dtype runs matrix products in it through torch.autocast. True is float16, as
-            upstream does, where the device computes in it; on a CPU without float16 arithmetic, float32.
+        autocast: False for float32. A dtype runs matrix products in it through torch.autocast. True is
+            float16, as upstream does, where the device computes in it; on a CPU without float16 arithmetic,
+            float32.
         meanvar_fname: name of the statistics file, a dict of `mean` and `var`, [C] each.
 
-    Numerics: normalising and averaging in float32. A CPU without float16 arithmetic emulates it: 4 layers of the
-        full width over 5 s took 16.6 s under float16, 1.4 s in float32 (error 0) and 0.64 s under bfloat16 (largest
-        error 0.07 of a standard deviation; float16's is 0.008), 2 threads of an AVX-512 machine, torch 2.13.
+    Numerics: normalising and averaging in float32. A CPU without float16 arithmetic emulates it: of 5 s of
+        audio, 4 layers of the full width with random weights took 16.6 s under float16, 1.4 s in float32 and
+        0.64 s under bfloat16, and the largest errors were 0.008, 0 and 0.07 of a standard deviation (2
+        threads of an AVX-512 machine, torch 2.13).
     Source: the PyPI package `dualcodec` 0.4.2, which takes hidden_states[17].
     """
 
@@ -245,7 +246,7 @@ class W2vBertFeatures:
         self.w2v_path, self.dualcodec_path, self.meanvar_fname = w2v_path, dualcodec_path, meanvar_fname
         self.downsample_factor = downsample_factor
         self.device = torch.device(device)
-        self.autocast_dtype = _autocast_dtype(self.device, autocast)
+        self.autocast_dtype = autocast_dtype(self.device, autocast)
         self._lock = threading.Lock()
         self._loaded: tuple[Any, Any, Tensor, Tensor] | None = None
 
@@ -260,12 +261,12 @@ class W2vBertFeatures:
 
         Args:
             audio: [B, 1, S] float at 24 kHz, in [-1, 1], on any device.
-            lengths: [B] int64, valid samples per item (None: all S): each item is padded, masked and normalised by
-                its own samples, and its features past its end are zero.
+            lengths: [B] int64, valid samples per item (None: all S): each item is normalised by its own
+                samples and masked past them, and its features past its end are zero.
 
         Returns:
-            [B, C, F] float32 on `device`; F may be one frame short of the audio's, and clips of less than a frame give
-            none.
+            [B, C, F] float32 on `device`; F may be one frame short of the audio's, and clips of less than a
+            frame give none.
 
         Raises:
             DualCodecError: wrong audio, or files that are missing or don't fit together.
@@ -317,28 +318,10 @@ class W2vBertFeatures:
                 need_extra("transformers", "semantic", "W2vBertFeatures")
                 folder = find_directory(self.w2v_path, ["*.json", "*.safetensors"])
                 statistics = find_file(self.dualcodec_path, self.meanvar_fname)
-                model, extractor = _load_w2v_bert(folder)
-                mean, std = _load_statistics(statistics, int(model.config.hidden_size))
+                model, extractor = load_w2v_bert(folder)
+                mean, std = load_statistics(statistics, int(model.config.hidden_size))
                 self._loaded = (model.to(self.device), extractor, mean.to(self.device), std.to(self.device))
             return self._loaded
-
-
-def _autocast_dtype(device: torch.device, autocast: bool | torch.dtype) -> torch.dtype | None:
-    if isinstance(autocast, torch.dtype):
-        if autocast not in (torch.float16, torch.bfloat16, torch.float32):
-            raise DualCodecError(f"autocast must be a bool, float16, bfloat16 or float32, got {autocast}")
-        return None if autocast == torch.float32 else autocast
-    if not autocast or (device.type == "cpu" and not _cpu_computes_float16()):
-        return None
-    return torch.float16
-
-
-def _cpu_computes_float16() -> bool:
-    # No public call says so. Where torch drops this one, the CPU is taken to have no float16.
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 def _extract(extractor: Any, clip: Tensor) -> tuple[Tensor, Tensor]:
@@ -348,73 +331,6 @@ def _extract(extractor: Any, clip: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros(0, extractor.feature_size * extractor.stride), torch.zeros(0, dtype=torch.int64)
     inputs = extractor(at_16k.numpy(), sampling_rate=_W2V_RATE_HZ, return_tensors="pt")
     return inputs["input_features"][0], inputs["attention_mask"][0].to(torch.int64)
-
-
-def _load_w2v_bert(folder: Path) -> tuple[Any, Any]:
-    from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
-
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise DualCodecError(f"w2v_path: {folder} must hold {name}, it does not")
-    try:
-        config = Wav2Vec2BertConfig.from_pretrained(folder)
-        if config.num_hidden_layers < _W2V_LAYERS:
-            raise DualCodecError(
-                f"w2v_path: the model must have at least {_W2V_LAYERS} layers, got {config.num_hidden_layers}"
-            )
-        # hidden_states[17] is what the 17th layer gives; behind the last layer only these two would follow.
-        config.num_hidden_layers = _W2V_LAYERS
-        config.add_adapter = config.use_intermediate_ffn_before_adapter = False
-        with _quiet_transformers():
-            model, report = Wav2Vec2BertModel.from_pretrained(folder, config=config, output_loading_info=True)
-        extractor = SeamlessM4TFeatureExtractor.from_pretrained(folder)
-    except DualCodecError:
-        raise
-    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError and safetensors' own
-        lines = str(error).strip().splitlines()
-        raise DualCodecError(
-            f"w2v_path: {folder} must hold a Wav2Vec2BertModel: {lines[0] if lines else type(error).__name__}"
-        ) from error
-    missing = sorted(
-        key for key in report["missing_keys"] if key != "masked_spec_embed"
-    )  # used in training alone
-    if missing:
-        raise DualCodecError(f"w2v_path: {folder} lacks {missing[0]} ({len(missing)} such)")
-    # transformers 5 keeps the checkpoint's dtype.
-    return model.to(torch.float32).eval().requires_grad_(False), extractor
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from listing the layers that are left out on purpose; missing ones are checked for above."""
-    from transformers.utils import logging
-
-    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _load_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """Read mean and standard deviation, [channels] float32 each."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        mean, var = saved["mean"], saved["var"]
-        mean, std = mean.to(torch.float32).reshape(-1), var.to(torch.float32).sqrt().reshape(-1)
-    except Exception as error:  # pickle, zip and key errors: any of them means that this is another file
-        raise DualCodecError(
-            f"statistics: {path} must be a torch file with the tensors mean and var, it is not"
-        ) from error
-    if mean.numel() != channels or std.numel() != channels:
-        raise DualCodecError(
-            f"statistics: {path} must hold {channels} numbers, as the semantic model has channels, got {mean.numel()}"
-        )
-    return mean, std
 
 
 def _check_audio(name: str, audio: Tensor) -> None:

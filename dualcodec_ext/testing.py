@@ -29,6 +29,7 @@ __all__ = [
     "assert_close_to_f64",
     "compare_codes",
     "make_features",
+    "make_inputs",
     "make_speech",
     "one_ulp",
     "poison_past_lengths",
@@ -174,6 +175,19 @@ def make_features(frames: int, batch: int = 1, dim: int = 1024, seed: int = 0) -
     gen = torch.Generator().manual_seed(seed * 104729 + 1)
     noise = torch.randn(batch, dim, frames + 1, generator=gen)
     return (0.5 * noise[..., :-1] + noise[..., 1:]) / math.sqrt(1.25)
+
+
+def make_inputs(
+    model: reference.DualCodec,
+    frames: int = 9,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    short: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return audio [batch, 1, S] that ends within its last frame, and features, `short` frames fewer."""
+    audio = make_speech(max(0, frames * model.dac.hop_length - 3), batch)
+    feat = make_features(frames - short, batch, model.settings["semantic_dim"])
+    return audio.to(dtype), feat.to(dtype)
 
 
 @torch.no_grad()

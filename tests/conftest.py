@@ -1,10 +1,11 @@
 """What test files share: the PyPI package's class, and full-size models that take a second to build."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import pytest
+import torch
 
 from dualcodec_ext import reference
 from dualcodec_ext.config import DualCodecConfig
@@ -30,3 +31,12 @@ def preset_model() -> Callable[[str], reference.DualCodec]:
         return seeded_model(DualCodecConfig.preset(name).to_dict())
 
     return build
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Runs a file on one thread: with small tensors, more of them mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -114,7 +114,12 @@ def check_lengths(case: Case, lengths: list[int], dtype: torch.dtype = torch.flo
     for i, n in enumerate(lengths):
         options = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in case.options.items()}
         if options.get("residual") is not None:
-            options["residual"] = options["residual"][..., : replace(case, x=case.x[i : i + 1, :, :n], options={**options, "residual": None}).actual(dtype).shape[-1]]
+            options["residual"] = options["residual"][
+                ...,
+                : replace(case, x=case.x[i : i + 1, :, :n], options={**options, "residual": None})
+                .actual(dtype)
+                .shape[-1],
+            ]
         alone = replace(case, x=case.x[i : i + 1, :, :n], options=options).actual(dtype)
         own = alone.shape[-1]
         assert torch.equal(y[i : i + 1, ..., :own], alone), f"item {i} of length {n}"
@@ -144,7 +149,11 @@ def check_alone(case: Case) -> None:
 
 def check_compiles(case: Case) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, w: case.op(x, **w, **case.options, lengths=case.lengths), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, w: case.op(x, **w, **case.options, lengths=case.lengths),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     with torch.no_grad():
         assert torch.equal(compiled(case.x, case.weights), case.call(case.op))
 

@@ -65,7 +65,11 @@ def test_reads_a_pipe(tmp_path):
     soundfile.write(tmp_path / "a.wav", wave, 8000, subtype="FLOAT")
     os.mkfifo(tmp_path / "pipe")
     feeder = subprocess.Popen(
-        [sys.executable, "-c", "import shutil, sys; shutil.copyfileobj(open(sys.argv[1], 'rb'), open(sys.argv[2], 'wb'))"]
+        [
+            sys.executable,
+            "-c",
+            "import shutil, sys; shutil.copyfileobj(open(sys.argv[1], 'rb'), open(sys.argv[2], 'wb'))",
+        ]
         + [str(tmp_path / "a.wav"), str(tmp_path / "pipe")]
     )
     np.testing.assert_array_equal(audio.read_audio(tmp_path / "pipe").samples, wave)
@@ -158,7 +162,9 @@ def test_rates_out_of_range(rates):
 # Writing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "opus", "mp3", "aiff", "au", "caf", "w64", "rf64", "aif", "oga"])
+@pytest.mark.parametrize(
+    "kind", ["wav", "flac", "ogg", "opus", "mp3", "aiff", "au", "caf", "w64", "rf64", "aif", "oga"]
+)
 def test_written_audio_has_its_exact_length(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     wave = tone(0.5, 24000)[:-7]
@@ -258,7 +264,9 @@ def test_a_device_is_written_to_and_not_replaced():
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("missing/a", "no such file or directory"), ("", "is a directory")], ids=["no folder", "a folder"]
+    ("name", "text"),
+    [("missing/a", "no such file or directory"), ("", "is a directory")],
+    ids=["no folder", "a folder"],
 )
 def test_a_place_that_cannot_be_written(tmp_path, name, text):
     with pytest.raises(DualCodecError, match=f"cannot write .*: {text}"):
@@ -269,7 +277,16 @@ def test_a_place_that_cannot_be_written(tmp_path, name, text):
 
 
 def test_files_folders_and_patterns(tmp_path, monkeypatch):
-    for name in ("b.wav", "a.FLAC", "sub/c.ogg", "sub/deep/d.wav", "notes.txt", ".hidden.wav", "odd.bin", "x[1].wav"):
+    for name in (
+        "b.wav",
+        "a.FLAC",
+        "sub/c.ogg",
+        "sub/deep/d.wav",
+        "notes.txt",
+        ".hidden.wav",
+        "odd.bin",
+        "x[1].wav",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)

@@ -63,7 +63,11 @@ def test_it_is_plain_safetensors_with_json(tmp_path):
     assert facts["config"]["n_codebooks"] == 7
     assert facts["weights"] == "seeded:3"
     assert (facts["untrained"], facts["note"]) == (True, "untrained: not intelligible")
-    assert (facts["source_samples"], facts["source_rate_hz"], facts["sample_rate_hz"]) == (SAMPLES, RATE, 24000)
+    assert (facts["source_samples"], facts["source_rate_hz"], facts["sample_rate_hz"]) == (
+        SAMPLES,
+        RATE,
+        24000,
+    )
     assert (facts["format_version"], facts["last_semantic_frame_repeated"]) == (1, 1)
     assert "note" not in example().metadata()
 
@@ -99,12 +103,27 @@ def test_more_codebooks_than_there_are(keep):
 BAD_CODES = {
     "dtype": ({"semantic": np.zeros((1, 26), np.int64)}, "semantic codes must be uint16, got int64"),
     "rank": ({"semantic": np.zeros(26, np.uint16)}, r"semantic codes must be \[1, F\], got \[26\]"),
-    "semantic rows": ({"semantic": np.zeros((2, 26), np.uint16)}, r"semantic codes must be \[1, F\], got \[2, 26\]"),
-    "codebooks": ({"acoustic": np.zeros((8, 26), np.uint16)}, r"acoustic codes must be \[1 to 7, F\], got \[8, 26\]"),
-    "no codebook": ({"acoustic": np.zeros((0, 26), np.uint16)}, r"acoustic codes must be \[1 to 7, F\], got \[0, 26\]"),
+    "semantic rows": (
+        {"semantic": np.zeros((2, 26), np.uint16)},
+        r"semantic codes must be \[1, F\], got \[2, 26\]",
+    ),
+    "codebooks": (
+        {"acoustic": np.zeros((8, 26), np.uint16)},
+        r"acoustic codes must be \[1 to 7, F\], got \[8, 26\]",
+    ),
+    "no codebook": (
+        {"acoustic": np.zeros((0, 26), np.uint16)},
+        r"acoustic codes must be \[1 to 7, F\], got \[0, 26\]",
+    ),
     "frames": ({"acoustic": np.zeros((7, 25), np.uint16)}, "acoustic codes must have 26 frames, got 25"),
-    "no frames": ({"semantic": np.zeros((1, 0), np.uint16)}, "semantic codes must have at least 1 frames, got 0"),
-    "range": ({"semantic": np.full((1, 26), 16384, np.uint16)}, "semantic code 16384 at codebook 0, frame 0 is not below 16384"),
+    "no frames": (
+        {"semantic": np.zeros((1, 0), np.uint16)},
+        "semantic codes must have at least 1 frames, got 0",
+    ),
+    "range": (
+        {"semantic": np.full((1, 26), 16384, np.uint16)},
+        "semantic code 16384 at codebook 0, frame 0 is not below 16384",
+    ),
     "length": ({"source_samples": 16000 * 9}, "216000 samples need 113 frames, got 26"),
     "no samples": ({"source_samples": 0}, "the recording must have samples and a rate, got 0 at 16000 Hz"),
     "no rate": ({"source_rate_hz": 0}, "the recording must have samples and a rate"),
@@ -149,21 +168,54 @@ BAD_FILES = {
     "other safetensors": (save({"x": np.zeros(3)}), "is safetensors, but no code file of dualcodec_ext"),
     "not json": (with_facts(lambda f: "{"), "its metadata is no JSON"),
     "no mapping": (with_facts(lambda f: "[1]"), "its metadata must be a mapping, got list"),
-    "newer": (with_facts(lambda f: f | {"format_version": 2}), r"was written in a newer format \(version 2; this program reads 1\)"),
-    "older": (with_facts(lambda f: f | {"format_version": 0}), r"was written in an unknown format \(version 0"),
-    "no version": (with_facts(lambda f: f.pop("format_version") and None), "its metadata lacks format_version"),
+    "newer": (
+        with_facts(lambda f: f | {"format_version": 2}),
+        r"was written in a newer format \(version 2; this program reads 1\)",
+    ),
+    "older": (
+        with_facts(lambda f: f | {"format_version": 0}),
+        r"was written in an unknown format \(version 0",
+    ),
+    "no version": (
+        with_facts(lambda f: f.pop("format_version") and None),
+        "its metadata lacks format_version",
+    ),
     "no model": (with_facts(lambda f: f.pop("model") and None), "its metadata lacks model"),
     "no weights": (with_facts(lambda f: f.pop("weights") and None), "its metadata lacks weights"),
-    "type": (with_facts(lambda f: f | {"source_samples": "9"}), "source_samples in its metadata must be int, got '9'"),
-    "bool": (with_facts(lambda f: f | {"source_samples": True}), "source_samples in its metadata must be int, got True"),
-    "settings": (with_facts(lambda f: f["config"].update(n_codebooks=0)), "its model settings are wrong: .*n_codebooks"),
-    "setting": (with_facts(lambda f: f["config"].update(nonsense=1)), "its model settings are wrong: .*nonsense"),
+    "type": (
+        with_facts(lambda f: f | {"source_samples": "9"}),
+        "source_samples in its metadata must be int, got '9'",
+    ),
+    "bool": (
+        with_facts(lambda f: f | {"source_samples": True}),
+        "source_samples in its metadata must be int, got True",
+    ),
+    "settings": (
+        with_facts(lambda f: f["config"].update(n_codebooks=0)),
+        "its model settings are wrong: .*n_codebooks",
+    ),
+    "setting": (
+        with_facts(lambda f: f["config"].update(nonsense=1)),
+        "its model settings are wrong: .*nonsense",
+    ),
     "frames": (with_facts(lambda f: f | {"frames": 25}), "frames in its metadata must be 26, got 25"),
-    "rate": (with_facts(lambda f: f | {"sample_rate_hz": 16000}), "sample_rate_hz in its metadata must be 24000, got 16000"),
-    "untrained": (with_facts(lambda f: f | {"untrained": True}), "untrained in its metadata must be False, got True"),
+    "rate": (
+        with_facts(lambda f: f | {"sample_rate_hz": 16000}),
+        "sample_rate_hz in its metadata must be 24000, got 16000",
+    ),
+    "untrained": (
+        with_facts(lambda f: f | {"untrained": True}),
+        "untrained in its metadata must be False, got True",
+    ),
     "no semantic": (with_tensors(semantic=None), "has no semantic codes"),
-    "codes": (with_tensors(acoustic=np.full((7, 26), 4096, np.uint16)), "acoustic code 4096 at codebook 0, frame 0 is not below 4096"),
-    "dtype": (with_tensors(semantic=np.zeros((1, 26), np.float32)), "semantic codes must be uint16, got float32"),
+    "codes": (
+        with_tensors(acoustic=np.full((7, 26), 4096, np.uint16)),
+        "acoustic code 4096 at codebook 0, frame 0 is not below 4096",
+    ),
+    "dtype": (
+        with_tensors(semantic=np.zeros((1, 26), np.float32)),
+        "semantic codes must be uint16, got float32",
+    ),
 }
 
 

@@ -10,6 +10,8 @@ from dualcodec_ext import reference as R
 from dualcodec_ext.reference import ops as ref_ops
 from dualcodec_ext.testing import assert_close, poison_past_lengths, seed_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F64 = torch.float64
 
 
@@ -230,7 +232,7 @@ def test_rvq_lengths_empties_and_gradient():
     assert R.rvq_search_ref(z[..., :0], **t, return_margin=True)[2].shape == (3, 3, 0)
     assert R.rvq_search_ref(z[:0], **t, return_quantized=True)[1].shape == (0, 10, 6)
     assert R.rvq_lookup_ref(codes[..., :0], *book).shape == (3, 10, 0)
-    # Straight through: the choice counts as the identity, so stage 1 alone has the gradient out_weight in_weight.
+    # Straight through: the choice counts as the identity, so one stage has the gradient out_weight in_weight.
     z.requires_grad_()
     R.rvq_search_ref(z, **t, num_quantizers=1, return_quantized=True)[1].sum().backward()
     expected = (t["out_weight"][0] @ t["in_weight"][0]).sum(0)[None, :, None].expand_as(z)

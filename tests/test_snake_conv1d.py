@@ -75,7 +75,15 @@ def test_forward(shape: dict[str, Any], isa: str) -> None:
     "shape",
     [
         {"cin": 1024, "cout": 1536, "taps": 7, "padding": (3, 3), "snake": False, "steps": 70, "batch": 1},
-        {"cin": 48, "cout": 1, "taps": 7, "padding": (3, 3), "activation": "tanh", "steps": 100_000, "batch": 1},
+        {
+            "cin": 48,
+            "cout": 1,
+            "taps": 7,
+            "padding": (3, 3),
+            "activation": "tanh",
+            "steps": 100_000,
+            "batch": 1,
+        },
         {"cin": 1, "cout": 32, "taps": 7, "padding": (3, 3), "snake": False, "steps": 4000, "batch": 1},
         {"cin": 512, "cout": 1024, "taps": 4, "stride": 2, "padding": (1, 1), "steps": 200, "batch": 1},
         {"cin": 768, "cout": 2048, "taps": 1, "activation": "gelu", "snake": False, "steps": 50, "batch": 1},
@@ -89,7 +97,11 @@ def test_codec_shapes(shape: dict[str, Any], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [{"taps": 3, "stride": 2, "padding": (2, 1)}, {"activation": "tanh"}, {"activation": "gelu", "residual": True}],
+    [
+        {"taps": 3, "stride": 2, "padding": (2, 1)},
+        {"activation": "tanh"},
+        {"activation": "gelu", "residual": True},
+    ],
     ids=["strided", "tanh", "gelu and residual"],
 )
 def test_gradient(shape: dict[str, Any]) -> None:
@@ -101,7 +113,9 @@ def test_gradient_needs_plain_weights() -> None:
     made = case()
     packed = packing.pack_conv1d(made.weights["weight"])
     x = made.x.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="snake_conv1d: packed must be None when the input needs a gradient"):
+    with pytest.raises(
+        RuntimeError, match="snake_conv1d: packed must be None when the input needs a gradient"
+    ):
         ops.snake_conv1d(x, **made.weights, packed=packed)
 
 
@@ -140,7 +154,10 @@ def test_lengths() -> None:
     "change, text",
     [
         ({"x": torch.zeros(5, 40)}, r"x must be \[B, C, T\], got \[5, 40\]"),
-        ({"x": torch.zeros(2, 5, 40, dtype=torch.int64)}, "x must be float32, float64, bfloat16 or float16, got Long"),
+        (
+            {"x": torch.zeros(2, 5, 40, dtype=torch.int64)},
+            "x must be float32, float64, bfloat16 or float16, got Long",
+        ),
         ({"weight": torch.zeros(7, 4, 3)}, r"weight must be \[Cout, Cin, K\] with Cin = 5, got \[7, 4, 3\]"),
         ({"weight": torch.zeros(0, 5, 3)}, r"weight must not be empty, got \[0, 5, 3\]"),
         ({"bias": torch.zeros(6)}, r"bias must be \[C\] = \[7\], got \[6\]"),
@@ -150,7 +167,10 @@ def test_lengths() -> None:
         ({"padding": (-1, 0)}, "padding must be two non-negative integers"),
         ({"padding": 3}, "padding must be two integers"),
         ({"activation": "relu"}, "activation must be 'none', 'tanh' or 'gelu', got 'relu'"),
-        ({"residual": torch.zeros(2, 7, 1)}, r"residual must be \[B, Cout, T'\] = \[2, 7, 38\], got \[2, 7, 1\]"),
+        (
+            {"residual": torch.zeros(2, 7, 1)},
+            r"residual must be \[B, Cout, T'\] = \[2, 7, 38\], got \[2, 7, 1\]",
+        ),
         ({"lengths": torch.zeros(3, dtype=torch.int64)}, r"lengths must be \[B\] = \[2\], got \[3\]"),
         ({"lengths": torch.zeros(2)}, "lengths must be int64, got Float"),
         ({"lengths": torch.tensor([0, 41])}, r"lengths\[1\] must be in 0..40, got 41"),
@@ -170,10 +190,21 @@ def test_opcheck() -> None:
     w = [t.requires_grad_() for t in (made.weights["weight"], made.weights["bias"], made.weights["alpha"])]  # type: ignore[union-attr]
     residual = made.weights["residual"].requires_grad_()  # type: ignore[union-attr]
     suite.check_opcheck(
-        "snake_conv1d", made.x.requires_grad_(), *w, 4, 1, [2, 2], "gelu", residual, torch.tensor([40, 9]), None
+        "snake_conv1d",
+        made.x.requires_grad_(),
+        *w,
+        4,
+        1,
+        [2, 2],
+        "gelu",
+        residual,
+        torch.tensor([40, 9]),
+        None,
     )
     last = made.x.detach().transpose(1, 2).contiguous().transpose(1, 2)
-    suite.check_opcheck("snake_conv1d", last, w[0].detach(), None, None, 4, 1, [2, 2], "none", None, None, None)
+    suite.check_opcheck(
+        "snake_conv1d", last, w[0].detach(), None, None, 4, 1, [2, 2], "none", None, None, None
+    )
 
 
 def test_compiles() -> None:
@@ -208,7 +239,9 @@ def test_nan_reaches_its_samples_alone() -> None:
 @pytest.mark.parametrize("isa", suite.instruction_sets())
 def test_snake_range(isa: str) -> None:
     """alpha * x up to 1e4 by polynomial, beyond by libm; infinity and NaN become NaN."""
-    x = torch.cat([torch.linspace(-1e4, 1e4, 20001), torch.tensor([1.2e4, -3e5, 1e8, 3e38])]).reshape(1, 1, -1)
+    x = torch.cat([torch.linspace(-1e4, 1e4, 20001), torch.tensor([1.2e4, -3e5, 1e8, 3e38])]).reshape(
+        1, 1, -1
+    )
     alpha, weight = torch.tensor([1.0]), torch.ones(1, 1, 1)
     with suite.instruction_set(isa):
         y = ops.snake_conv1d(x, weight, alpha=alpha)

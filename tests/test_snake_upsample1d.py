@@ -40,7 +40,11 @@ def case(
         ops.snake_upsample1d,
         reference.snake_upsample1d_ref,
         noise(batch, cin, steps),
-        {"alpha": (0.3 * noise(cin)).exp(), "weight": scale * noise(*shape), "bias": noise(cout) if bias else None},
+        {
+            "alpha": (0.3 * noise(cin)).exp(),
+            "weight": scale * noise(*shape),
+            "bias": noise(cout) if bias else None,
+        },
         {"stride": stride, "mode": mode, "padding": padding},
     )
 
@@ -95,8 +99,12 @@ def test_gradient(mode: str) -> None:
 def test_gradient_needs_plain_weights() -> None:
     made = case()
     packed = packing.pack_upsample1d(made.weights["weight"], 4, "transposed", (2, 2))
-    with pytest.raises(RuntimeError, match="snake_upsample1d: packed must be None when the input needs a gradient"):
-        made.call(lambda x, **kw: ops.snake_upsample1d(x, **kw, packed=packed), x=made.x.clone().requires_grad_())
+    with pytest.raises(
+        RuntimeError, match="snake_upsample1d: packed must be None when the input needs a gradient"
+    ):
+        made.call(
+            lambda x, **kw: ops.snake_upsample1d(x, **kw, packed=packed), x=made.x.clone().requires_grad_()
+        )
 
 
 @pytest.mark.parametrize("mode", ["transposed", "repeat"])
@@ -140,7 +148,10 @@ def test_lengths(mode: str) -> None:
         ({"x": torch.zeros(6, 40)}, r"x must be \[B, C, T\], got \[6, 40\]"),
         ({"x": torch.zeros(2, 5, 40)}, r"weight must have Cin = 5 as x does, got \[6, 5, 8\]"),
         ({"alpha": torch.zeros(7)}, r"alpha must be \[C\] = \[6\], got \[7\]"),
-        ({"weight": torch.zeros(6, 5, 7)}, r"weight must be \[Cin, Cout, 2 \* stride\] with stride 4, got \[6, 5, 7\]"),
+        (
+            {"weight": torch.zeros(6, 5, 7)},
+            r"weight must be \[Cin, Cout, 2 \* stride\] with stride 4, got \[6, 5, 7\]",
+        ),
         ({"weight": torch.zeros(5, 6, 7), "mode": "repeat"}, r"weight must be \[Cout, Cin, 2 \* stride\]"),
         ({"bias": torch.zeros(6)}, r"bias must be \[C\] = \[5\], got \[6\]"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
@@ -163,7 +174,9 @@ def test_opcheck(mode: str) -> None:
     made = case(mode=mode)
     w = [t.requires_grad_() for t in made.weights.values()]  # type: ignore[union-attr]
     pad = list(made.options["padding"])
-    suite.check_opcheck("snake_upsample1d", made.x.requires_grad_(), *w, 4, mode, pad, torch.tensor([20, 9]), None)
+    suite.check_opcheck(
+        "snake_upsample1d", made.x.requires_grad_(), *w, 4, mode, pad, torch.tensor([20, 9]), None
+    )
     last = made.x.detach().transpose(1, 2).contiguous().transpose(1, 2)
     suite.check_opcheck("snake_upsample1d", last, *[t.detach() for t in w], 4, mode, pad, None, None)
 

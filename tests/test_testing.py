@@ -22,6 +22,8 @@ from dualcodec_ext.testing import (
     strided_copies,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = (2, 50, 1100)
 
 

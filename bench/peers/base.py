@@ -21,7 +21,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One call of the codec: `kind` "decode" (inputs: semantic and acoustic codes) or "encode" (audio and features)."""
+    """One call of the codec: `kind` "decode" (inputs: semantic and acoustic codes) or "encode" (audio and
+    features)."""
 
     kind: str
     settings: Mapping[str, Any]

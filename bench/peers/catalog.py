@@ -1,4 +1,5 @@
-"""Every peer of decode and encode, by name. The peers of single ops are beside the ops, in bench/registry.py."""
+"""Every peer of decode and encode, by name. The peers of single ops are beside the ops, in
+bench/registry.py."""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ def select(wanted: str, dtype: torch.dtype, known: tuple[Peer, ...] = CODEC_PEER
     """Choose peers.
 
     Args:
-        wanted: "none", "all" (those of the run's dtype, and the PyPI package and folded-bf16 in any run) or names
-            separated by commas.
+        wanted: "none", "all" (those of the run's dtype, and the PyPI package and folded-bf16 in any run) or
+            names separated by commas.
         dtype: of the run.
         known: what can be named.
 

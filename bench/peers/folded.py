@@ -1,8 +1,9 @@
 """The codec with weight norm folded away, as plain torch modules in two graph forms.
 
-`form="1d"` is what folding alone gives: Conv1d on [B, C, T]. `form="2d"` rewrites every convolution to Conv2d on
-[B, C, 1, T] with channels-last memory, the form that oneDNN, ONNX Runtime and OpenVINO have their best kernels for.
-Both are built from the layer list (bench/program.py) and a state dict, so they share no code with the reference.
+`form="1d"` is what folding alone gives: Conv1d on [B, C, T]. `form="2d"` rewrites every convolution to Conv2d
+on [B, C, 1, T] with channels-last memory, the form that oneDNN, ONNX Runtime and OpenVINO have their best
+kernels for. Both are built from the layer list (bench/program.py) and a state dict, so they share no code
+with the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ State = Mapping[str, Tensor]
 
 
 def folded_weight(state: State, key: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `key` in float64, weight norm (over all but the first dim) multiplied out where there is one."""
+    """Weight and bias of `key` in float64, weight norm (over all but the first dim) multiplied out where
+    there is one."""
     bias = state[f"{key}.bias"].double()
     if f"{key}.weight" in state:
         return state[f"{key}.weight"].double(), bias
@@ -40,7 +42,8 @@ class Snake(nn.Module):
 
 
 class FoldedConv(nn.Module):
-    """A convolution with explicit left and right zeros, which are the module's own padding where both are equal."""
+    """A convolution with explicit left and right zeros, which are the module's own padding where both are
+    equal."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""Peers that run on torch: the PyPI package, the reference, folded weights, torch.compile in its forms, zentorch."""
+"""Peers that run on torch: the PyPI package, the reference, folded weights, torch.compile in its forms,
+zentorch."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def compiled_call(
     import torch._dynamo
     import torch._inductor.config as inductor
 
-    # Every peer is a shape of its own; the default limit would send the later ones back to eager without a word.
+    # Every peer is a shape of its own; the default limit would send the later ones back to eager without a
+    # word.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 512)
     call = module_call(torch.compile(module, dynamic=False, fullgraph=True, backend=backend), inputs)
     patched: AbstractContextManager[Any] = inductor.patch(freezing=True) if freeze else nullcontext()

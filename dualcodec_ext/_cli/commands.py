@@ -63,7 +63,9 @@ def run_roundtrip(
         "decode_s": decoded - encoded,
     }
     speeds = f"encode {_speed(codes, encoded - start)}, decode {_speed(codes, decoded - encoded)}"
-    report.done(result, f"{source} -> {target}: {_code_line(codes)}; {len(samples)} samples at {rate_hz} Hz; {speeds}")
+    report.done(
+        result, f"{source} -> {target}: {_code_line(codes)}; {len(samples)} samples at {rate_hz} Hz; {speeds}"
+    )
     return report.finish()
 
 
@@ -105,7 +107,12 @@ def run_encode(
         elapsed_s = time.perf_counter() - start
         _make(target.parent)
         write_codes(target, codes)
-        result = {"input": str(found.path), "output": str(target), **_code_facts(codes), "encode_s": elapsed_s}
+        result = {
+            "input": str(found.path),
+            "output": str(target),
+            **_code_facts(codes),
+            "encode_s": elapsed_s,
+        }
         return result, f"{found.path} -> {target}: {_code_line(codes)}; {_speed(codes, elapsed_s)}"
 
     report.each(jobs, lambda job: str(job[0].path), work)
@@ -188,7 +195,12 @@ def _tell_untrained(untrained: bool, report: Report) -> None:
 
 
 def _jobs(
-    inputs: Sequence[str], suffixes: tuple[str, ...], folder: Path, ending: str, skip_existing: bool, report: Report
+    inputs: Sequence[str],
+    suffixes: tuple[str, ...],
+    folder: Path,
+    ending: str,
+    skip_existing: bool,
+    report: Report,
 ) -> list[tuple[Found, Path]]:
     """Pairs of input and output; inputs that give nothing, and two that would share an output, are failures."""
     found, failed = find_inputs(inputs, suffixes)

@@ -114,7 +114,10 @@ class Report:
         self.failures.append((name, text if name in text else f"{name}: {text}"))
 
     def each(
-        self, items: Sequence[Item], name: Callable[[Item], str], work: Callable[[Item], tuple[dict[str, Any], str]]
+        self,
+        items: Sequence[Item],
+        name: Callable[[Item], str],
+        work: Callable[[Item], tuple[dict[str, Any], str]],
     ) -> None:
         """Does the work for each item, with a progress bar; one that fails is recorded and the others go on.
 
@@ -144,7 +147,15 @@ class Report:
             print(f"{PROGRAM}: {len(self.failures)} of {total} failed, see above", file=sys.stderr)
         if self.as_json:
             failed = [{"input": one_line(name), "error": one_line(text)} for name, text in self.failures]
-            print_json({"command": self.command, "ok": not failed, **self.facts, "results": self.results, "failed": failed})
+            print_json(
+                {
+                    "command": self.command,
+                    "ok": not failed,
+                    **self.facts,
+                    "results": self.results,
+                    "failed": failed,
+                }
+            )
         return FAILED if self.failures else 0
 
     def _progress(self, items: Sequence[Item]) -> Iterable[Item]:

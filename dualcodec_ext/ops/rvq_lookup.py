@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..reference.ops import mask_past_lengths
 from ._common import choose_backend, empty_signal, register
 
 
@@ -71,7 +73,7 @@ def _fake(
     return out_weight.new_empty(batch, channels, frames)
 
 
-def _reference(
+def _differentiable(
     codes: Tensor,
     codebooks: Tensor,
     out_weight: Tensor,
@@ -81,7 +83,14 @@ def _reference(
     channels_last: bool,
     packed: Tensor | None,
 ) -> Tensor:
-    return reference.rvq_lookup_ref(codes, codebooks, out_weight, out_bias, addend, lengths)
+    # rvq_lookup_ref without its check of the codes: the forward has made it, and a tracer can't look at values.
+    codes = mask_past_lengths(codes, lengths).long()
+    rows = torch.stack(
+        [F.embedding(codes[:, i], codebooks[i]) for i in range(codes.shape[1])], 1
+    )  # [B, q, F, D]
+    stages = codes.shape[1]
+    total = torch.einsum("bqfd,qcd->bcf", rows, out_weight[:stages]) + out_bias[:stages].sum(0)[:, None]
+    return mask_past_lengths(total if addend is None else total + addend, lengths)
 
 
-register("rvq_lookup", _fake, _reference, tensors=(1, 2, 3, 4), packed=7)
+register("rvq_lookup", _fake, _differentiable, tensors=(1, 2, 3, 4), packed=7)

@@ -16,7 +16,7 @@ Padding = tuple[int, int]  # samples of zeros to the left and to the right
 
 
 def snake(x: Tensor, alpha: Tensor) -> Tensor:
-    """Return `x + sin(alpha x)^2 / (alpha + 1e-6)`; x [B, C, T], alpha [C] or [1, C, 1]."""
+    """Return `x + sin(alpha x)^2 / (alpha + 1e-9)`; x [B, C, T], alpha [C] or [1, C, 1]."""
     alpha = alpha.reshape(1, -1, 1)
     return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).pow(2)
 

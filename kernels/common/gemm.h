@@ -22,6 +22,7 @@ struct GemmOperand {
   int64_t tap_stride;
   int64_t taps;
   int64_t channels;
+  int64_t block = kReductionBlock;  // how much of the reduction is summed before it is added to C
 };
 
 // c: [m][round_up(columns, 16)], rows ld_c apart, overwritten. b: gemm_pack.h's panels. T is float or double.

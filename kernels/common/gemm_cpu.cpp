@@ -106,8 +106,8 @@ inline bool library_gemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, b
 template <class T>
 void conv_gemm(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, T* c, int64_t ld_c) {
   if (m <= 0) return;
-  const int64_t blocks_per_tap = ceil_div(op.channels, kReductionBlock);
-  const int64_t taps_per_block = op.channels >= kReductionBlock ? 1 : kReductionBlock / op.channels;
+  const int64_t blocks_per_tap = ceil_div(op.channels, op.block);
+  const int64_t taps_per_block = op.channels >= op.block ? 1 : op.block / op.channels;
   for (int64_t tap = 0; tap < op.taps; tap += taps_per_block) {
     const int64_t taps = op.taps - tap < taps_per_block ? op.taps - tap : taps_per_block;
     for (int64_t block = 0; block < blocks_per_tap; ++block) {

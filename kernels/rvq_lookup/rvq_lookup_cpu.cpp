@@ -47,7 +47,8 @@ void run(const RvqLookupParams& p) {
         const T* row = packed + layout.rows() + (stage * layout.entries + entry) * dim;
         for (int64_t d = 0; d < dim; ++d) code[f * code_ld + stage * dim + d] = row[d];
       }
-    const GemmOperand<T> projection{code, code_ld, 0, 1, layout.stages * dim};
+    // Stage by stage, as the definition adds: one chain over all of Q D rounds three times as much.
+    const GemmOperand<T> projection{code, code_ld, dim, layout.stages, dim, dim};
     conv_gemm<T>(count, projection, packed + layout.out_panels(), layout.channels, out, channel_ld);
     const T* bias = packed + layout.out_bias() + (p.used - 1) * channel_ld;
     for (int64_t f = 0; f < count; ++f)

@@ -228,7 +228,7 @@ void run(const RvqSearchParams& p) {
 
     if (p.quantized.data == nullptr) return;
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(rows * channel_ld) * sizeof(T)));
-    const GemmOperand<T> projection{chosen, code_ld, 0, 1, stages * dim};
+    const GemmOperand<T> projection{chosen, code_ld, dim, stages, dim, dim};  // stage by stage, as rvq_lookup
     conv_gemm<T>(count, projection, packed + layout.out_panels(), layout.channels, out, channel_ld);
     const T* bias = packed + layout.out_bias() + (p.used - 1) * channel_ld;
     for (int64_t f = 0; f < count; ++f)
