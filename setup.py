@@ -76,11 +76,7 @@ def find_nvcc():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which(str(Path(home, "bin/nvcc"))) if home else shutil.which("nvcc")
     if nvcc is None:
-        return (
-            f"{home}/bin holds no nvcc: set CUDA_HOME"
-            if home
-            else "nvcc was not found: install the CUDA toolkit"
-        )
+        return f"{home}/bin holds no nvcc: set CUDA_HOME" if home else "nvcc was not found: install the CUDA toolkit"
     if not home:
         # nvcc on PATH may be a wrapper script that lies elsewhere, so the toolkit is asked where it is.
         answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
@@ -171,9 +167,7 @@ def build_kernels(build_dir, compiler):
 def first_line(*command):
     """Return the first line that a command prints, or None where it fails."""
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout.splitlines()[0]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
 
@@ -189,9 +183,7 @@ def check_tools():
         stop("building needs ninja: pip install ninja")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
-        stop(
-            f"building needs a C++ compiler, and {compiler} was not found: install g++ or clang++, or set CXX"
-        )
+        stop(f"building needs a C++ compiler, and {compiler} was not found: install g++ or clang++, or set CXX")
     return compiler
 
 
@@ -232,9 +224,7 @@ def make_build_ext(version, cuda, compiler):
                 "isa": self.instruction_sets,
                 "cuda": torch.version.cuda if cuda else None,
                 "cuda_archs": re.split(r"[; ]+", cuda.archs) if cuda else [],
-                "commit": first_line("git", "rev-parse", "--short", "HEAD")
-                if (ROOT / ".git").exists()
-                else None,
+                "commit": first_line("git", "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else None,
             }
             module = Path(self.get_ext_fullpath("dualcodec_ext._C"))
             module.with_name("_build_record.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -267,8 +257,7 @@ def compiled_options(torch, version, cuda):
 
     extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "dualcodec_ext._C",
-        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))
-        + (cuda.sources if cuda else []),
+        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")) + (cuda.sources if cuda else []),
         extra_compile_args={
             "cxx": ["-O2", "-g0", "-fvisibility=hidden", *defines],
             "nvcc": ["-O3", "--generate-line-info", *defines],
@@ -297,9 +286,7 @@ def main():
             print(f"dualcodec-ext: CUDA code: {f'for {cuda.archs}' if cuda else f'none ({plan})'}")
             options = compiled_options(torch, version, cuda)
 
-    folders = [
-        path for path in sorted(ROOT.glob("kernels/*")) if path.is_dir() and path.name != "__pycache__"
-    ]
+    folders = [path for path in sorted(ROOT.glob("kernels/*")) if path.is_dir() and path.name != "__pycache__"]
     kernels = {"dualcodec_ext.kernels": "kernels"}
     kernels |= {f"dualcodec_ext.kernels.{folder.name}": f"kernels/{folder.name}" for folder in folders}
     setup(

@@ -72,9 +72,7 @@ class WaveCheck:
     spans: Spans = None
     length: int | None = None  # of the whole output, where spans cover less
 
-    def __call__(
-        self, output: object, dtype: torch.dtype, *, ours: bool = False, fast: bool = False
-    ) -> Verdict:
+    def __call__(self, output: object, dtype: torch.dtype, *, ours: bool = False, fast: bool = False) -> Verdict:
         found = as_tensor(output)
         shape = (*self.wanted.shape[:-1], self.length or self.wanted.shape[-1])
         if found.shape != shape:
@@ -89,9 +87,7 @@ class WaveCheck:
         elif ours and self.plain is not None:
             # Few outputs make the two largest errors a draw.
             floor = one_ulp(error.largest_value, dtype) * (1 if found.numel() >= 100_000 else 8)
-            ok = error.largest <= max(2 * self.plain.largest, floor) and error.rms <= max(
-                2 * self.plain.rms, floor
-            )
+            ok = error.largest <= max(2 * self.plain.largest, floor) and error.rms <= max(2 * self.plain.rms, floor)
             numbers |= {"plain_max": self.plain.relative[0], "plain_rms": self.plain.relative[1]}
         else:
             ok = error.relative[1] <= PEER_RMS_LIMIT[dtype]
@@ -113,9 +109,7 @@ class CodesCheck:
     spans: Spans = None
     frames: int | None = None  # of the whole output, where spans cover less
 
-    def __call__(
-        self, output: object, dtype: torch.dtype, *, ours: bool = False, fast: bool = False
-    ) -> Verdict:
+    def __call__(self, output: object, dtype: torch.dtype, *, ours: bool = False, fast: bool = False) -> Verdict:
         parts = [as_tensor(x).cpu() for x in (output if isinstance(output, tuple | list) else (output,))]
         shapes = [[*w.shape[:-1], self.frames or w.shape[-1]] for w in self.wanted]
         if [list(p.shape) for p in parts] != shapes:

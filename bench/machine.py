@@ -68,9 +68,7 @@ def commit() -> tuple[str | None, bool | None]:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
-            )
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -86,9 +84,7 @@ def peak_extra_bytes(call: Callable[[], object]) -> int | None:
     """Most resident memory during one call beyond what was resident before it, its result included; Linux
     only."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(
-            0
-        )  # else the call would reuse pages that still count as resident
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the call would reuse pages that still count as resident
         before = int((_field(_read("/proc/self/status"), "VmRSS") or "").split()[0])
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         call()

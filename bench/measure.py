@@ -131,9 +131,7 @@ def measure_case(case: Case, sides: Sequence[Side], timing: Timing) -> list[Outc
     return outcomes
 
 
-def describe(
-    case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype, Ceilings]
-) -> dict[str, Any]:
+def describe(case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype, Ceilings]) -> dict[str, Any]:
     """Everything about a case as plain numbers; what the tables are printed from.
 
     `ours_is_faster` is the ratio to the side that is ours and exact; the ratios of ours itself are 1.

@@ -24,9 +24,7 @@ _COPY_BYTES = (1 << 20, 1 << 24, 1 << 28)
 class Ceilings:
     """Rates are of all threads together."""
 
-    gemm_gflops: (
-        float  # harmonic mean over the codec's widths of the fastest kernel at each: the direct limit
-    )
+    gemm_gflops: float  # harmonic mean over the codec's widths of the fastest kernel at each: the direct limit
     gemm_peak_gflops: float  # the fastest kernel at its best width
     gemm_by_kernel: dict[str, float]
     copy_gbs: dict[int, float]  # buffer bytes -> bytes read and written per second / 1e9

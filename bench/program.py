@@ -29,9 +29,7 @@ class Conv:
     tanh: bool = False
 
     def out_length(self, steps: int) -> int:
-        return max(
-            0, (steps + self.left + self.right - self.dilation * (self.taps - 1) - 1) // self.stride + 1
-        )
+        return max(0, (steps + self.left + self.right - self.dilation * (self.taps - 1) - 1) // self.stride + 1)
 
     def flops(self, steps: int) -> float:
         return 2.0 * self.c_in * self.c_out * self.taps * self.out_length(steps)
@@ -204,9 +202,7 @@ def _units(prefix: str, first: int, channels: int, causal: bool) -> list[Layer]:
     for i, dilation in enumerate((1, 3, 9)):
         at = f"{prefix}.{first + i}.block"
         units.append(
-            Unit(
-                f"{at}.0.alpha", f"{at}.1{wrap}", f"{at}.2.alpha", f"{at}.3{wrap}", channels, dilation, causal
-            )
+            Unit(f"{at}.0.alpha", f"{at}.1{wrap}", f"{at}.2.alpha", f"{at}.3{wrap}", channels, dilation, causal)
         )
     return units
 
@@ -299,9 +295,7 @@ def build_program(settings: Mapping[str, Any]) -> Program:
             Conv("convnext_encoder.0", s["semantic_dim"], width),
             *_convnext("convnext_encoder", 1, s),
         ),
-        semantic_vq=Quantizer(
-            "semantic_vq", width, s["semantic_codebook_size"], (s["semantic_codebook_dim"],)
-        ),
+        semantic_vq=Quantizer("semantic_vq", width, s["semantic_codebook_size"], (s["semantic_codebook_dim"],)),
         semantic_decoder=semantic_decoder,
         encoder=_encoder(s, latent),
         rvq=Quantizer("dac.quantizer", latent, s["codebook_size"], dims),

@@ -115,9 +115,7 @@ def _layer_row(layer: Layer, where: str, steps: int, frames: int, state: State) 
         args = (*folded(layer.key), None if layer.alpha is None else _alpha(state, layer.alpha))
         options = {"stride": layer.stride, "dilation": layer.dilation, "padding": (layer.left, layer.right)}
         options["activation"] = "tanh" if layer.tanh else "none"
-        shape = f"{channels}->{c_out} T={steps} K={layer.taps}" + (
-            f" S={layer.stride}" if layer.stride > 1 else ""
-        )
+        shape = f"{channels}->{c_out} T={steps} K={layer.taps}" + (f" S={layer.stride}" if layer.stride > 1 else "")
     x = _noise(1, 1, channels, steps)
     flops = 2.0 * layer.channels * layer.taps * steps if isinstance(layer, ConvNeXt) else layer.flops(steps)
     touched = _count(x, *args) + c_out * layer.out_length(steps)
@@ -132,9 +130,7 @@ def _quantizer_rows(quantizer: Quantizer, where: str, frames: int, model: DualCo
     stages, shape = len(quantizer.dims), f"Q={len(quantizer.dims)} N={quantizer.entries} F={frames}"
     z = _noise(2, 1, quantizer.channels, frames)
     flops, touched = quantizer.search_flops(frames), _count(z, *tensors) + stages * frames
-    yield Row(
-        "rvq_search", where, shape, (z, *tensors), {}, flops, touched, frames, quantizer, state, tensors
-    )
+    yield Row("rvq_search", where, shape, (z, *tensors), {}, flops, touched, frames, quantizer, state, tensors)
     codes = torch.randint(quantizer.entries, (1, stages, frames), generator=torch.Generator().manual_seed(3))
     # Of a codebook only the rows that are looked up.
     touched = _count(codes, *tensors[3:], z) + stages * frames * max(quantizer.dims)
@@ -174,9 +170,7 @@ def rows(
         for where, layers, steps in parts:
             seen = set()
             for layer, length, _ in walk(layers, steps):
-                if names[type(layer)] != op or (
-                    isinstance(layer, Unit) and layer.dilation != 3 and not every
-                ):
+                if names[type(layer)] != op or (isinstance(layer, Unit) and layer.dilation != 3 and not every):
                     continue
                 made = _layer_row(layer, where, length, frames, state)
                 if made.shape not in seen or every:
@@ -201,19 +195,14 @@ def our_call(row: Row, dtype: torch.dtype) -> Call:
     from dualcodec_ext import ops
     from dualcodec_ext.ops import packing
 
-    options = {
-        k: v.float() if isinstance(v, Tensor) and dtype != torch.float64 else v
-        for k, v in row.options.items()
-    }
+    options = {k: v.float() if isinstance(v, Tensor) and dtype != torch.float64 else v for k, v in row.options.items()}
     x, weights = row.input(dtype, channels_last=True), row.weights_in(dtype)
     if row.op == "snake_conv1d":
         options["packed"] = packing.pack_conv1d(weights[0])
     elif row.op == "residual_unit":
         options["packed"] = torch.cat([packing.pack_conv1d(w) for w in (weights[1], weights[4])])
     elif row.op == "snake_upsample1d":
-        options["packed"] = packing.pack_upsample1d(
-            weights[1], options["stride"], options["mode"], options["padding"]
-        )
+        options["packed"] = packing.pack_upsample1d(weights[1], options["stride"], options["mode"], options["padding"])
     elif row.quantizer_tensors:
         options["packed"] = packing.pack_rvq(*(t.to(weights[0].dtype) for t in row.quantizer_tensors))
     function: Callable[..., Any] = getattr(ops, row.op)
@@ -304,12 +293,8 @@ class Provider:
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("eager", "the plain reference, eager", reference_call),
-    Provider(
-        "folded2d", "Conv2d with H=1, channels-last, eager", lambda row, dtype: _folded(row, dtype, "2d")
-    ),
-    Provider(
-        "compile", "torch.compile of the folded layer", lambda row, dtype: _compiled(row, dtype, "1d", False)
-    ),
+    Provider("folded2d", "Conv2d with H=1, channels-last, eager", lambda row, dtype: _folded(row, dtype, "2d")),
+    Provider("compile", "torch.compile of the folded layer", lambda row, dtype: _compiled(row, dtype, "1d", False)),
     Provider(
         "frozen2d",
         "Conv2d with H=1, torch.compile with freezing",

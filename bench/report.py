@@ -47,9 +47,7 @@ def header_lines(run: Mapping[str, Any]) -> list[str]:
     device = machine.get("gpu") or machine["cpu"]
     widest = next((x for x in ("avx512f", "avx2") if x in machine["isa"]), "no AVX2")
     where = f"{device} ({machine['cores']} cores, {widest})"
-    lines = [
-        f"{where} | {run['threads']} threads | torch {machine['torch']} | {run['dtype']} | commit {commit}"
-    ]
+    lines = [f"{where} | {run['threads']} threads | torch {machine['torch']} | {run['dtype']} | commit {commit}"]
     for dtype, ceiling in run["ceilings"].items():
         copies = ", ".join(f"{int(size) >> 20} MiB {rate:.0f}" for size, rate in ceiling["copy_gbs"].items())
         lines.append(
@@ -140,7 +138,7 @@ def markdown(run: Mapping[str, Any]) -> str:
 
 LEGEND = (
     "/ours, paired: how many times as long the side takes as ours (ratio of medians, median of the rounds' "
-    "ratios). gemm, copy, limit: share of the measured small-GEMM rate, of the copy rate for this "
-    "working set, and of the direct limit (the longer of arithmetic at that GEMM rate and traffic at that copy rate). "
+    "ratios). gemm, copy, limit: share of the measured small-GEMM rate, of the copy rate for this working "
+    "set, and of the direct limit (the longer of arithmetic at that GEMM rate and traffic at that copy rate). "
     "error: against float64, largest error over largest value and RMS over RMS, or the share of equal codes."
 )

@@ -43,9 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", default="all", help="all, none, or names separated by commas")
     parser.add_argument("--rounds", type=int, help="samples per side (decode and encode 9, ops 15)")
     parser.add_argument("--ops", default=",".join(registry.OPS), help="for ops: which, separated by commas")
-    parser.add_argument(
-        "--every", action="store_true", help="for ops: every layer, equal shapes and all dilations too"
-    )
+    parser.add_argument("--every", action="store_true", help="for ops: every layer, equal shapes and all dilations too")
     parser.add_argument("--fast", action="store_true", help="for decode: also accelerate(fast=True)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", metavar="F", help="write everything, all samples included")
@@ -114,9 +112,7 @@ def codec_case(args: argparse.Namespace, name: str, settings: dict[str, Any]) ->
     sides = [Side("dualcodec_ext", "ours", dtype, partial(build, fast=False), ours=True)]
     if args.fast and decode:
         sides.append(
-            Side(
-                "dualcodec_ext fast", "ours, Winograd", dtype, partial(build, fast=True), ours=True, fast=True
-            )
+            Side("dualcodec_ext fast", "ours, Winograd", dtype, partial(build, fast=True), ours=True, fast=True)
         )
     return case, sides + [_codec_side(peer, task) for peer in args.chosen]
 
@@ -125,9 +121,7 @@ def _codec_side(peer: Peer, task: Task) -> Side:
     return Side(peer.name, peer.what, peer.dtype, lambda: peer.build(task))
 
 
-def op_cases(
-    args: argparse.Namespace, name: str, settings: dict[str, Any]
-) -> Iterator[tuple[Case, list[Side]]]:
+def op_cases(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> Iterator[tuple[Case, list[Side]]]:
     """Every op at the shapes that the model gives it."""
     dtype = _DTYPES[args.dtype]
     program, model = build_program(settings), testing.seeded_model(settings)
@@ -142,9 +136,7 @@ def op_cases(
         )
         sides = [Side("dualcodec_ext", "ours", dtype, partial(_our_op, row, dtype), ours=True)]
         sides += [
-            Side(p.name, p.what, dtype, partial(p.build, row, dtype))
-            for p in args.chosen
-            if _fits(p.name, row.op)
+            Side(p.name, p.what, dtype, partial(p.build, row, dtype)) for p in args.chosen if _fits(p.name, row.op)
         ]
         yield case, sides
 
@@ -218,9 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes = measure_case(case, sides, timing)
             # --fast asks for something that a version may lack; that is said, and is not a failure.
             ours_ok &= all(
-                o.status == "timed" or (o.side.fast and o.status == "unavailable")
-                for o in outcomes
-                if o.side.ours
+                o.status == "timed" or (o.side.fast and o.status == "unavailable") for o in outcomes if o.side.ours
             )
             run["cases"].append(describe(case, outcomes, ceilings))
             print("\n".join(report.table_lines(run["cases"][-1], per_op)), end="\n\n", flush=True)

@@ -125,9 +125,7 @@ def encode_check(task: Task, limit_s: float = 30.0) -> CodesCheck:
             task.inputs[1][..., first:last].cpu(),
         )
         kept = slice(start - first, stop - first)
-        latents = [
-            model.convnext_encoder(features.to(dtype)) for model, dtype in ((exact, _F64), (rounded, _F32))
-        ]
+        latents = [model.convnext_encoder(features.to(dtype)) for model, dtype in ((exact, _F64), (rounded, _F32))]
         semantic = _search(exact.semantic_vq, *latents)
         parts[0].append(semantic.frames(kept))
         for i, (model, dtype) in enumerate(((exact, _F64), (rounded, _F32))):

@@ -65,9 +65,7 @@ def assert_close_to_f64(
     if reference_f64.dtype != torch.float64:
         raise ValueError(f"assert_close_to_f64: reference_f64 must be float64, got {reference_f64.dtype}")
     if actual.numel() < fewest:
-        raise ValueError(
-            f"assert_close_to_f64: actual must have at least {fewest} outputs, got {actual.numel()}"
-        )
+        raise ValueError(f"assert_close_to_f64: actual must have at least {fewest} outputs, got {actual.numel()}")
     if actual.dtype != baseline.dtype:
         raise AssertionError(f"dtype must be the baseline's {baseline.dtype}, got {actual.dtype}")
     _check_same_kind(actual, reference_f64)
@@ -97,9 +95,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> float:
     if actual.numel() == 0:
         return 0.0
     error = (actual.detach().double() - expected.detach().double()).abs()
-    error = torch.where(actual.isnan() | (actual == expected), 0.0, error).nan_to_num(
-        nan=math.inf, posinf=math.inf
-    )
+    error = torch.where(actual.isnan() | (actual == expected), 0.0, error).nan_to_num(nan=math.inf, posinf=math.inf)
     worst = float(error.max())
     if worst > tolerance:
         at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
@@ -143,8 +139,7 @@ def compare_codes(codes: Tensor, expected: Tensor, margins: Tensor, bound: float
     """
     if codes.shape != expected.shape or margins.shape != expected.shape:
         raise AssertionError(
-            f"codes and margins must be {list(expected.shape)}, got {list(codes.shape)} and"
-            f" {list(margins.shape)}"
+            f"codes and margins must be {list(expected.shape)}, got {list(codes.shape)} and {list(margins.shape)}"
         )
     differ = codes != expected
     behind = torch.cumsum(differ.int(), 1) - differ.int() > 0  # an earlier stage of the frame differs

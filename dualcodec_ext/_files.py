@@ -91,9 +91,7 @@ class Found:
     relative: Path
 
 
-def find_inputs(
-    arguments: Iterable[str], suffixes: Collection[str]
-) -> tuple[list[Found], list[tuple[str, str]]]:
+def find_inputs(arguments: Iterable[str], suffixes: Collection[str]) -> tuple[list[Found], list[tuple[str, str]]]:
     """Turns files, folders and glob patterns into a list of files.
 
     Args:
@@ -112,9 +110,7 @@ def find_inputs(
             files = [Found(file, file.relative_to(path)) for file in _walk(path, suffixes)]
             nothing = f"no file below this folder ends in {_some(suffixes)}"
         elif path.exists() or not glob.has_magic(argument):
-            files = [
-                Found(path, Path(path.name))
-            ]  # a missing one fails when it is read, with the system's own words
+            files = [Found(path, Path(path.name))]  # a missing one fails when it is read, with the system's own words
             nothing = ""
         else:
             root = _fixed_part(argument)

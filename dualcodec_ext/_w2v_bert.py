@@ -1,4 +1,4 @@
-"""What w2v-BERT 2.0 is read from: the model's folder, its feature extractor, the statistics; and how it computes."""
+"""Reads what w2v-BERT features need: the model up to layer 17, its feature extractor, the statistics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LAYERS = 17
 
 
 def autocast_dtype(device: torch.device, autocast: bool | torch.dtype) -> torch.dtype | None:
-    """Return the dtype to run torch.autocast with, None for float32; `autocast` as `W2vBertFeatures` takes it."""
+    """Return torch.autocast's dtype for what `W2vBertFeatures` calls autocast; None for float32."""
     if isinstance(autocast, torch.dtype):
         if autocast not in (torch.float16, torch.bfloat16, torch.float32):
             raise DualCodecError(f"autocast must be a bool, float16, bfloat16 or float32, got {autocast}")
@@ -73,9 +73,7 @@ def load_w2v_bert(folder: Path) -> tuple[Any, Any]:
         raise DualCodecError(
             f"w2v_path: {folder} must hold a Wav2Vec2BertModel: {lines[0] if lines else type(error).__name__}"
         ) from error
-    missing = sorted(
-        key for key in report["missing_keys"] if key != "masked_spec_embed"
-    )  # used in training alone
+    missing = sorted(key for key in report["missing_keys"] if key != "masked_spec_embed")  # used in training alone
     if missing:
         raise DualCodecError(f"w2v_path: {folder} lacks {missing[0]} ({len(missing)} such)")
     # transformers 5 keeps the checkpoint's dtype.
@@ -84,7 +82,7 @@ def load_w2v_bert(folder: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from listing the layers that are left out on purpose; the caller checks for missing ones."""
+    """Keep transformers from listing the layers left out on purpose; the caller checks for missing ones."""
     from transformers.utils import logging
 
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

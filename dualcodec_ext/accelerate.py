@@ -59,9 +59,7 @@ def _share_parameters(source: nn.Module, target: nn.Module) -> None:
             where = "model lacks" if name not in theirs else "model has the unknown"
             raise DualCodecError(f"accelerate: model must have the parameters of a DualCodec: {where} {name}")
         if theirs[name].shape != ours[name].shape:
-            raise DualCodecError(
-                f"accelerate: {name} must be {list(ours[name].shape)}, got {list(theirs[name].shape)}"
-            )
+            raise DualCodecError(f"accelerate: {name} must be {list(ours[name].shape)}, got {list(theirs[name].shape)}")
     for name, parameter in theirs.items():
         owner, _, leaf = name.rpartition(".")
         target.get_submodule(owner)._parameters[leaf] = parameter
@@ -98,7 +96,8 @@ def _read_settings(model: Any) -> dict[str, Any]:
             settings["distill_projection_out_dim"] = dac.distill_projection.out_channels
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise DualCodecError(
-            f"accelerate: model must be a DualCodec (dualcodec's or dualcodec_ext's), got {type(model).__name__}: {error}"
+            f"accelerate: model must be a DualCodec (dualcodec's or dualcodec_ext's), "
+            f"got {type(model).__name__}: {error}"
         ) from None
     for block in blocks:
         if getattr(block, "gamma", None) is not None or getattr(block, "adanorm", False):

@@ -154,9 +154,7 @@ def resample(samples: Samples, rate_in: int, rate_out: int) -> Samples:
         return samples
     import soxr
 
-    return fit_length(
-        soxr.resample(samples, rate_in, rate_out), resampled_length(len(samples), rate_in, rate_out)
-    )
+    return fit_length(soxr.resample(samples, rate_in, rate_out), resampled_length(len(samples), rate_in, rate_out))
 
 
 def fit_length(samples: Samples, length: int) -> Samples:
@@ -187,9 +185,7 @@ def audio_format(name: str) -> str:
     key = suffix.lower().removeprefix(".")
     if key not in _WRITERS:
         known = ", ".join(_WRITERS)
-        raise DualCodecError(
-            f"{name}: audio is written as one of {known}, got {key or 'a name without an ending'}"
-        )
+        raise DualCodecError(f"{name}: audio is written as one of {known}, got {key or 'a name without an ending'}")
     return key
 
 
@@ -226,9 +222,7 @@ def encode_audio(samples: Samples, sample_rate_hz: int, kind: str, comment: str 
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         # libsndfile's text names the stream in memory, which means nothing to a user.
         text = getattr(error, "error_string", None) or str(error)
-        raise DualCodecError(
-            f"cannot write {kind} at {sample_rate_hz} Hz: {reason(ValueError(text))}"
-        ) from error
+        raise DualCodecError(f"cannot write {kind} at {sample_rate_hz} Hz: {reason(ValueError(text))}") from error
     return sink.getvalue()
 
 
@@ -295,9 +289,7 @@ def _read_block(file: Any, path: str | os.PathLike[str]) -> Any:
         return file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         text = getattr(error, "error_string", None) or str(error)
-        raise DualCodecError(
-            f"{_name(path)}: breaks off or is damaged ({reason(ValueError(text))})"
-        ) from error
+        raise DualCodecError(f"{_name(path)}: breaks off or is damaged ({reason(ValueError(text))})") from error
 
 
 def _name(path: str | os.PathLike[str]) -> str:

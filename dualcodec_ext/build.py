@@ -245,9 +245,7 @@ def _problems(info: dict[str, Any]) -> list[Problem]:
     if module is not None and info["device"] is not None and _kernels_hold("*/*.cuh"):
         reason = info["backends"]["cuda"]
         if reason:
-            problems.append(
-                Problem(f"the GPU is not used: {reason}", f"with DUALCODEC_EXT_CUDA=1, {_REBUILD}")
-            )
+            problems.append(Problem(f"the GPU is not used: {reason}", f"with DUALCODEC_EXT_CUDA=1, {_REBUILD}"))
     for name in _CORE:
         if importlib.util.find_spec(name) is None:
             problems.append(Problem(f"{name} is not installed", f"pip install {name}"))
@@ -256,18 +254,14 @@ def _problems(info: dict[str, Any]) -> list[Problem]:
 
 def _describe(info: dict[str, Any]) -> list[str]:
     built, device = info["built"], info["device"]
-    lines = [
-        f"dualcodec-ext {info['version']}, Python {info['python']}, torch {info['torch']}, {info['platform']}"
-    ]
+    lines = [f"dualcodec-ext {info['version']}, Python {info['python']}, torch {info['torch']}, {info['platform']}"]
     if info["module"] is None:
         lines.append("compiled module: not usable")
     else:
         lines.append(f"compiled module: {info['module']}")
         commit = f", commit {built['commit']}" if built.get("commit") else ""
         lines.append(f"  built for torch {built['torch']} by {built.get('compiler')}{commit}")
-        archs = (
-            "none" if built.get("cuda") is None else f"{built['cuda']} for {', '.join(built['cuda_archs'])}"
-        )
+        archs = "none" if built.get("cuda") is None else f"{built['cuda']} for {', '.join(built['cuda_archs'])}"
         lines.append(f"  CUDA code: {archs}")
     for name, facts in info["cpu"].items():
         state = "ready" if facts["detected"] else "this CPU lacks it"
@@ -276,9 +270,7 @@ def _describe(info: dict[str, Any]) -> list[str]:
         lines.append(f"instruction set {name}: {'in use' if name == info['active_isa'] else state}")
     gpu = "none" if device is None else f"{device['name']}, capability {device['capability']}"
     lines.append(f"GPU: {gpu}")
-    lines += [
-        f"backend {name}: {'no, ' + why if why else 'can run'}" for name, why in info["backends"].items()
-    ]
+    lines += [f"backend {name}: {'no, ' + why if why else 'can run'}" for name, why in info["backends"].items()]
     for extra, (package, use) in _EXTRAS.items():
         missing = importlib.util.find_spec(package) is None
         need = f"{package} is not installed: pip install 'dualcodec-ext[{extra}]'" if missing else "ready"

@@ -52,9 +52,7 @@ def roundtrip(
     source: Annotated[
         Path, typer.Argument(metavar="IN", help="Audio file: any format that libsndfile reads, any rate.")
     ],
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Audio file to write; its ending gives the format.")
-    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Audio file to write; its ending gives the format.")],
     model: opt.Model = "12hz_v1",
     weights: opt.Weights = None,
     w2v: opt.W2v = None,
@@ -130,17 +128,13 @@ def decode(
 
     settings = opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed)
     raise typer.Exit(
-        run_decode(
-            inputs, folder, settings, quantizers, rate, kind or "wav", any_weights, skip_existing, as_json
-        )
+        run_decode(inputs, folder, settings, quantizers, rate, kind or "wav", any_weights, skip_existing, as_json)
     )
 
 
 @app.command()
 def info(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A code file, a weights file or an audio file.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A code file, a weights file or an audio file.")],
     as_json: opt.Json = False,
 ) -> None:
     """Say what a code file, a weights file or an audio file holds."""
@@ -181,9 +175,7 @@ def verify(
     raise typer.Exit(run_verify(settings, audio, as_json))
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Run `python -m bench` with the arguments given, from a checkout of the repository."""
     from dualcodec_ext._cli.inspect import run_bench

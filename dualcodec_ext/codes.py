@@ -97,9 +97,7 @@ class CodeFile:
         if quantizers is None or quantizers == self.codebooks:
             return self
         if not 1 <= quantizers <= self.codebooks:
-            raise DualCodecError(
-                f"quantizers must be 1 to {self.codebooks}, the codebooks here, got {quantizers}"
-            )
+            raise DualCodecError(f"quantizers must be 1 to {self.codebooks}, the codebooks here, got {quantizers}")
         kept = None if quantizers == 1 or self.acoustic is None else self.acoustic[: quantizers - 1]
         return replace(self, acoustic=kept)
 
@@ -259,9 +257,7 @@ def _from_facts(facts: Any, tensors: dict[str, Any]) -> CodeFile:
     version = _fact(facts, "format_version", int)
     if version != FORMAT_VERSION:
         age = "a newer" if version > FORMAT_VERSION else "an unknown"
-        raise DualCodecError(
-            f"was written in {age} format (version {version}; this program reads {FORMAT_VERSION})"
-        )
+        raise DualCodecError(f"was written in {age} format (version {version}; this program reads {FORMAT_VERSION})")
     settings = _fact(facts, "config", dict)
     try:
         config = DualCodecConfig.from_dict(settings)

@@ -80,9 +80,7 @@ class DualCodecConfig:
 
     def validate(self) -> None:
         """Check all settings and bring them to plain types (lists to tuples)."""
-        for name, value in _settings.check_settings(
-            {f.name: getattr(self, f.name) for f in fields(self)}
-        ).items():
+        for name, value in _settings.check_settings({f.name: getattr(self, f.name) for f in fields(self)}).items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -103,9 +101,7 @@ class DualCodecConfig:
             ValueError: an unknown name.
         """
         if name not in _PRESETS:
-            raise ValueError(
-                f"DualCodecConfig.preset: name must be one of {', '.join(_PRESETS)}, got {name!r}"
-            )
+            raise ValueError(f"DualCodecConfig.preset: name must be one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(**_PRESETS[name])
 
     @classmethod
@@ -118,9 +114,7 @@ class DualCodecConfig:
         known = [f.name for f in fields(cls)]
         unknown = [str(name) for name in settings if name not in known]
         if unknown:
-            raise ValueError(
-                f"DualCodecConfig: settings must be among {', '.join(known)}, got {', '.join(unknown)}"
-            )
+            raise ValueError(f"DualCodecConfig: settings must be among {', '.join(known)}, got {', '.join(unknown)}")
         return cls(**settings)
 
     @classmethod
@@ -138,9 +132,7 @@ class DualCodecConfig:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"DualCodecConfig.from_json: {where} must be JSON, got: {error}") from None
         if not isinstance(settings, dict):
-            raise ValueError(
-                f"DualCodecConfig.from_json: {where} must be an object, got {type(settings).__name__}"
-            )
+            raise ValueError(f"DualCodecConfig.from_json: {where} must be an object, got {type(settings).__name__}")
         return cls.from_dict(settings)
 
     def to_dict(self) -> dict[str, Any]:

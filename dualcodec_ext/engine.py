@@ -1,7 +1,7 @@
 """The inference program: a model's weights, folded and packed once, run on the ops.
 
-Activations are channels-last from the first convolution to the last. Every step maps lengths as it maps samples, so that a
-clip in a padded batch gives what it gives alone.
+Activations are channels-last from the first convolution to the last. Every step maps lengths as it maps samples, so
+that a clip in a padded batch gives what it gives alone.
 """
 
 from __future__ import annotations
@@ -224,18 +224,14 @@ class ConvNeXtStep:
 
     @classmethod
     def of(cls, block: reference.ConvNeXtBlock, dtype: torch.dtype) -> ConvNeXtStep:
-        depthwise = (
-            block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(dtype, copy=True)
-        )
+        depthwise = block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(dtype, copy=True)
         taps = depthwise.shape[1]
         return cls(
             depthwise,
             _vector(block.dwconv.bias, dtype),
             (taps - 1, 0) if block.is_causal else (taps // 2, taps // 2),
             (_vector(block.norm.weight, dtype), _vector(block.norm.bias, dtype), block.norm.eps),
-            ConvStep.of(
-                block.pwconv1.weight.detach().to(dtype)[..., None], block.pwconv1.bias, activation="gelu"
-            ),
+            ConvStep.of(block.pwconv1.weight.detach().to(dtype)[..., None], block.pwconv1.bias, activation="gelu"),
             ConvStep.of(block.pwconv2.weight.detach().to(dtype)[..., None], block.pwconv2.bias),
         )
 
@@ -270,9 +266,14 @@ class Quantizer:
     def of(cls, rvq: reference.ResidualVectorQuantize, dtype: torch.dtype) -> Quantizer:
         tensors = rvq.op_tensors(dtype)
         packed = packing.pack_rvq(**tensors)
-        for name in ("in_weight", "codebooks", "out_weight"):
-            tensors[name] = _placeholder(tensors[name].shape, dtype)
-        return cls(**tensors, packed=packed)
+        return cls(
+            in_weight=_placeholder(tensors["in_weight"].shape, dtype),
+            in_bias=tensors["in_bias"],
+            codebooks=_placeholder(tensors["codebooks"].shape, dtype),
+            out_weight=_placeholder(tensors["out_weight"].shape, dtype),
+            out_bias=tensors["out_bias"],
+            packed=packed,
+        )
 
     def search(
         self,
@@ -295,13 +296,9 @@ class Quantizer:
         )
         return result[0], result[1]
 
-    def lookup(
-        self, codes: Tensor, lengths: Tensor | None, addend: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def lookup(self, codes: Tensor, lengths: Tensor | None, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
         if addend is None:  # carries the dtype and the layout of the result
-            addend = torch.zeros(1, dtype=dtype).expand(
-                codes.shape[0], codes.shape[2], self.out_weight.shape[1]
-            )
+            addend = torch.zeros(1, dtype=dtype).expand(codes.shape[0], codes.shape[2], self.out_weight.shape[1])
             addend = addend.contiguous().transpose(1, 2)
         return ops.rvq_lookup(
             codes,
@@ -396,7 +393,7 @@ class Engine:
 
     def _channels_last(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        batch, channels, steps = x.shape
+        channels, steps = x.shape[1:]
         if channels == 1:  # same memory; only the stride tells the ops which layout to go on in
             return x.contiguous().as_strided(x.shape, (steps, 1, 1))
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -425,9 +422,7 @@ class Engine:
         residual = z[..., :frames] - semantic_latent
         return self._acoustic_quantizer.search(residual, frame_lengths, num_quantizers)[0]
 
-    def decode(
-        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None
-    ) -> Tensor:
+    def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
         """Turn codes [B, 1, F] and [B, q, F] (or None) into audio [B, 1, S']."""
         latent = self._semantic_quantizer.lookup(semantic_codes, frame_lengths, None, self.dtype)
         if self._decode_semantic:

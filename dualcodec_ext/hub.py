@@ -30,7 +30,7 @@ class HubName(NamedTuple):
 
     @classmethod
     def parse(cls, source: str | Path) -> HubName | None:
-        """Read `hf://owner/name[@revision][/path]` or `owner/name`; None if it is neither, or is there locally."""
+        """Read `hf://owner/name[@revision][/path]` or `owner/name`; None if neither, or if it is there locally."""
         text = str(source)
         explicit = text.startswith("hf://")
         if not explicit and (isinstance(source, Path) or Path(text).expanduser().exists()):
@@ -132,21 +132,17 @@ def find_checkpoint(source: str | Path, preset: str) -> Path:
         return path
     if not path.is_dir():
         raise DualCodecError(
-            f"checkpoint: {source} must be a directory or a safetensors file, it does not exist"
-            f"{_how(released, source)}"
+            f"checkpoint: {source} must be a directory or a safetensors file, it does not exist{_how(released, source)}"
         )
     if released is not None:
         if (path / released).is_file():
             return path / released
         raise DualCodecError(
-            f"checkpoint: {path} must hold {released}, got {_listed(_checkpoints_in(path))}"
-            f"{_how(released, path)}"
+            f"checkpoint: {path} must hold {released}, got {_listed(_checkpoints_in(path))}{_how(released, path)}"
         )
     files = [file for file in _checkpoints_in(path) if file.name not in RELEASED_FILES.values()]
     if len(files) != 1:
-        raise DualCodecError(
-            f"checkpoint: {path} must hold one safetensors file for {preset}, got {_listed(files)}"
-        )
+        raise DualCodecError(f"checkpoint: {path} must hold one safetensors file for {preset}, got {_listed(files)}")
     return files[0]
 
 
@@ -214,9 +210,7 @@ def _resolve_on_hub(hub: HubName) -> tuple[DualCodecConfig, Path]:
         if found is not None:
             _log.info("checkpoint: %s holds %s, taken as %s", hub, name, preset)
             return DualCodecConfig.preset(preset), found
-    raise DualCodecError(
-        f"checkpoint: {hub} must hold {' or '.join(RELEASED_FILES.values())}, it has neither"
-    )
+    raise DualCodecError(f"checkpoint: {hub} must hold {' or '.join(RELEASED_FILES.values())}, it has neither")
 
 
 def _settings_of(file: Path) -> DualCodecConfig:
@@ -228,7 +222,7 @@ def _settings_of(file: Path) -> DualCodecConfig:
         return DualCodecConfig.from_json(beside)
     except OSError:
         raise DualCodecError(
-            f"checkpoint: {file} must have a released file's name or a {_CONFIG_FILE} beside it, it has neither "
+            f"checkpoint: {file} must have a released file's name or a {_CONFIG_FILE} beside it "
             "(a preset's name goes with weights=FILE)"
         ) from None
     except (TypeError, ValueError) as error:
@@ -272,9 +266,7 @@ def _fetch_if_there(hub: HubName, file: str) -> Path | None:
     except Exception as error:
         # To the client being offline is a kind of "no such entry", yet it says nothing about the repository.
         errors = client.utils
-        if isinstance(error, errors.EntryNotFoundError) and not isinstance(
-            error, errors.LocalEntryNotFoundError
-        ):
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             return None
         _refuse_download(hub, file, error)
 

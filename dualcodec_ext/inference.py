@@ -39,9 +39,7 @@ def get_model(
             f"get_model: model_id must be one of {', '.join(DualCodecConfig.presets())}, got {model_id!r}"
         )
     if pretrained_model_path is None:
-        warnings.warn(
-            "pretrained_model_path is not given, model will be loaded without weights", stacklevel=2
-        )
+        warnings.warn("pretrained_model_path is not given, model will be loaded without weights", stacklevel=2)
         return DualCodec(**DualCodecConfig.preset(model_id).to_dict()).eval()
     return DualCodec.from_pretrained(model_id, weights=pretrained_model_path)
 
@@ -85,11 +83,12 @@ class Inference:
             warnings.warn(f"Inference: ignored unknown arguments {', '.join(sorted(kwargs))}", stacklevel=2)
         self.device = device
         self.autocast = autocast
-        self.model: Any = dualcodec_model.to(device).eval()
+        codec: Any = dualcodec_model.to(device).eval()
+        self.model = codec
         self.semantic = W2vBertFeatures(
             w2v_path,
             dualcodec_path,
-            downsample_factor=self.model.semantic_downsample_factor,
+            downsample_factor=codec.semantic_downsample_factor,
             device=device,
             autocast=autocast,
             **statistics,

@@ -17,7 +17,7 @@ _ENGINE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class DualCodec(reference.DualCodec):
-    """The codec: `reference.DualCodec` whose `encode`, `decode_from_codes` and `semantic_quantize` run compiled kernels.
+    """The codec: `reference.DualCodec` whose encode, decode_from_codes and semantic_quantize run compiled kernels.
 
     Takes the reference's keyword arguments and loads its checkpoints. In eval mode those three methods go through an
     engine that holds folded, packed weights; it is built at the first call and again whenever a parameter has
@@ -70,16 +70,14 @@ class DualCodec(reference.DualCodec):
         return model.to(device=device, dtype=dtype).eval()
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Load a safetensors file whose keys are exactly this model's; raise DualCodecError and change nothing if not."""
+        """Load a safetensors file with exactly this model's keys; else raise DualCodecError and change nothing."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             state = load_file(str(path))
         except FileNotFoundError:
-            raise DualCodecError(
-                f"checkpoint: {path} must be a safetensors file, it does not exist"
-            ) from None
+            raise DualCodecError(f"checkpoint: {path} must be a safetensors file, it does not exist") from None
         except (SafetensorError, OSError) as error:
             raise DualCodecError(f"checkpoint: {path} must be a readable safetensors file: {error}") from None
         _check_state(state, self.state_dict(), path)
@@ -108,9 +106,7 @@ class DualCodec(reference.DualCodec):
         """Return the engine to run on, or None when the reference is to run."""
         if self._released:
             if _common.choose_backend(torch.device("cpu"), self.compute_dtype) == "reference":
-                raise DualCodecError(
-                    "DualCodec: the reference needs the parameters, which release=True has freed"
-                )
+                raise DualCodecError("DualCodec: the reference needs the parameters, which release=True has freed")
             return self._engine_state[1] if self._engine_state else None
         parameter = next(self.parameters())
         dtype = self.compute_dtype
@@ -139,9 +135,7 @@ class DualCodec(reference.DualCodec):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._released:
-            raise DualCodecError(
-                "DualCodec: a model whose parameters were released can't be copied or pickled"
-            )
+            raise DualCodecError("DualCodec: a model whose parameters were released can't be copied or pickled")
         return {**self.__dict__, "_engine_state": None}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,9 +163,7 @@ class DualCodec(reference.DualCodec):
         stages = None if num_quantizers is None else num_quantizers - 1
         return codes, engine.acoustic_codes(audio, latent, stages, sample_lengths, frame_lengths)
 
-    def _decode(
-        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None
-    ) -> Tensor:
+    def _decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
         engine = self._engine()
         if engine is None:
             return super()._decode(semantic_codes, acoustic_codes, frame_lengths)
@@ -181,9 +173,7 @@ class DualCodec(reference.DualCodec):
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        what = (
-            f"lacks {missing[0]} ({len(missing)} such)" if missing else f"has {extra[0]} ({len(extra)} such)"
-        )
+        what = f"lacks {missing[0]} ({len(missing)} such)" if missing else f"has {extra[0]} ({len(extra)} such)"
         raise DualCodecError(f"checkpoint: {path} must have this model's parameters, it {what}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:

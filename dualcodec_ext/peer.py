@@ -50,9 +50,7 @@ def find_peer() -> tuple[type[Any] | None, str]:
     try:
         with _lock, _stand_ins(folder):
             return importlib.import_module(_MODULE).DualCodec, _version()
-    except (
-        Exception
-    ) as error:  # someone else's code at import: whatever it brings up means that it can't be had
+    except Exception as error:  # someone else's code at import: whatever it brings up means that it can't be had
         text = " ".join(str(error).split())
         return None, f"dualcodec can't be imported: {type(error).__name__}: {text}"
 
@@ -93,9 +91,7 @@ def _stand_ins(folder: str) -> Iterator[None]:
         "audiotools.ml": module("audiotools.ml", BaseModel=base_model),
     }
     hidden = {
-        name: sys.modules[name]
-        for name in list(sys.modules)
-        if name.split(".")[0] in ("dualcodec", "audiotools")
+        name: sys.modules[name] for name in list(sys.modules) if name.split(".")[0] in ("dualcodec", "audiotools")
     }
     for name in hidden:
         del sys.modules[name]

@@ -75,9 +75,7 @@ def _sinc_filters(down: int, up: int) -> tuple[Tensor, int]:
     down*b + k - reach.
     """
     zero_crossings = 6
-    cutoff = (
-        min(down, up) * 0.99
-    )  # in units of 1 / (down * up) of the common rate, twice the cut-off frequency
+    cutoff = min(down, up) * 0.99  # in units of 1 / (down * up) of the common rate, twice the cut-off frequency
     reach = math.ceil(zero_crossings * down / cutoff)
     taps = torch.arange(-reach, reach + down, dtype=torch.float64) / down
     phases = torch.arange(up, dtype=torch.float64) / up
@@ -114,11 +112,7 @@ class LogMelFeatures(nn.Module):
 
     def __init__(self, downsample_factor: int = 1) -> None:
         super().__init__()
-        if (
-            isinstance(downsample_factor, bool)
-            or not isinstance(downsample_factor, int)
-            or downsample_factor < 1
-        ):
+        if isinstance(downsample_factor, bool) or not isinstance(downsample_factor, int) or downsample_factor < 1:
             raise DualCodecError(
                 f"LogMelFeatures: downsample_factor must be a whole number from 1, got {downsample_factor}"
             )
@@ -148,8 +142,7 @@ class LogMelFeatures(nn.Module):
         for name, values in (("mean", mean), ("variance", variance)):
             if tuple(values.shape) != (self.channels,):
                 raise DualCodecError(
-                    f"LogMelFeatures.set_statistics: {name} must be [{self.channels}], "
-                    f"got {list(values.shape)}"
+                    f"LogMelFeatures.set_statistics: {name} must be [{self.channels}], got {list(values.shape)}"
                 )
         if not bool((variance > 0).all()):
             raise DualCodecError(
@@ -187,9 +180,7 @@ class LogMelFeatures(nn.Module):
             mel = mel + power[..., bins] * weights
         stacked = (mel + self._FLOOR).log().reshape(batch, -1, self.channels)
         stacked = (stacked - self.mean) / self.variance.sqrt()
-        return F.avg_pool1d(
-            stacked.transpose(1, 2).contiguous(), self.downsample_factor, self.downsample_factor
-        )
+        return F.avg_pool1d(stacked.transpose(1, 2).contiguous(), self.downsample_factor, self.downsample_factor)
 
 
 def _mel_bands(bands: int, fft: int, rate_hz: int, low_hz: float, high_hz: float) -> tuple[Tensor, Tensor]:
@@ -276,9 +267,7 @@ class W2vBertFeatures:
         whole = audio.shape[-1]
         sizes = [whole] * audio.shape[0] if lengths is None else lengths.tolist()
         if len(sizes) != audio.shape[0] or any(not 0 <= size <= whole for size in sizes):
-            raise DualCodecError(
-                f"W2vBertFeatures: lengths must be [{audio.shape[0]}] in [0, {whole}], got {sizes}"
-            )
+            raise DualCodecError(f"W2vBertFeatures: lengths must be [{audio.shape[0]}] in [0, {whole}], got {sizes}")
         extractor = self._load()[1]
         items = [_extract(extractor, clip[:, :size].cpu()) for clip, size in zip(audio, sizes, strict=True)]
         steps = max((item[0].shape[0] for item in items), default=0)

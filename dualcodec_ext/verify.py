@@ -91,17 +91,11 @@ def compare(fast: DualCodec, audio: Tensor, features: Tensor) -> list[Check]:
     for i, (name, codes) in enumerate((("semantic", semantic), ("acoustic", acoustic))):
         search = _Search(stacks[i], truth.latents[i], truth.codes[i])
         bound = search.bound(_rounding(rounded.latents[i], truth.latents[i]))
-        checks.append(
-            _checked(f"{name} codes", lambda: str(compare_codes(codes, search.codes, search.margins, bound)))
-        )
+        checks.append(_checked(f"{name} codes", lambda: str(compare_codes(codes, search.codes, search.margins, bound))))
         checks.append(_checked(f"{name} margins", search.compare_op))
 
-    wave, plain_wave, exact_wave = (
-        m.decode_from_codes(semantic, truth.codes[1]) for m in (fast, plain, exact)
-    )
-    checks.append(
-        _checked("waveform", lambda: str(assert_close_to_f64(wave, exact_wave, plain_wave, fewest=1)))
-    )
+    wave, plain_wave, exact_wave = (m.decode_from_codes(semantic, truth.codes[1]) for m in (fast, plain, exact))
+    checks.append(_checked("waveform", lambda: str(assert_close_to_f64(wave, exact_wave, plain_wave, fewest=1))))
     return checks
 
 
@@ -177,9 +171,7 @@ def run_verify(options: ModelOptions, audio: Path | None, as_json: bool) -> int:
     return 0 if passed else 1
 
 
-def _run_checks(
-    path: Path, options: ModelOptions, config: Any, samples: Tensor
-) -> tuple[list[Check], list[str]]:
+def _run_checks(path: Path, options: ModelOptions, config: Any, samples: Tensor) -> tuple[list[Check], list[str]]:
     from dualcodec_ext._cli.features import features_for
     from dualcodec_ext.model import DualCodec
 
@@ -255,9 +247,7 @@ class _Search:
         bound = self.bound(_LEAST_RELATIVE_ERROR)
         report = compare_codes(codes, self.codes, self.margins, bound)
         same = torch.cumsum((codes != self.codes).int(), 1) == 0
-        off = torch.where(
-            same & self.margins.isfinite(), (margins.double() - self.margins).abs() / bound, 0.0
-        )
+        off = torch.where(same & self.margins.isfinite(), (margins.double() - self.margins).abs() / bound, 0.0)
         worst = float(off.max())
         if not worst <= 1:
             raise AssertionError(f"margins must be within the rounding bound, got {worst:.2g} times it")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import TOLERANCE
 from torch import Tensor
 
 from dualcodec_ext import build, testing
-from tolerances import TOLERANCE
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EDGE_STEPS = [0, 1, 2, 6, 7, 63, 1000]

@@ -65,9 +65,7 @@ def test_one_asked_for_that_cannot_run_raises(name: str) -> None:
 
 def test_no_such_backend() -> None:
     with (
-        pytest.raises(
-            dx.BackendError, match="backend must be one of auto, cpu, cuda, triton, reference, got 'gpu'"
-        ),
+        pytest.raises(dx.BackendError, match="backend must be one of auto, cpu, cuda, triton, reference, got 'gpu'"),
         dx.backend("gpu"),
     ):
         pass
@@ -125,7 +123,8 @@ def test_compiled_code_follows_the_context() -> None:
 
 
 def test_environment() -> None:
-    code = "import torch, dualcodec_ext as dx; from dualcodec_ext.ops import _common as c; print(c.choose_backend(torch.device('cpu'), torch.float32))"
+    code = "import torch; from dualcodec_ext.ops import _common as c;"
+    code += "print(c.choose_backend(torch.device('cpu'), torch.float32))"
     assert run_python(code, DUALCODEC_EXT_BACKEND="reference").stdout.strip() == "reference"
     assert run_python(code, DUALCODEC_EXT_BACKEND="").stdout.strip() == "cpu"
     wrong = run_python(code, DUALCODEC_EXT_BACKEND="fastest")
@@ -170,9 +169,7 @@ def test_isa_from_the_environment(name: str) -> None:
     features = dx.build.load_module().cpu_features()[name]
     if not (features["compiled"] and features["detected"]):
         pytest.skip(f"this machine has no {name}")
-    done = run_python(
-        "import dualcodec_ext as dx; print(dx.build.load_module().active_isa())", DUALCODEC_EXT_ISA=name
-    )
+    done = run_python("import dualcodec_ext as dx; print(dx.build.load_module().active_isa())", DUALCODEC_EXT_ISA=name)
     assert done.stdout.strip() == name
 
 

@@ -108,18 +108,14 @@ def test_folded_graphs_are_the_model(changes, form):
     model = testing.seeded_model(settings)
     state = model.state_dict()
     frames = 9
-    task = workload.make_task(
-        "decode", settings, frames * program.hop_samples / program.sample_rate_hz, 1, "cpu"
-    )
+    task = workload.make_task("decode", settings, frames * program.hop_samples / program.sample_rate_hz, 1, "cpu")
     with torch.no_grad():
         wanted = model.double().decode_from_codes(*task.inputs)
         found = folded.finish(folded.FoldedDecoder(program, state, form), form, torch.float64)(*task.inputs)
         testing.assert_close(found, wanted, 1e-12)
         audio = testing.make_speech(frames * program.hop_samples).double()
         features = testing.make_features(frames, dim=program.semantic_dim).double()
-        codes = folded.finish(folded.FoldedEncoder(program, state, form), form, torch.float64)(
-            audio, features
-        )
+        codes = folded.finish(folded.FoldedEncoder(program, state, form), form, torch.float64)(audio, features)
         for found, wanted in zip(codes, model.encode(audio, semantic_repr=features), strict=True):
             assert torch.equal(found, wanted)
 
@@ -206,9 +202,7 @@ def codes_check():
     margins[0, 0, 3] = 0.01
     bounds = torch.full((1, 2, 10), 0.1)
     one = wanted[:, :1].clone()
-    return correctness.CodesCheck(
-        (one, wanted), (margins[:, :1], margins), (bounds[:, :1], bounds), reach=(0, 2)
-    )
+    return correctness.CodesCheck((one, wanted), (margins[:, :1], margins), (bounds[:, :1], bounds), reach=(0, 2))
 
 
 def test_codes_may_differ_only_where_the_margin_is_small():
@@ -381,9 +375,7 @@ def test_probes_measure_something():
     found = probes.measure(2, torch.float32, seconds=0.002)
     assert torch.get_num_threads() == threads
     assert 0 < found.gemm_gflops <= found.gemm_peak_gflops
-    assert all(
-        rate > 0 for rate in (*found.copy_gbs.values(), *found.gemm_by_kernel.values(), found.read_gbs)
-    )
+    assert all(rate > 0 for rate in (*found.copy_gbs.values(), *found.gemm_by_kernel.values(), found.read_gbs))
     assert json.dumps(found.to_dict())
 
 
@@ -452,9 +444,7 @@ def test_wrong_result_of_ours_is_not_timed_and_fails_the_run(quick, tiny_file, m
 
 def test_missing_peer_is_named(quick, tiny_file, monkeypatch, capsys):
     find_spec = base.importlib.util.find_spec
-    monkeypatch.setattr(
-        base.importlib.util, "find_spec", lambda name: None if name == "openvino" else find_spec(name)
-    )
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None if name == "openvino" else find_spec(name))
     quick("decode", "--config", str(tiny_file), "--seconds", "0.005", "--peers", "openvino2d,folded")
     assert "openvino2d     unavailable: openvino is not installed" in capsys.readouterr().out
 

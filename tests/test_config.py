@@ -25,9 +25,7 @@ def test_presets():
     assert (v12.hop_length, v12.frame_rate_hz, v12.latent_channels, v12.n_codebooks) == (1920, 12.5, 1024, 7)
     assert (v25.hop_length, v25.frame_rate_hz, v25.latent_channels, v25.n_codebooks) == (960, 25.0, 1024, 11)
     assert v12.encoder_rates == (4, 5, 6, 8, 2) and v12.encoder_dim == 32 and v12.codebook_size == 4096
-    assert (
-        v25.encoder_dim == 64 and v25.semantic_downsample_factor == 2 and v12.semantic_downsample_factor == 4
-    )
+    assert v25.encoder_dim == 64 and v25.semantic_downsample_factor == 2 and v12.semantic_downsample_factor == 4
     assert v12.is_causal and v25.is_causal and v12.sample_rate == v25.sample_rate == 24000
     kinds = {
         name: (c.decoder_is_causal, c.look_ahead, c.causal_encoder)
@@ -88,9 +86,7 @@ def test_round_trips(tmp_path):
 
 def test_lists_and_other_integers_are_taken():
     np = pytest.importorskip("numpy")
-    config = DualCodecConfig(
-        encoder_rates=[np.int64(4), 2], decoder_rates=torch.Size([8]), encoder_dim=np.int32(8)
-    )
+    config = DualCodecConfig(encoder_rates=[np.int64(4), 2], decoder_rates=torch.Size([8]), encoder_dim=np.int32(8))
     assert config.encoder_rates == (4, 2) and config.decoder_rates == (8,) and type(config.encoder_dim) is int
 
 

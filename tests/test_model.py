@@ -61,12 +61,12 @@ def test_parity(pair: tuple[str, reference.DualCodec, dx.DualCodec]) -> None:
     semantic, acoustic = fast.encode(audio, semantic_repr=feat)
     assert fast._engine_state is not None, "the engine must have run"
     latent = exact.convnext_encoder(feat.double())
-    check_codes(semantic, latent, exact.semantic_vq, semantic)
+    check_codes(semantic, latent, exact.semantic_vq)
     z = exact.dac.encoder(exact.dac.preprocess(audio.double(), None))[..., :frames]
     subtracted = exact.semantic_vq.from_codes(semantic)[0]
     if exact.decode_semantic_for_codec:
         subtracted = exact.convnext_decoder(subtracted)
-    check_codes(acoustic, z - subtracted, exact.dac.quantizer, acoustic)
+    check_codes(acoustic, z - subtracted, exact.dac.quantizer)
     assert torch.equal(fast.semantic_quantize(feat), semantic[:, 0])
 
     longer = -(-100_000 // model.output_samples(frames))
@@ -79,8 +79,8 @@ def test_parity(pair: tuple[str, reference.DualCodec, dx.DualCodec]) -> None:
     testing.assert_close_to_f64(fast.decode_from_codes(semantic, acoustic), expected, baseline)
 
 
-def check_codes(codes: Tensor, z: Tensor, rvq: reference.ResidualVectorQuantize, given: Tensor) -> None:
-    """Codes [B, q, F] of a float64 latent; the bound allows a whole encoder's rounding in it, 64 times that of one addition."""
+def check_codes(codes: Tensor, z: Tensor, rvq: reference.ResidualVectorQuantize) -> None:
+    """Codes [B, q, F] of a float64 latent; the bound allows an encoder's rounding, 64 times that of one addition."""
     tensors = rvq.op_tensors(torch.float64)
     expected, _, margins = reference.rvq_search_ref(z, **tensors, return_margin=True)
     bound = testing.rvq_margin_bound(z, **tensors, relative_error=2.0**-16)
@@ -117,9 +117,7 @@ def test_lengths_and_batches_bit_for_bit(name: str) -> None:
     lengths = torch.tensor([audio.shape[-1], 3 * hop + 1, 0, hop])
     counts = -(-lengths // hop)
     padded = testing.poison_past_lengths(audio, lengths)
-    semantic, acoustic = fast.encode(
-        padded, semantic_repr=testing.poison_past_lengths(feat, counts), lengths=lengths
-    )
+    semantic, acoustic = fast.encode(padded, semantic_repr=testing.poison_past_lengths(feat, counts), lengths=lengths)
     wav = fast.decode_from_codes(semantic, acoustic, lengths=counts)
     for i, (samples, n) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
         s, a = fast.encode(audio[i : i + 1, :, :samples], semantic_repr=feat[i : i + 1, :, :n])
@@ -217,7 +215,7 @@ def test_errors_are_the_references() -> None:
         fast.encode(audio, semantic_repr=feat)
 
 
-# The engine follows the parameters --------------------------------------------------------------------------------------
+# The engine follows the parameters
 
 
 def decoded(model: reference.DualCodec) -> Tensor:
@@ -226,7 +224,7 @@ def decoded(model: reference.DualCodec) -> Tensor:
 
 
 def test_repacks_when_parameters_change() -> None:
-    model, fast = tiny()
+    _, fast = tiny()
     first = decoded(fast)
     engine = fast._engine_state
     assert torch.equal(decoded(fast), first) and fast._engine_state is engine, (
@@ -305,7 +303,7 @@ def test_release_frees_the_parameters() -> None:
     audio, feat = inputs(slim, 5)
     assert slim.encode(audio, semantic_repr=feat)[1].shape == (1, 3, 5)
     for call in (slim.state_dict, lambda: copy.deepcopy(slim), lambda: pickle.dumps(slim)):
-        with pytest.raises(dx.DualCodecError, match="released|release=True"):
+        with pytest.raises(dx.DualCodecError, match=r"released|release=True"):
             call()
     with dx.backend("reference"), pytest.raises(dx.DualCodecError, match="release=True has freed"):
         decoded(slim)
@@ -328,12 +326,10 @@ def test_packed_weights_are_about_as_large_as_the_weights() -> None:
     assert fast._engine_state[1].weight_bytes() < 1.6 * parameters
 
 
-# accelerate and from_pretrained ------------------------------------------------------------------------------------------
+# accelerate and from_pretrained
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"decode_semantic_for_codec": False}, {"codebook_dim": [8, 4, 6]}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"decode_semantic_for_codec": False}, {"codebook_dim": [8, 4, 6]}], ids=str)
 def test_accelerates_the_pypi_package(changes: dict[str, Any]) -> None:
     from dualcodec_ext.peer import find_peer
 
@@ -356,9 +352,7 @@ def test_accelerates_the_pypi_package(changes: dict[str, Any]) -> None:
         theirs = peer.encode(audio, semantic_repr=feat)
         mine = fast.encode(audio, semantic_repr=feat)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-    torch.testing.assert_close(
-        fast.decode_from_codes(*mine), peer.decode_from_codes(*theirs), rtol=0, atol=2e-5
-    )
+    torch.testing.assert_close(fast.decode_from_codes(*mine), peer.decode_from_codes(*theirs), rtol=0, atol=2e-5)
 
 
 def test_accelerate_errors() -> None:
@@ -400,9 +394,7 @@ def test_load_checkpoint(tmp_path: Any) -> None:
         fresh.load_checkpoint(path)
     with pytest.raises(dx.DualCodecError, match="it does not exist"):
         fresh.load_checkpoint(tmp_path / "none.safetensors")
-    assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items()), (
-        "a failed load changes nothing"
-    )
+    assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items()), "a failed load changes nothing"
 
 
 def test_from_pretrained(tmp_path: Any) -> None:

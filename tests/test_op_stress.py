@@ -23,9 +23,7 @@ channels = st.integers(1, 40)
 steps = st.integers(0, 60)
 batch = st.integers(0, 3)
 seeds = st.integers(0, 2**16)
-layouts = st.sampled_from(
-    ["contiguous", "channels_last", "time_slice", "every_second", "channel_slice", "time_first"]
-)
+layouts = st.sampled_from(["contiguous", "channels_last", "time_slice", "every_second", "channel_slice", "time_first"])
 
 
 def run(case: suite.Case, layout: str, data: Any) -> None:
@@ -81,9 +79,7 @@ def test_snake_conv1d(
 
 @drawn
 @given(channels, steps, batch, st.integers(1, 9), st.booleans(), seeds, layouts, st.data())
-def test_residual_unit(
-    c: int, n: int, b: int, dilation: int, causal: bool, seed: int, layout: str, data: Any
-) -> None:
+def test_residual_unit(c: int, n: int, b: int, dilation: int, causal: bool, seed: int, layout: str, data: Any) -> None:
     padding = data.draw(st.none() | st.tuples(st.integers(0, 60), st.integers(0, 60)))
     run(unit.case(c, n, b, seed=seed, dilation=dilation, causal=causal, padding=padding), layout, data)
 
@@ -109,9 +105,7 @@ def test_snake_upsample1d(
 
 @drawn
 @given(channels, st.integers(1, 64), steps, batch, st.booleans(), seeds, layouts, st.data())
-def test_causal_dwconv1d(
-    c: int, taps: int, n: int, b: int, norm: bool, seed: int, layout: str, data: Any
-) -> None:
+def test_causal_dwconv1d(c: int, taps: int, n: int, b: int, norm: bool, seed: int, layout: str, data: Any) -> None:
     # LayerNorm over one or two channels divides by almost nothing: rounding there is not of order one.
     norm = norm and c > 4
     padding = data.draw(st.none() | st.tuples(st.integers(0, 70), st.integers(0, 70)))
@@ -134,9 +128,7 @@ def test_rvq_search(c: int, n: int, stages: int, entries: int, dim: int, b: int,
 
 @drawn
 @given(channels, steps, st.integers(1, 5), st.integers(1, 90), st.integers(1, 64), batch, seeds, st.data())
-def test_rvq_lookup(
-    c: int, n: int, stages: int, entries: int, dim: int, b: int, seed: int, data: Any
-) -> None:
+def test_rvq_lookup(c: int, n: int, stages: int, entries: int, dim: int, b: int, seed: int, data: Any) -> None:
     codes, weights, addend = lookup.make(c, n, stages, entries, dim, b, seed)
     used = data.draw(st.integers(1, stages))
     lookup.check(codes[:, :used], weights, addend)

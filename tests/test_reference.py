@@ -127,9 +127,7 @@ def test_shapes_and_prefixes(variant):
     for q in range(4):
         wav = model.decode_from_codes(semantic, acoustic[:, :q])
         assert wav.shape == (2, 1, model.output_samples(7))
-    assert torch.equal(
-        model.decode_from_codes(semantic, None), model.decode_from_codes(semantic, acoustic[:, :0])
-    )
+    assert torch.equal(model.decode_from_codes(semantic, None), model.decode_from_codes(semantic, acoustic[:, :0]))
     assert torch.equal(model.semantic_quantize(feat), semantic[:, 0])
     assert model.encode(audio, 99, semantic_repr=feat)[1].shape == (2, 3, 7)
     two = model.encode(audio, 3, semantic_repr=feat, sample_rate=None)[1]

@@ -16,9 +16,7 @@ F64 = torch.float64
 
 
 def rand(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=F64).to(
-        dtype
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=F64).to(dtype)
 
 
 def alphas(channels):
@@ -248,9 +246,7 @@ def test_low_precision_runs(monkeypatch, name, dtype):
     x = rand(1, 4, 12)
     expected = OPS[name](x)
     exact = rand
-    monkeypatch.setitem(
-        globals(), "rand", lambda *shape: exact(*shape, dtype=dtype)
-    )  # the op's own tensors too
+    monkeypatch.setitem(globals(), "rand", lambda *shape: exact(*shape, dtype=dtype))  # the op's own tensors too
     y = OPS[name](x.to(dtype))
     assert y.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]

@@ -151,9 +151,7 @@ def test_odd_settings_give_what_the_pypi_package_gives(peer_class, settings):
     theirs_semantic, theirs_acoustic = theirs.encode(audio, semantic_repr=feat)
     assert torch.equal(semantic, theirs_semantic) and torch.equal(acoustic, theirs_acoustic)
     assert len(acoustic.unique()) > 3
-    assert_close(
-        ours.decode_from_codes(semantic, acoustic), theirs.decode_from_codes(semantic, acoustic), 1e-11
-    )
+    assert_close(ours.decode_from_codes(semantic, acoustic), theirs.decode_from_codes(semantic, acoustic), 1e-11)
     latents = torch.randn(2, 3 + 2 * 8, 5, dtype=torch.float64)
     for mine, other in zip(
         ours.dac.quantizer.from_latents(latents), theirs.dac.quantizer.from_latents(latents), strict=True
@@ -171,9 +169,7 @@ def test_odd_settings_train_as_the_pypi_package_does(peer_class, settings, train
         model.train(training)
         random.seed(3)
         torch.manual_seed(3)
-        acoustic, semantic = model(
-            audio, semantic_repr=feat, bypass_quantize_rate=bypass, possibly_no_quantizer=True
-        )
+        acoustic, semantic = model(audio, semantic_repr=feat, bypass_quantize_rate=bypass, possibly_no_quantizer=True)
         loss = (acoustic.x - audio).square().mean() + semantic.x.square().mean()
         for part in (acoustic, semantic):
             loss = loss + 0.25 * part.penalty + part["vq/codebook_loss"]

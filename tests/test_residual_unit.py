@@ -14,9 +14,7 @@ from dualcodec_ext import ops, reference
 from dualcodec_ext.ops import packing
 
 
-def case(
-    channels: int = 5, steps: int = 40, batch: int = 2, bias: bool = True, seed: int = 0, **options: Any
-) -> Case:
+def case(channels: int = 5, steps: int = 40, batch: int = 2, bias: bool = True, seed: int = 0, **options: Any) -> Case:
     gen = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
@@ -74,12 +72,8 @@ def test_gradient(options: dict[str, Any]) -> None:
 
 def test_gradient_needs_plain_weights() -> None:
     made = case()
-    packed = torch.cat(
-        [packing.pack_conv1d(made.weights["weight1"]), packing.pack_conv1d(made.weights["weight2"])]
-    )
-    with pytest.raises(
-        RuntimeError, match="residual_unit: packed must be None when the input needs a gradient"
-    ):
+    packed = torch.cat([packing.pack_conv1d(made.weights["weight1"]), packing.pack_conv1d(made.weights["weight2"])])
+    with pytest.raises(RuntimeError, match="residual_unit: packed must be None when the input needs a gradient"):
         ops.residual_unit(made.x.clone().requires_grad_(), **made.weights, packed=packed)
 
 
@@ -144,9 +138,7 @@ def test_errors(change: dict[str, Any], text: str) -> None:
 def test_opcheck() -> None:
     made = case(steps=20)
     w = [t.requires_grad_() for t in made.weights.values()]  # type: ignore[union-attr]
-    suite.check_opcheck(
-        "residual_unit", made.x.requires_grad_(), *w, 1, [3, 3], False, torch.tensor([20, 9]), None
-    )
+    suite.check_opcheck("residual_unit", made.x.requires_grad_(), *w, 1, [3, 3], False, torch.tensor([20, 9]), None)
     last = made.x.detach().transpose(1, 2).contiguous().transpose(1, 2)
     suite.check_opcheck("residual_unit", last, *[t.detach() for t in w], 3, [18, 0], True, None, None)
 

@@ -7,11 +7,11 @@ from typing import Any
 import opsuite as suite
 import pytest
 import torch
+from tolerances import TOLERANCE
 from torch import Tensor
 
 from dualcodec_ext import ops, reference, testing
 from dualcodec_ext.ops import packing
-from tolerances import TOLERANCE
 
 
 def make(
@@ -34,9 +34,7 @@ def make(
     return codes, weights, torch.randn(batch, channels, frames, generator=gen)
 
 
-def check(
-    codes: Tensor, weights: dict[str, Tensor], addend: Tensor | None, dtype: torch.dtype = torch.float32
-) -> None:
+def check(codes: Tensor, weights: dict[str, Tensor], addend: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
     weights = {k: v.to(dtype) for k, v in weights.items()}
     addend = None if addend is None else addend.to(dtype)
     with testing.poisoned_memory():
@@ -47,9 +45,7 @@ def check(
     testing.assert_close(y, expected, TOLERANCE["rvq_lookup", dtype])
 
 
-@pytest.mark.parametrize(
-    "stages, entries, dim", [(1, 33, 8), (3, 50, 5), (11, 1024, 8), (2, 1, 1), (2, 70, 64)]
-)
+@pytest.mark.parametrize("stages, entries, dim", [(1, 33, 8), (3, 50, 5), (11, 1024, 8), (2, 1, 1), (2, 70, 64)])
 @pytest.mark.parametrize("isa", suite.instruction_sets())
 def test_forward(stages: int, entries: int, dim: int, isa: str) -> None:
     codes, weights, addend = make(stages=stages, entries=entries, dim=dim)
@@ -123,9 +119,7 @@ def test_lengths() -> None:
     codes, weights, addend = make(batch=4)
     lengths = torch.tensor([30, 0, 1, 17])
     behind = torch.where(torch.arange(30) >= lengths[:, None, None], torch.tensor(10**9), codes)
-    y = ops.rvq_lookup(
-        behind, **weights, addend=testing.poison_past_lengths(addend, lengths), lengths=lengths
-    )
+    y = ops.rvq_lookup(behind, **weights, addend=testing.poison_past_lengths(addend, lengths), lengths=lengths)
     for i, n in enumerate(lengths.tolist()):
         alone = ops.rvq_lookup(codes[i : i + 1, :, :n], **weights, addend=addend[i : i + 1, :, :n])
         assert torch.equal(y[i : i + 1, :, :n], alone) and not y[i, :, n:].any()
@@ -136,9 +130,7 @@ def test_a_code_out_of_range_is_named(value: int) -> None:
     codes, weights, _ = make()
     codes[1, 2, 7] = value
     codes[1, 2, 20] = value
-    with pytest.raises(
-        ValueError, match=rf"codes must be in \[0, 50\), got {value} at batch 1, stage 2, frame 7"
-    ):
+    with pytest.raises(ValueError, match=rf"codes must be in \[0, 50\), got {value} at batch 1, stage 2, frame 7"):
         ops.rvq_lookup(codes, **weights)
 
 
@@ -181,9 +173,7 @@ def test_opcheck() -> None:
 
 def test_compiles() -> None:
     codes, weights, addend = make()
-    compiled = torch.compile(
-        lambda c, a: ops.rvq_lookup(c, **weights, addend=a), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda c, a: ops.rvq_lookup(c, **weights, addend=a), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(codes, addend), ops.rvq_lookup(codes, **weights, addend=addend))
 
 
@@ -199,7 +189,6 @@ def test_determinism() -> None:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     parts = [
-        ops.rvq_lookup(c, **weights, addend=a)
-        for c, a in zip(codes.split(50, -1), addend.split(50, -1), strict=True)
+        ops.rvq_lookup(c, **weights, addend=a) for c, a in zip(codes.split(50, -1), addend.split(50, -1), strict=True)
     ]
     assert torch.equal(torch.cat(parts, -1), results[0])

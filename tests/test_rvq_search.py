@@ -145,9 +145,7 @@ def test_dtypes(dtype: torch.dtype, isa: str) -> None:
     expected, total, margins = q.to(torch.float64).reference(return_quantized=True, return_margin=True)
     bound = testing.rvq_margin_bound(q.z, **q.weights)
     testing.compare_codes(codes, expected, margins, bound)
-    assert quantized.dtype == dtype and margin.dtype == (
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )
+    assert quantized.dtype == dtype and margin.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     same = (codes == expected).all(1, keepdim=True).expand(quantized.shape)
     limit = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     assert (quantized.double() - total).abs()[same].max() <= limit
@@ -166,9 +164,7 @@ def test_strides_and_slices() -> None:
 def test_edge_sizes(frames: int) -> None:
     check(make(frames=frames)) if frames else None
     for batch in (0, 2):
-        codes, quantized, margin = make(frames=frames, batch=batch).search(
-            return_quantized=True, return_margin=True
-        )
+        codes, quantized, margin = make(frames=frames, batch=batch).search(return_quantized=True, return_margin=True)
         assert codes.shape == margin.shape == (batch, 3, frames) and quantized.shape == (batch, 20, frames)
 
 
@@ -210,9 +206,7 @@ def test_nan_gives_code_0_and_a_nan_sum() -> None:
     q.z[0, 3, 2] = torch.inf
     codes, quantized, margin = q.search(return_quantized=True, return_margin=True)
     for b, f in ((1, 9), (0, 2)):
-        assert (
-            (codes[b, :, f] == 0).all() and quantized[b, :, f].isnan().all() and margin[b, :, f].isnan().all()
-        )
+        assert (codes[b, :, f] == 0).all() and quantized[b, :, f].isnan().all() and margin[b, :, f].isnan().all()
     others = torch.ones(2, 30, dtype=torch.bool)
     others[1, 9] = others[0, 2] = False
     for ours, before in zip((codes, quantized, margin), clean, strict=True):
@@ -272,16 +266,12 @@ def test_errors(change: dict[str, Any], text: str) -> None:
 def test_opcheck() -> None:
     q = make()
     suite.check_opcheck("rvq_search", q.z, *q.weights.values(), 3, True, True, torch.tensor([30, 4]), None)
-    suite.check_opcheck(
-        "rvq_search", q.z, *q.weights.values(), 2, False, False, None, packing.pack_rvq(**q.weights)
-    )
+    suite.check_opcheck("rvq_search", q.z, *q.weights.values(), 2, False, False, None, packing.pack_rvq(**q.weights))
 
 
 def test_compiles() -> None:
     q = make()
-    compiled = torch.compile(
-        lambda z: q.search(z, return_quantized=True)[:2], fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda z: q.search(z, return_quantized=True)[:2], fullgraph=True, backend="aot_eager")
     codes, quantized = compiled(q.z)
     assert torch.equal(codes, q.search()[0]) and torch.equal(quantized, q.search(return_quantized=True)[1])
 

@@ -113,9 +113,7 @@ def test_gradient_needs_plain_weights() -> None:
     made = case()
     packed = packing.pack_conv1d(made.weights["weight"])
     x = made.x.clone().requires_grad_()
-    with pytest.raises(
-        RuntimeError, match="snake_conv1d: packed must be None when the input needs a gradient"
-    ):
+    with pytest.raises(RuntimeError, match="snake_conv1d: packed must be None when the input needs a gradient"):
         ops.snake_conv1d(x, **made.weights, packed=packed)
 
 
@@ -202,9 +200,7 @@ def test_opcheck() -> None:
         None,
     )
     last = made.x.detach().transpose(1, 2).contiguous().transpose(1, 2)
-    suite.check_opcheck(
-        "snake_conv1d", last, w[0].detach(), None, None, 4, 1, [2, 2], "none", None, None, None
-    )
+    suite.check_opcheck("snake_conv1d", last, w[0].detach(), None, None, 4, 1, [2, 2], "none", None, None, None)
 
 
 def test_compiles() -> None:
@@ -239,9 +235,7 @@ def test_nan_reaches_its_samples_alone() -> None:
 @pytest.mark.parametrize("isa", suite.instruction_sets())
 def test_snake_range(isa: str) -> None:
     """alpha * x up to 1e4 by polynomial, beyond by libm; infinity and NaN become NaN."""
-    x = torch.cat([torch.linspace(-1e4, 1e4, 20001), torch.tensor([1.2e4, -3e5, 1e8, 3e38])]).reshape(
-        1, 1, -1
-    )
+    x = torch.cat([torch.linspace(-1e4, 1e4, 20001), torch.tensor([1.2e4, -3e5, 1e8, 3e38])]).reshape(1, 1, -1)
     alpha, weight = torch.tensor([1.0]), torch.ones(1, 1, 1)
     with suite.instruction_set(isa):
         y = ops.snake_conv1d(x, weight, alpha=alpha)

@@ -82,9 +82,7 @@ def test_transposed_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("mode", ["transposed", "repeat"])
-@pytest.mark.parametrize(
-    "cin, stride, steps", [(1536, 2, 80), (768, 8, 35), (384, 6, 90), (192, 5, 210), (96, 4, 530)]
-)
+@pytest.mark.parametrize("cin, stride, steps", [(1536, 2, 80), (768, 8, 35), (384, 6, 90), (192, 5, 210), (96, 4, 530)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_codec_shapes(mode: str, cin: int, stride: int, steps: int, dtype: torch.dtype) -> None:
     suite.check_2x(case(cin, cin // 2, stride, mode, steps, batch=1), dtype)
@@ -99,12 +97,8 @@ def test_gradient(mode: str) -> None:
 def test_gradient_needs_plain_weights() -> None:
     made = case()
     packed = packing.pack_upsample1d(made.weights["weight"], 4, "transposed", (2, 2))
-    with pytest.raises(
-        RuntimeError, match="snake_upsample1d: packed must be None when the input needs a gradient"
-    ):
-        made.call(
-            lambda x, **kw: ops.snake_upsample1d(x, **kw, packed=packed), x=made.x.clone().requires_grad_()
-        )
+    with pytest.raises(RuntimeError, match="snake_upsample1d: packed must be None when the input needs a gradient"):
+        made.call(lambda x, **kw: ops.snake_upsample1d(x, **kw, packed=packed), x=made.x.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("mode", ["transposed", "repeat"])
@@ -174,9 +168,7 @@ def test_opcheck(mode: str) -> None:
     made = case(mode=mode)
     w = [t.requires_grad_() for t in made.weights.values()]  # type: ignore[union-attr]
     pad = list(made.options["padding"])
-    suite.check_opcheck(
-        "snake_upsample1d", made.x.requires_grad_(), *w, 4, mode, pad, torch.tensor([20, 9]), None
-    )
+    suite.check_opcheck("snake_upsample1d", made.x.requires_grad_(), *w, 4, mode, pad, torch.tensor([20, 9]), None)
     last = made.x.detach().transpose(1, 2).contiguous().transpose(1, 2)
     suite.check_opcheck("snake_upsample1d", last, *[t.detach() for t in w], 4, mode, pad, None, None)
 

@@ -67,9 +67,7 @@ def test_seeds_rule_the_parameters():
     seed_model(double)
     assert all(torch.equal(x.double(), y) for x, y in zip(a.parameters(), double.parameters(), strict=True))
     other = seeded_model(TINY | {"look_ahead": True})
-    assert torch.equal(
-        other.semantic_vq.quantizers[0].codebook.weight, a.semantic_vq.quantizers[0].codebook.weight
-    )
+    assert torch.equal(other.semantic_vq.quantizers[0].codebook.weight, a.semantic_vq.quantizers[0].codebook.weight)
 
 
 def test_inputs():
@@ -95,9 +93,7 @@ def test_close_to_f64():
     exact = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     baseline = noisy(exact, 1e-5)
     report = assert_close_to_f64(noisy(exact, 1.5e-5, 2), exact, baseline)
-    assert report.rms == pytest.approx(1.5e-5, rel=0.02) and report.baseline_rms == pytest.approx(
-        1e-5, rel=0.02
-    )
+    assert report.rms == pytest.approx(1.5e-5, rel=0.02) and report.baseline_rms == pytest.approx(1e-5, rel=0.02)
     assert_close_to_f64(baseline, exact, baseline)
     # Where the baseline is exact, one ulp of the largest output is allowed.
     rounded = exact.float().double()
@@ -139,9 +135,7 @@ def test_comparers_refuse_what_they_cannot_judge():
         assert_close_to_f64(exact.float(), exact.float(), exact.float())
     with pytest.raises(AssertionError, match=r"shape must be \[100, 1000\], got \[1000, 100\]"):
         assert_close_to_f64(exact.float().T, exact, exact.float())
-    with pytest.raises(
-        AssertionError, match=r"dtype must be the baseline's torch.bfloat16, got torch.float32"
-    ):
+    with pytest.raises(AssertionError, match=r"dtype must be the baseline's torch.bfloat16, got torch.float32"):
         assert_close_to_f64(exact.float(), exact, exact.bfloat16())
     with pytest.raises(AssertionError, match="shape must be"):
         assert_close(exact[:1], exact, 1.0)

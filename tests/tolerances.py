@@ -1,8 +1,8 @@
 """Absolute tolerances against float64, one per op and dtype, for outputs of order one at small shapes.
 
-The worst error is the largest seen over this suite's cases and the three instruction sets (AMD Zen 5, GCC 12.2, torch 2.13), for
-inputs and weights rounded to the dtype first. Larger outputs (100,000 and more) go by the rule of twice plain
-PyTorch's error instead: `testing.assert_close_to_f64`.
+Measured over this suite's cases and three instruction sets (AMD Zen 5, GCC 12.2, torch 2.13), inputs and weights
+rounded to the dtype first; the worst error seen stands behind each row. 100,000 outputs and more go by the rule of
+twice plain PyTorch's error instead: `testing.assert_close_to_f64`.
 """
 
 import torch

@@ -21,9 +21,7 @@ _H1 = "Conv2d with H=1"
 def _peers(dtype: torch.dtype) -> Iterator[Peer]:
     """The peers of one dtype; zentorch comes last, since importing it hooks into torch."""
 
-    def peer(
-        name: str, what: str, build: Callable[..., Call], *args: Any, packages: tuple[str, ...] = ()
-    ) -> Peer:
+    def peer(name: str, what: str, build: Callable[..., Call], *args: Any, packages: tuple[str, ...] = ()) -> Peer:
         tag = _TAGS[dtype]
         return Peer(name + tag, dtype, what + tag.replace("-", ", "), of_dtype(build, *args), packages)
 
@@ -39,15 +37,11 @@ def _peers(dtype: torch.dtype) -> Iterator[Peer]:
     for form, label in (("1d", "Conv1d"), ("2d", _H1)):
         if dtype == _F32:  # ONNX Runtime has no half-precision convolution on the CPU
             packages = ("onnxruntime", *_EXPORT)
-            yield peer(
-                f"ort{form}", f"ONNX Runtime, {label}", graph_peers.onnxruntime, form, packages=packages
-            )
+            yield peer(f"ort{form}", f"ONNX Runtime, {label}", graph_peers.onnxruntime, form, packages=packages)
     for form, label in (("1d", "Conv1d"), ("2d", _H1)):
         if dtype != _F16:
             packages = ("openvino", *_EXPORT)
-            yield peer(
-                f"openvino{form}", f"OpenVINO, {label}", graph_peers.openvino, form, dtype, packages=packages
-            )
+            yield peer(f"openvino{form}", f"OpenVINO, {label}", graph_peers.openvino, form, dtype, packages=packages)
     if dtype != _F16:
         what = f"{_H1}, zentorch with freezing"
         yield peer("zentorch2d", what, torch_peers.zentorch, "2d", dtype, packages=("zentorch",))

@@ -95,9 +95,7 @@ class FoldedUpsample(nn.Module):
                 )
             _set(self.conv, weight, bias)
         else:
-            self.conv = FoldedConv(
-                weight, bias, form, stride=1, dilation=1, left=layer.left, right=layer.right
-            )
+            self.conv = FoldedConv(weight, bias, form, stride=1, dilation=1, left=layer.left, right=layer.right)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layer.mode == "repeat":

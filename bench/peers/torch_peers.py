@@ -104,9 +104,7 @@ def zentorch(task: Task, form: str, dtype: torch.dtype) -> Call:
         import zentorch as _  # noqa: F401  registers the backend
     except (ImportError, OSError, RuntimeError) as error:
         raise Unavailable(f"zentorch can't be imported: {' '.join(str(error).split())[:80]}") from None
-    return compiled_call(
-        folded_module(task, form, dtype), task.cast_inputs(dtype), freeze=True, backend="zentorch"
-    )
+    return compiled_call(folded_module(task, form, dtype), task.cast_inputs(dtype), freeze=True, backend="zentorch")
 
 
 def of_dtype(build: Callable[..., Call], *args: Any) -> Callable[[Task], Call]:

@@ -117,14 +117,10 @@ class Codec:
         )
         samples = wave[0, 0].float().cpu().numpy()
         if not np.isfinite(samples).all():
-            raise DualCodecError(
-                f"the model's output is not finite in {str(wave.dtype).removeprefix('torch.')}"
-            )
+            raise DualCodecError(f"the model's output is not finite in {str(wave.dtype).removeprefix('torch.')}")
         rate_hz = rate_hz or self.config.sample_rate
         samples = resample(fit_length(samples, max(1, codes.model_samples)), self.config.sample_rate, rate_hz)
-        return fit_length(
-            samples, resampled_length(codes.source_samples, codes.source_rate_hz, rate_hz)
-        ), rate_hz
+        return fit_length(samples, resampled_length(codes.source_samples, codes.source_rate_hz, rate_hz)), rate_hz
 
     def _fit(self, features: Tensor, audio: Tensor, frames: int) -> tuple[Tensor, int]:
         """The features with exactly `frames` frames, and how many of them repeat the last one."""
@@ -135,9 +131,7 @@ class Codec:
         features = features[..., :frames]
         missing = frames - features.shape[-1]
         if missing > _MOST_MISSING_FRAMES or features.shape[-1] == 0:
-            raise DualCodecError(
-                f"{audio.shape[-1]} samples need {frames} feature frames, got {features.shape[-1]}"
-            )
+            raise DualCodecError(f"{audio.shape[-1]} samples need {frames} feature frames, got {features.shape[-1]}")
         return torch.cat([features, features[..., -1:].expand(-1, -1, missing)], dim=-1), missing
 
 
@@ -173,9 +167,7 @@ class CodecCache:
             raise DualCodecError(f"its codes are of the model {codes.model}, not of {self._wanted[0]}")
         seed = _seed_of(codes.weights) if self._options.seed is None else self._options.seed
         if self._options.weights is None and not codes.untrained and not self._any_weights:
-            raise DualCodecError(
-                f"its codes were made with {_short(codes.weights)}: say where they are with --weights"
-            )
+            raise DualCodecError(f"its codes were made with {_short(codes.weights)}: say where they are with --weights")
         key = (codes.config, seed)
         if self._codec is None or key != self._key:
             self._codec = None  # the old model goes before the new one comes
@@ -203,9 +195,7 @@ def open_codec(options: ModelOptions, quantizers: int | None) -> Codec:
     configure_torch(options)
     name, config = load_config(options.model or "12hz_v1")
     if quantizers is not None and not 1 <= quantizers <= config.n_codebooks + 1:
-        raise DualCodecError(
-            f"--quantizers must be 1 to {config.n_codebooks + 1} for {name}, got {quantizers}"
-        )
+        raise DualCodecError(f"--quantizers must be 1 to {config.n_codebooks + 1} for {name}, got {quantizers}")
     codec = open_model(name, config, options, options.seed or 0)
     codec.features = features_for(config, options)
     return codec
@@ -255,9 +245,7 @@ def configure_torch(options: ModelOptions) -> None:
     except RuntimeError:
         raise DualCodecError(f"--device must be cpu, cuda or cuda:N, got {options.device}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise DualCodecError(
-            f"--device {options.device}: this torch ({torch.__version__}) finds no CUDA device"
-        )
+        raise DualCodecError(f"--device {options.device}: this torch ({torch.__version__}) finds no CUDA device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DualCodecError(f"--device {options.device}: there are {torch.cuda.device_count()} CUDA devices")
     if device.type not in ("cpu", "cuda"):

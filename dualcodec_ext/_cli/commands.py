@@ -63,9 +63,7 @@ def run_roundtrip(
         "decode_s": decoded - encoded,
     }
     speeds = f"encode {_speed(codes, encoded - start)}, decode {_speed(codes, decoded - encoded)}"
-    report.done(
-        result, f"{source} -> {target}: {_code_line(codes)}; {len(samples)} samples at {rate_hz} Hz; {speeds}"
-    )
+    report.done(result, f"{source} -> {target}: {_code_line(codes)}; {len(samples)} samples at {rate_hz} Hz; {speeds}")
     return report.finish()
 
 

@@ -84,11 +84,7 @@ def run_bench(arguments: Sequence[str]) -> int:
         DualCodecError: this is no checkout of the repository.
     """
     # A folder named bench could be anyone's: ours has a module of timings.
-    roots = [
-        root
-        for root in (Path.cwd(), Path(__file__).resolve().parents[2])
-        if (root / "bench/timing.py").is_file()
-    ]
+    roots = [root for root in (Path.cwd(), Path(__file__).resolve().parents[2]) if (root / "bench/timing.py").is_file()]
     if not roots:
         raise DualCodecError(
             "bench: the benchmarks are in the repository, not in the installed package: run it in a checkout"
@@ -96,9 +92,7 @@ def run_bench(arguments: Sequence[str]) -> int:
     paths = [str(roots[0]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     sys.stdout.flush()
-    code = subprocess.run(
-        [sys.executable, "-m", "bench", *arguments], env=environment, check=False
-    ).returncode
+    code = subprocess.run([sys.executable, "-m", "bench", *arguments], env=environment, check=False).returncode
     return code if code >= 0 else FAILED
 
 
@@ -143,9 +137,7 @@ def _safetensors_info(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise DualCodecError(f"{path}: is cut short or damaged ({one_line(error)})") from error
     if not any(name.startswith("dac.") for name in shapes):
-        raise DualCodecError(
-            f"{path}: is safetensors, but neither a code file nor the weights of a DualCodec model"
-        )
+        raise DualCodecError(f"{path}: is safetensors, but neither a code file nor the weights of a DualCodec model")
     from dualcodec_ext._cli.codec import file_digest
 
     sizes = [_product(shape) for shape in shapes.values()]

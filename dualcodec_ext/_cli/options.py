@@ -41,9 +41,7 @@ class ModelOptions:
     seed: int | None = None
 
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="Preset (12hz_v1, 25hz_v1, ...) or a JSON file of settings.")
-]
+Model = Annotated[str, typer.Option("--model", "-m", help="Preset (12hz_v1, 25hz_v1, ...) or a JSON file of settings.")]
 DecodeModel = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Refuse code files of another model. [default: what each file says]"),
@@ -67,42 +65,26 @@ W2v = Annotated[
 ]
 Quantizers = Annotated[
     int | None,
-    typer.Option(
-        "--quantizers", "-q", min=1, help="Codebooks to use, the semantic one among them. [default: all]"
-    ),
+    typer.Option("--quantizers", "-q", min=1, help="Codebooks to use, the semantic one among them. [default: all]"),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the model.")]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, ...")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]")
-]
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, help="Seed of the random weights where --weights is not given.")
-]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights where --weights is not given.")]
 DecodeSeed = Annotated[
     int | None,
     typer.Option("--seed", min=0, help="Seed of the random weights. [default: what each file says]"),
 ]
 Rate = Annotated[
     int | None,
-    typer.Option(
-        "--rate", "-r", min=1, max=1_000_000, help="Sample rate of the output in Hz. [default: the model's]"
-    ),
+    typer.Option("--rate", "-r", min=1, max=1_000_000, help="Sample rate of the output in Hz. [default: the model's]"),
 ]
-Format = Annotated[
-    str | None, typer.Option("--format", "-f", help="wav, flac, ogg, opus, mp3, aiff, au, caf, ...")
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document instead of text, and no progress bar.")
-]
-SkipExisting = Annotated[
-    bool, typer.Option("--skip-existing", help="Leave out inputs whose output is there already.")
-]
+Format = Annotated[str | None, typer.Option("--format", "-f", help="wav, flac, ogg, opus, mp3, aiff, au, caf, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text, and no progress bar.")]
+SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave out inputs whose output is there already.")]
 Inputs = Annotated[
     list[str],
-    typer.Argument(
-        metavar="IN...", help="Files, folders (searched to the bottom) and patterns such as 'a/**/*.flac'."
-    ),
+    typer.Argument(metavar="IN...", help="Files, folders (searched to the bottom) and patterns such as 'a/**/*.flac'."),
 ]
 OutputFolder = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results; made if it is missing.")

@@ -34,7 +34,7 @@ def explain(error: BaseException) -> str:
     Returns:
         The message alone where it was written for users, else with the exception's type.
     """
-    if isinstance(error, MemoryError) or "alloc" in str(error).lower() and "memory" in str(error).lower():
+    if isinstance(error, MemoryError) or ("alloc" in str(error).lower() and "memory" in str(error).lower()):
         return "not enough memory for a recording of this length in one piece"
     if isinstance(error, OSError) and error.strerror:
         name = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""

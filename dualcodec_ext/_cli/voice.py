@@ -53,9 +53,7 @@ def speak(sentence: str = SENTENCE) -> tuple[Audio, str]:
     return vowels(), "a generated vowel sequence (neither espeak-ng nor flite is installed)"
 
 
-def vowels(
-    sequence: str = "aieoua", sample_rate_hz: int = 24000, vowel_s: float = 0.4, seed: int = 0
-) -> Audio:
+def vowels(sequence: str = "aieoua", sample_rate_hz: int = 24000, vowel_s: float = 0.4, seed: int = 0) -> Audio:
     """Generates vowels by adding up the harmonics of a voice, each as loud as the vocal tract lets it through.
 
     Args:
@@ -77,9 +75,7 @@ def vowels(
     targets = np.repeat(np.array([_VOWELS[v] for v in sequence], dtype=float), 2, axis=0)
     formants = np.stack([np.interp(time_s, at, targets[:, k]) for k in range(targets.shape[1])])
     # The pitch falls over the phrase and wavers a little, as voices do.
-    pitch = np.interp(time_s, [0, 0.3 * time_s[-1], time_s[-1]], [115, 140, 90]) * (
-        1 + 0.01 * np.sin(33 * time_s)
-    )
+    pitch = np.interp(time_s, [0, 0.3 * time_s[-1], time_s[-1]], [115, 140, 90]) * (1 + 0.01 * np.sin(33 * time_s))
     pitch *= 1 + 0.004 * rng.standard_normal(frames)
 
     clock = np.arange(samples) / sample_rate_hz

@@ -158,16 +158,10 @@ def register(
             return
         if packed is not None and inputs[packed] is not None:
             if any(ctx.needs_input_grad[i] for i in tensors if i != 0 and isinstance(inputs[i], Tensor)):
-                raise RuntimeError(
-                    f"{name}: packed must be None when a weight needs a gradient, got a packed weight"
-                )
+                raise RuntimeError(f"{name}: packed must be None when a weight needs a gradient, got a packed weight")
             if ctx.needs_input_grad[0]:
-                raise RuntimeError(
-                    f"{name}: packed must be None when the input needs a gradient, got a packed weight"
-                )
-        ctx.save_for_backward(
-            *[inputs[i] if isinstance(inputs[i], Tensor) else None for i in range(len(inputs))]
-        )
+                raise RuntimeError(f"{name}: packed must be None when the input needs a gradient, got a packed weight")
+        ctx.save_for_backward(*[inputs[i] if isinstance(inputs[i], Tensor) else None for i in range(len(inputs))])
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -48,9 +48,7 @@ def causal_dwconv1d(
     """
     pair = [weight.shape[-1] - 1, 0] if padding is None else check_pair("causal_dwconv1d", padding)
     if choose_backend(x.device, x.dtype) == "reference":
-        return reference.causal_dwconv1d_ref(
-            x, weight, bias, (pair[0], pair[1]), ln_weight, ln_bias, eps, lengths
-        )
+        return reference.causal_dwconv1d_ref(x, weight, bias, (pair[0], pair[1]), ln_weight, ln_bias, eps, lengths)
     return torch.ops.dualcodec_ext.causal_dwconv1d(x, weight, bias, pair, ln_weight, ln_bias, eps, lengths)
 
 

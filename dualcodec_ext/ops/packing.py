@@ -19,8 +19,6 @@ def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: tuple[int, 
     return torch.ops.dualcodec_ext.pack_upsample1d(weight, stride, mode, list(padding))
 
 
-def pack_rvq(
-    in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight: Tensor, out_bias: Tensor
-) -> Tensor:
+def pack_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
     """Pack a quantiser, shapes as in `rvq_search`, for `rvq_search` and `rvq_lookup`."""
     return torch.ops.dualcodec_ext.pack_rvq(in_weight, in_bias, codebooks, out_weight, out_bias)

@@ -44,8 +44,8 @@ def residual_unit(
         packed: `pack_conv1d` of both weights, joined by torch.cat; then of the weights the shapes alone are read.
 
     Returns:
-        [B, C, T + left + right - 6d], dtype and layout of x. To output t is added x[t - left + (6d when causal, else 3d)],
-        zero outside.
+        [B, C, T + left + right - 6d], dtype and layout of x. To output t is added x[t - left + (6d when causal,
+        else 3d)], zero outside.
 
     Raises:
         ValueError: a wrong shape, dtype or range; one line.

@@ -85,9 +85,7 @@ def _differentiable(
 ) -> Tensor:
     # rvq_lookup_ref without its check of the codes: the forward has made it, and a tracer can't look at values.
     codes = mask_past_lengths(codes, lengths).long()
-    rows = torch.stack(
-        [F.embedding(codes[:, i], codebooks[i]) for i in range(codes.shape[1])], 1
-    )  # [B, q, F, D]
+    rows = torch.stack([F.embedding(codes[:, i], codebooks[i]) for i in range(codes.shape[1])], 1)  # [B, q, F, D]
     stages = codes.shape[1]
     total = torch.einsum("bqfd,qcd->bcf", rows, out_weight[:stages]) + out_bias[:stages].sum(0)[:, None]
     return mask_past_lengths(total if addend is None else total + addend, lengths)

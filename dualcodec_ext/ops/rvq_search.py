@@ -41,15 +41,15 @@ def rvq_search(
         packed: `ops.packing.pack_rvq(...)`; then of the weights the shapes alone are read.
 
     Returns:
-        codes [B, q, F] int64; quantized [B, C, F], dtype and layout of z, or None; margin [B, q, F] float32 (float64 for
-        float64) or None: second smallest minus smallest squared distance, both L2-normalised (inf for N = 1).
+        codes [B, q, F] int64; quantized [B, C, F], dtype and layout of z, or None; margin [B, q, F] float32 (float64
+        for float64) or None: second smallest minus smallest squared distance, both L2-normalised (inf for N = 1).
 
     Raises:
         ValueError: a wrong shape, dtype or range; one line.
         RuntimeError: in the backward pass: it has no gradient, train through `reference.ResidualVectorQuantize`.
 
-    Numerics: float32 at least, in the code space; of equal scores the lowest index wins. A frame with a NaN gets codes 0
-        and a NaN sum. Bits depend neither on the batch nor on the number of threads.
+    Numerics: float32 at least, in the code space; of equal scores the lowest index wins. A frame with a NaN gets
+        codes 0 and a NaN sum. Bits depend neither on the batch nor on the number of threads.
 
     Source: kernels/rvq_search; defined by `reference.rvq_search_ref`.
     """

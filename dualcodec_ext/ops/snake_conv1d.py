@@ -39,7 +39,8 @@ def snake_conv1d(
         activation: "none", "tanh" or "gelu" (the erf form).
         residual: [B, Cout, T'], added last.
         lengths: [B] int64, samples per item; those past it count as zero on input and output.
-        packed: `ops.packing.pack_conv1d(weight)`, which saves packing at every call; then of weight the shape alone is read.
+        packed: `ops.packing.pack_conv1d(weight)`, which saves packing at every call; then of weight the shape
+            alone is read.
 
     Returns:
         [B, Cout, T'], T' = (T + left + right - (K - 1) dilation - 1) // stride + 1, dtype and layout of x.
@@ -75,9 +76,7 @@ def _fake(
     lengths: Any,
     packed: Any,
 ) -> Tensor:
-    return empty_signal(
-        x, weight.shape[0], conv_steps(x.shape[2], weight.shape[2], stride, dilation, padding)
-    )
+    return empty_signal(x, weight.shape[0], conv_steps(x.shape[2], weight.shape[2], stride, dilation, padding))
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:

@@ -51,12 +51,8 @@ def snake_upsample1d(
     """
     pair = check_pair("snake_upsample1d", padding)
     if choose_backend(x.device, x.dtype) == "reference":
-        return reference.snake_upsample1d_ref(
-            x, alpha, weight, bias, stride, mode, (pair[0], pair[1]), lengths
-        )
-    return torch.ops.dualcodec_ext.snake_upsample1d(
-        x, alpha, weight, bias, stride, mode, pair, lengths, packed
-    )
+        return reference.snake_upsample1d_ref(x, alpha, weight, bias, stride, mode, (pair[0], pair[1]), lengths)
+    return torch.ops.dualcodec_ext.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed)
 
 
 def _fake(

@@ -95,9 +95,7 @@ class DecoderBlock(nn.Module):
         if causal:
             upsample = CausalUpsample(input_dim, output_dim, stride, look_ahead)  # T -> T stride
         else:  # T -> T stride, less one sample for an odd stride
-            upsample = WNConvTranspose1d(
-                input_dim, output_dim, 2 * stride, stride, padding=math.ceil(stride / 2)
-            )
+            upsample = WNConvTranspose1d(input_dim, output_dim, 2 * stride, stride, padding=math.ceil(stride / 2))
         self.block = nn.Sequential(
             Snake1d(input_dim),
             upsample,
@@ -138,9 +136,7 @@ class Decoder(nn.Module):
             raise ValueError("Decoder: look_ahead=True needs causal=True, got causal=False")
         layers: list[nn.Module] = [make_conv(causal, input_channel, channels, 7, padding=3)]
         for i, stride in enumerate(rates):
-            layers.append(
-                DecoderBlock(channels // 2**i, channels // 2 ** (i + 1), stride, causal, look_ahead)
-            )
+            layers.append(DecoderBlock(channels // 2**i, channels // 2 ** (i + 1), stride, causal, look_ahead))
         last = channels // 2 ** len(rates)
         layers += [Snake1d(last), make_conv(causal, last, d_out, 7, padding=3), nn.Tanh()]
         self.model = nn.Sequential(*layers)
@@ -204,9 +200,7 @@ class DAC(nn.Module):
     def check_rate(self, sample_rate: int | None) -> None:
         """Raise unless sample_rate, in Hz, is the model's, or None."""
         if sample_rate is not None and sample_rate != self.sample_rate:
-            raise ValueError(
-                f"DualCodec: sample_rate must be the model's {self.sample_rate} Hz, got {sample_rate}"
-            )
+            raise ValueError(f"DualCodec: sample_rate must be the model's {self.sample_rate} Hz, got {sample_rate}")
 
     def preprocess(self, audio: Tensor, sample_rate: int | None) -> Tensor:
         """Check the rate (None: the model's) and pad audio [B, 1, S] with zeros to a multiple of the hop."""
@@ -238,9 +232,7 @@ class DAC(nn.Module):
     ) -> Quantized:
         """Encode audio_data [B, 1, S]; returns what the quantiser returns, subtracted_latent added to z."""
         if self.training:
-            raise RuntimeError(
-                "DAC.encode: the model must be in eval mode, got training mode: call .eval() first"
-            )
+            raise RuntimeError("DAC.encode: the model must be in eval mode, got training mode: call .eval() first")
         residual = self._residual(self.preprocess(audio_data, sample_rate), subtracted_latent)
         z, *rest = self.quantizer(residual, n_quantizers)
         return z if subtracted_latent is None else z + subtracted_latent, *rest

@@ -43,9 +43,7 @@ class _WeightNorm(nn.Module):
 
     def weight(self) -> Tensor:
         """Return the weight as training sees it: differentiable, in the dtype of the parameters."""
-        return self.weight_v * (
-            self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)
-        )
+        return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True))
 
     @torch.no_grad()
     def folded_weight(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -111,9 +111,7 @@ class DualCodec(nn.Module):
             return [ConvNeXtBlock(width, inner, is_causal) for _ in range(cfg["convnext_layers"])]
 
         self.convnext_encoder = nn.Sequential(WNConv1d(cfg["semantic_dim"], width, kernel_size=1), *blocks())
-        self.semantic_vq = ResidualVectorQuantize(
-            width, 1, cfg["semantic_codebook_size"], cfg["semantic_codebook_dim"]
-        )
+        self.semantic_vq = ResidualVectorQuantize(width, 1, cfg["semantic_codebook_size"], cfg["semantic_codebook_dim"])
         self.convnext_decoder = nn.Sequential(*blocks(), WNConv1d(width, cfg["latent_dim"], kernel_size=1))
 
     def _semantic(self, semantic_repr: Tensor) -> tuple[Tensor, Quantized]:
@@ -297,9 +295,7 @@ class DualCodec(nn.Module):
         feat = self._check_features("DualCodec", semantic_repr)
         self._check_audio("DualCodec", audio_data, feat)
         latent, (_, codes, latents, commitment_loss, codebook_loss, _) = self._semantic(feat)
-        bypass = (
-            random.random() < bypass_quantize_rate and self.training
-        )  # drawn in eval mode too, as upstream draws
+        bypass = random.random() < bypass_quantize_rate and self.training  # drawn in eval mode too, as upstream draws
         bypass = bypass or n_quantizers == 1
         acoustic = self.dac(
             audio_data,
@@ -355,11 +351,7 @@ class DualCodec(nn.Module):
 def check_lengths(name: str, lengths: Tensor, x: Tensor) -> None:
     """Raise one line unless lengths is [B] int64, each from 0 to T of x [B, ..., T]."""
     if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64 or lengths.shape != x.shape[:1]:
-        got = (
-            f"{list(lengths.shape)} {lengths.dtype}"
-            if isinstance(lengths, Tensor)
-            else type(lengths).__name__
-        )
+        got = f"{list(lengths.shape)} {lengths.dtype}" if isinstance(lengths, Tensor) else type(lengths).__name__
         raise ValueError(f"{name}: lengths must be [{x.shape[0]}] int64, got {got}")
     if ((lengths < 0) | (lengths > x.shape[-1])).any():
         raise ValueError(f"{name}: lengths must be in [0, {x.shape[-1]}], got {lengths.tolist()}")
@@ -372,9 +364,7 @@ def check_codes_shape(name: str, argument: str, codes: Tensor, fewest: int, most
         raise ValueError(f"{name}: {argument} must be [B, {stages}, F] integers, got {type(codes).__name__}")
     whole = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
     if codes.dim() != 3 or not fewest <= codes.shape[1] <= most or not whole:
-        raise ValueError(
-            f"{name}: {argument} must be [B, {stages}, F] integers, got {list(codes.shape)} {codes.dtype}"
-        )
+        raise ValueError(f"{name}: {argument} must be [B, {stages}, F] integers, got {list(codes.shape)} {codes.dtype}")
 
 
 def pad_items(items: Sequence[Tensor], empty: Tensor) -> Tensor:

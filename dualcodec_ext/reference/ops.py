@@ -50,9 +50,7 @@ def conv1d(
     return F.conv1d(F.pad(x, padding), weight, bias, stride=stride, dilation=dilation)
 
 
-def conv_transpose1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding = (0, 0)
-) -> Tensor:
+def conv_transpose1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding = (0, 0)) -> Tensor:
     """Convolve x [B, Cin, T], transposed, with weight [Cin, Cout, K]; crop the output by padding."""
     full = (x.shape[-1] - 1) * stride + weight.shape[-1]
     if x.shape[-1] == 0 or full <= sum(padding):
@@ -304,9 +302,7 @@ def rvq_lookup_ref(
         ValueError: a code outside [0, N) before its item's length, or more stages than codebooks.
     """
     if codes.shape[1] > codebooks.shape[0]:
-        raise ValueError(
-            f"rvq_lookup: codes must have at most {codebooks.shape[0]} stages, got {codes.shape[1]}"
-        )
+        raise ValueError(f"rvq_lookup: codes must have at most {codebooks.shape[0]} stages, got {codes.shape[1]}")
     codes = mask_past_lengths(codes, lengths).long()
     check_codes("rvq_lookup", codes, codebooks.shape[1])
     total = codebooks.new_zeros(codes.shape[0], out_weight.shape[1], codes.shape[2])

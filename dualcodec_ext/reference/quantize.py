@@ -1,7 +1,7 @@
 """Vector quantisation in a small code space, and its residual stack."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,16 @@ from .layers import WNConv1d
 # z [B, C, F], codes [B, q, F], latents [B, q D, F], commitment loss, codebook loss, first stage's output [B,
 # C, F]
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class RvqTensors(TypedDict):
+    """A quantiser's tensors by `rvq_search_ref`'s argument names."""
+
+    in_weight: Tensor  # [Q, D, C]
+    in_bias: Tensor  # [Q, D]
+    codebooks: Tensor  # [Q, N, D]
+    out_weight: Tensor  # [Q, C, D]
+    out_bias: Tensor  # [Q, C]
 
 
 class VectorQuantize(nn.Module):
@@ -80,7 +90,7 @@ class ResidualVectorQuantize(nn.Module):
         return [cast(VectorQuantize, quantizer) for quantizer in self.quantizers]
 
     @torch.no_grad()
-    def op_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def op_tensors(self, dtype: torch.dtype) -> RvqTensors:
         """Return the tensors by `rvq_search_ref`'s argument names; unequal code dims are padded with zeros.
 
         Zeros change neither a norm nor a distance, so the padded quantiser is the same one.
@@ -112,9 +122,7 @@ class ResidualVectorQuantize(nn.Module):
         counts[:dropped] = drawn[:dropped]
         return counts
 
-    def forward(
-        self, z: Tensor, n_quantizers: int | None = None, possibly_no_quantizer: bool = False
-    ) -> Quantized:
+    def forward(self, z: Tensor, n_quantizers: int | None = None, possibly_no_quantizer: bool = False) -> Quantized:
         """Quantise z [B, C, F].
 
         Args:
@@ -158,9 +166,7 @@ class ResidualVectorQuantize(nn.Module):
             ValueError: a code outside [0, codebook_size), or a q that is not there.
         """
         if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.n_codebooks:
-            raise ValueError(
-                f"from_codes: codes must be [B, 1 to {self.n_codebooks}, F], got {list(codes.shape)}"
-            )
+            raise ValueError(f"from_codes: codes must be [B, 1 to {self.n_codebooks}, F], got {list(codes.shape)}")
         codes = codes.long()
         ops.check_codes("from_codes", codes, self.codebook_size)
         z_q, rows = None, []

@@ -57,13 +57,9 @@ def _codebook_dim(value: Any, n_codebooks: int) -> int | tuple[int, ...]:
             raise TypeError
         items = list(value)
     except TypeError:
-        raise TypeError(
-            f"DualCodec: codebook_dim must be an integer or a list of them, got {value!r}"
-        ) from None
+        raise TypeError(f"DualCodec: codebook_dim must be an integer or a list of them, got {value!r}") from None
     if len(items) != n_codebooks:
-        raise ValueError(
-            f"DualCodec: codebook_dim must hold n_codebooks={n_codebooks} entries, got {len(items)}"
-        )
+        raise ValueError(f"DualCodec: codebook_dim must hold n_codebooks={n_codebooks} entries, got {len(items)}")
     return tuple(_positive_int(f"codebook_dim[{i}]", item) for i, item in enumerate(items))
 
 
@@ -102,9 +98,7 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if out["latent_dim"] is not None:
         out["latent_dim"] = _positive_int("latent_dim", out["latent_dim"])
     if not (out["causal_decoder"] is None or isinstance(out["causal_decoder"], bool)):
-        raise TypeError(
-            f"DualCodec: causal_decoder must be True, False or None, got {out['causal_decoder']!r}"
-        )
+        raise TypeError(f"DualCodec: causal_decoder must be True, False or None, got {out['causal_decoder']!r}")
     for name in ("encoder_rates", "decoder_rates"):
         out[name] = _rates(name, out[name])
     out["codebook_dim"] = _codebook_dim(out["codebook_dim"], out["n_codebooks"])

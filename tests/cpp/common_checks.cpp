@@ -1,0 +1,183 @@
+// What vec.h, tile_io.h, snake.h and gemm.h promise, for one instruction set. Like the kernels it includes no
+// standard-library template: see kernels/common/isa.h.
+#include "check.h"
+#include "common/gemm.h"
+#include "common/snake.h"
+#include "common/tile_io.h"
+
+namespace dcx {
+namespace DCX_NS {
+void check_common();
+namespace {
+
+uint32_t random_state = 1;
+float uniform() {  // in [-1, 1)
+  random_state = random_state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int32_t>(random_state)) * 0x1p-31f;
+}
+
+template <class T>
+void check_vectors() {
+  T values[kLanes<T>], out[kLanes<T> + 1];
+  double sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += values[i] = static_cast<T>(i + 1);
+  const Vec<T> v = vload<T>(values);
+  CHECK(vsum<T>(v) == static_cast<T>(sum));
+  vstore<T>(out, vfma(v, v, vset1(T(1))));
+  for (int i = 0; i < kLanes<T>; ++i) CHECK(out[i] == values[i] * values[i] + T(1));
+  CHECK(!vany<T>(v < vset1(T(1))) && vany<T>(v < vset1(T(2))));
+  for (int n = 0; n <= kLanes<T>; ++n) {
+    const Vec<T> first = vload_first<T>(values, n);
+    for (int i = 0; i <= kLanes<T>; ++i) out[i] = T(-7);
+    vstore_first<T>(out, first, n);
+    for (int i = 0; i < kLanes<T>; ++i) CHECK(first[i] == (i < n ? values[i] : T(0)));
+    for (int i = 0; i <= kLanes<T>; ++i) CHECK(out[i] == (i < n ? values[i] : T(-7)));
+  }
+}
+
+// Every half-precision number survives the way to float and back, and what lies between two goes to the nearer one.
+void check_halves() {
+  for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    const float f16 = f16_to_float(half), bf16 = bf16_to_float(half);
+    CHECK(isnan(f16) ? isnan(f16_to_float(float_to_f16(f16))) : float_to_f16(f16) == half);
+    CHECK(isnan(bf16) ? isnan(bf16_to_float(float_to_bf16(bf16))) : float_to_bf16(bf16) == half);
+    if ((bits & 0x7fffu) < 0x7bffu) {
+      const uint16_t next = static_cast<uint16_t>(bits + 1);
+      const float middle = 0.5f * (f16 + f16_to_float(next));
+      CHECK(float_to_f16(middle) == ((bits & 1u) ? next : half));
+      CHECK(float_to_f16(nextafterf(middle, f16)) == half);
+      CHECK(float_to_f16(nextafterf(middle, f16_to_float(next))) == next);
+    }
+  }
+  CHECK(float_to_f16(65519.0f) == 0x7bffu && float_to_f16(65520.0f) == 0x7c00u);
+  CHECK(float_to_bf16(1.00390625f) == 0x3f80u && float_to_bf16(1.01171875f) == 0x3f82u);  // ties to even
+}
+
+void check_snake() {
+  constexpr int64_t ld = 32, rows = 500;
+  static float tile[rows * ld], input[rows * ld];
+  float alpha[ld], prepared[2 * ld];
+  for (int64_t c = 0; c < ld; ++c) alpha[c] = c == 0 ? 0.0f : 0.1f * static_cast<float>(c);
+  snake_prepare<float>(prepared, ld, alpha, 20);
+  const float special[] = {0.0f, -0.0f, 1e-30f, 9999.5f, 1.5e4f, -3e7f, INFINITY, -INFINITY, NAN};
+  for (int64_t i = 0; i < rows * ld; ++i) {
+    const float scale = i % 3 == 0 ? 1.0f : i % 3 == 1 ? 30.0f : 3000.0f;
+    input[i] = i % ld >= 20 ? 0.0f : i < ld * 9 ? special[i / ld] : scale * uniform();
+    tile[i] = input[i];
+  }
+  snake_rows(tile, ld, rows, prepared, prepared + ld);
+  for (int64_t i = 0; i < rows * ld; ++i) {
+    const int64_t c = i % ld;
+    const double x = input[i], a = c < 20 ? alpha[c] : 0.0f;
+    // The product alpha * x rounds in float, and the sine amplifies that: it is part of the definition's own error.
+    const double s = sin(static_cast<double>(static_cast<float>(a) * input[i]));
+    const double expected = c < 20 ? x + s * s / (a + 1e-9) : 0.0;
+    if (isnan(expected) || isinf(expected)) {
+      CHECK(isnan(tile[i]) || tile[i] == input[i]);
+    } else {
+      const double inverse = c < 20 && a > 0 ? 1 / a : 1;
+      CHECK_NEAR(tile[i], expected, 4e-7 * (inverse + fabs(x)));
+    }
+  }
+}
+
+template <class T>
+void check_tile(DType dtype, double exactness) {
+  constexpr int64_t channels = 19, steps = 23, ld = 32, rows = 12;
+  static T data[2 * channels * steps], copy[2 * channels * steps];
+  static float tile[rows * ld];
+  const int64_t strides[2][2] = {{steps, 1}, {1, channels}};  // channels first, channels last
+  for (const auto& stride : strides) {
+    TensorView x{data, dtype, channels * steps, stride[0], stride[1]}, y = x;
+    y.data = copy;
+    static float plain[2 * channels * steps];
+    for (float& value : plain) value = uniform();
+    for (int64_t i = 0; i < 2 * channels * steps; ++i) {
+      float f = plain[i];
+      if (dtype == DType::kBF16) {
+        const uint16_t bits = float_to_bf16(f);
+        memcpy(&data[i], &bits, 2);
+      } else if (dtype == DType::kF16) {
+        const uint16_t bits = float_to_f16(f);
+        memcpy(&data[i], &bits, 2);
+      } else {
+        data[i] = static_cast<T>(f);
+      }
+    }
+    const int64_t begins[] = {-20, -5, 0, 7, 15, 40}, valids[] = {0, 10, steps};
+    for (const int64_t begin : begins)
+      for (const int64_t valid : valids) {
+        for (float& value : tile) value = NAN;
+        load_tile<float>(tile, ld, rows, channels, x, 1, begin, valid);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < ld; ++c) {
+            const int64_t t = begin + r;
+            const bool inside = c < channels && t >= 0 && t < valid;
+            const double expected = inside ? plain[channels * steps + c * stride[0] + t * stride[1]] : 0.0;
+            CHECK_NEAR(tile[r * ld + c], expected, exactness);
+          }
+      }
+    // A whole item back in tiles; steps at or past `valid` are zero.
+    memset(copy, 0x55, sizeof(copy));
+    for (int64_t begin = 0; begin < steps; begin += rows) {
+      const int64_t count = steps - begin < rows ? steps - begin : rows;
+      load_tile<float>(tile, ld, count, channels, x, 1, begin, steps);
+      store_tile<float>(tile, ld, count, channels, y, 1, begin, 17);
+    }
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t t = 0; t < steps; ++t) {
+        const int64_t at = channels * steps + c * stride[0] + t * stride[1];
+        const T zero{};
+        CHECK(memcmp(&copy[at], t < 17 ? &data[at] : &zero, sizeof(T)) == 0);
+      }
+  }
+}
+
+// Against a plain sum in double; and a row's bits are the same whatever the number of rows around it.
+template <class T>
+void check_gemm(int64_t taps, int64_t channels, int64_t columns, double tolerance) {
+  constexpr int64_t rows = 37, max_channels = 300, max_taps = 3, max_columns = 112, dilation = 2;
+  static T a[(rows + dilation * max_taps) * max_channels], weight[max_taps * max_channels * max_columns];
+  static T packed[max_taps * max_channels * max_columns], c[rows * max_columns], alone[max_columns];
+  for (T& value : a) value = uniform();
+  for (T& value : weight) value = uniform();
+  const int64_t ld = round_up(columns, kColumnUnit);
+  pack_panels(packed, weight, taps, channels, columns, channels * columns, columns, 1);
+  const GemmOperand<T> operand{a, max_channels, dilation * max_channels, taps, channels};
+  conv_gemm<T>(rows, operand, packed, columns, c, ld);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < ld; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; n < columns && k < taps; ++k)
+        for (int64_t i = 0; i < channels; ++i)
+          sum += static_cast<double>(a[(m + k * dilation) * max_channels + i]) *
+                 static_cast<double>(weight[(k * channels + i) * columns + n]);
+      CHECK_NEAR(c[m * ld + n], sum, tolerance);
+    }
+    const GemmOperand<T> row{a + m * max_channels, max_channels, dilation * max_channels, taps, channels};
+    conv_gemm<T>(1, row, packed, columns, alone, ld);
+    CHECK(memcmp(alone, c + m * ld, static_cast<size_t>(ld) * sizeof(T)) == 0);
+  }
+}
+
+}  // namespace
+
+void check_common() {
+  check_vectors<float>();
+  check_vectors<double>();
+  check_halves();
+  check_snake();
+  check_tile<float>(DType::kF32, 0.0);
+  check_tile<double>(DType::kF64, 0.0);
+  check_tile<uint16_t>(DType::kBF16, 0x1p-9);
+  check_tile<uint16_t>(DType::kF16, 0x1p-12);
+  const int64_t shapes[][3] = {{1, 1, 1}, {3, 33, 20}, {1, 300, 48}, {3, 300, 112}, {2, 17, 100}};
+  for (const auto& shape : shapes) {
+    check_gemm<float>(shape[0], shape[1], shape[2], 2e-5);
+    check_gemm<double>(shape[0], shape[1], shape[2], 1e-13);
+  }
+}
+
+}  // namespace DCX_NS
+}  // namespace dcx
