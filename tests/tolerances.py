@@ -16,9 +16,9 @@ def _row(op: str, f32: float, f64: float, bf16: float, f16: float) -> None:
     TOLERANCE.update({(op, F32): f32, (op, F64): f64, (op, BF16): bf16, (op, F16): f16})
 
 
-# op                       float32  float64  bfloat16  float16
-_row("causal_dwconv1d", 8e-6, 2e-14, 6e-2, 8e-3)
-_row("residual_unit", 2e-5, 4e-14, 8e-2, 1e-2)
-_row("rvq_lookup", 4e-6, 1e-14, 4e-2, 5e-3)
-_row("snake_conv1d", 1e-5, 3e-14, 8e-2, 1e-2)
-_row("snake_upsample1d", 1e-5, 3e-14, 8e-2, 1e-2)
+# op                       float32  float64  bfloat16  float16    worst seen, in the same order
+_row("causal_dwconv1d", 3e-6, 3e-15, 2e-2, 2.5e-3)  # 1.1e-6, 8.9e-16, 0.0078, 0.00097
+_row("residual_unit", 6e-6, 1.2e-14, 4e-2, 5e-3)  # 2.5e-6, 4.4e-15, 0.015, 0.0019
+_row("rvq_lookup", 2e-6, 3e-15, 4e-2, 5e-3)  # 7.9e-7, 8.9e-16, 0.015, 0.0019
+_row("snake_conv1d", 5e-6, 1.2e-14, 4e-2, 5e-3)  # 1.8e-6, 4.4e-15, 0.015, 0.0020
+_row("snake_upsample1d", 4e-6, 2e-14, 4e-2, 5e-3)  # 1.6e-6, 7.1e-15, 0.016, 0.0019
