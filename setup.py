@@ -245,6 +245,12 @@ def cuda_tag(cuda):
     return "cu" + find_torch().cuda.replace(".", "") if cuda else "cpu"
 
 
+def openmp_link(torch_lib):
+    """Return how to link OpenMP so that at::parallel_for shares torch's threads: its own libgomp, where it brings one."""
+    bundled = sorted(path.name for path in torch_lib.glob("libgomp*.so*"))
+    return [f"-L{torch_lib}", f"-l:{bundled[0]}"] if bundled else ["-fopenmp"]
+
+
 def compiled_options(torch, version, cuda):
     """Return setup()'s arguments for a build that compiles."""
     compiler = check_tools()
@@ -259,9 +265,11 @@ def compiled_options(torch, version, cuda):
         "dualcodec_ext._C",
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")) + (cuda.sources if cuda else []),
         extra_compile_args={
-            "cxx": ["-O2", "-g0", "-fvisibility=hidden", *defines],
+            # at::parallel_for is a header: without -fopenmp it compiles to a loop on one thread.
+            "cxx": ["-O2", "-g0", "-fvisibility=hidden", "-fopenmp", *defines],
             "nvcc": ["-O3", "--generate-line-info", *defines],
         },
+        extra_link_args=openmp_link(Path(cpp_extension.TORCH_LIB_PATH)),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext, "build_py": BuildPy}}
 

@@ -42,6 +42,10 @@ void torch_parallel_for(int64_t count, void (*fn)(int64_t, int64_t, void*), void
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { fn(begin, end, context); });
 }
 
+#ifndef _OPENMP
+#error "compile csrc with -fopenmp: without it at::parallel_for is a loop on one thread"
+#endif
+
 int torch_num_threads() { return at::get_num_threads(); }
 
 #ifdef CPUBLAS_BRGEMM_F32F32F32

@@ -101,7 +101,7 @@ class LogMelFeatures(nn.Module):
 
     channels = 160
     _WINDOW, _HOP, _STACK, _FFT = 600, 240, 2, 1024
-    # White noise at -83 dBFS gives this power: what lies lower is the recording's silence, not speech.
+    # The power of white noise near -80 dBFS: what lies lower is the recording's silence, not speech.
     _FLOOR = 1e-5
 
     mean: Tensor
@@ -118,6 +118,7 @@ class LogMelFeatures(nn.Module):
             )
         self.downsample_factor = downsample_factor
         bins, weights = _mel_bands(80, self._FFT, CODEC_RATE_HZ, low_hz=20.0, high_hz=12000.0)
+        # Rounded from generated vowels at -26 dBFS (mean -3.3, variance 11), and wider, as speech has pauses.
         self.register_buffer("mean", torch.full((self.channels,), -3.0))
         self.register_buffer("variance", torch.full((self.channels,), 16.0))
         self.register_buffer("_window", torch.hann_window(self._WINDOW), persistent=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,23 +14,28 @@ import torch
 from torch import Tensor
 
 from .. import build
-from ..errors import BackendError
+from ..errors import BackendError, DualCodecError
 
 logger = logging.getLogger("dualcodec_ext")
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("dualcodec_ext_backend", default=None)
+_asked: contextvars.ContextVar[str] = contextvars.ContextVar("dualcodec_ext_backend")
 
 
-class _Traced:
-    """The backend that torch.compile sees: it can't read a context variable, but guards on a plain attribute."""
+class _Scope:
+    """The backend asked for, as an attribute.
 
-    name: str | None = None
+    torch.compile can't trace ContextVar.get, but takes a property whose getter is a C function for a plain
+    attribute: it reads it when tracing and guards on it at every call, so that traced code follows the context too. The getter gets
+    the scope itself as its default, and returns that where nothing was asked for.
+    """
+
+    name = property(_asked.get)
 
 
-_traced = _Traced()
+_scope = _Scope()
 _told: set[str] = set()
 
 
@@ -37,10 +43,6 @@ def _check_name(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise BackendError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
-
-
-def _from_environment() -> str:
-    return _check_name(os.environ.get("DUALCODEC_EXT_BACKEND") or "auto", "DUALCODEC_EXT_BACKEND")
 
 
 @contextlib.contextmanager
@@ -54,35 +56,28 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         BackendError: no such backend, or one asked for by name that cannot run here; the reason is given.
 
-    The choice belongs to the current thread or task; code under `torch.compile` sees the one made last in the process.
+    The choice belongs to the current thread or task. Code under `torch.compile` follows it, traced once per choice; the
+    block itself must stand outside of such code.
     """
     _check_name(name, "backend")
     reason = unavailable(name)
     if reason:
         raise BackendError(f"backend {name!r} can't run here: {reason}")
-    token, before = _asked.set(name), _traced.name
-    _traced.name = name
+    token = _asked.set(name)
     try:
         yield
     finally:
-        _traced.name = before
         _asked.reset(token)
 
 
+@functools.cache
 def unavailable(name: str) -> str:
     """Return why a backend can't run on this machine, in one line; empty when it can."""
     if name in ("auto", "reference"):
         return ""
     if name == "cpu":
-        return build.unavailable_reason() or ""
-    return f"this version has no {name} kernels"
-
-
-def asked_backend() -> str:
-    """Return the backend asked for: by `backend`, else by DUALCODEC_EXT_BACKEND, else "auto"."""
-    if torch.compiler.is_compiling():
-        return _traced.name or "auto"
-    return _asked.get() or _from_environment()
+        return build.unavailable_reason()
+    return str(build.build_info()["backends"][name])
 
 
 def _tell_once(level: int, message: str) -> None:
@@ -91,25 +86,17 @@ def _tell_once(level: int, message: str) -> None:
         logger.log(level, message)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Return "cpu" or "reference", whichever is to run an op on tensors of this device and dtype.
-
-    The compiled ops refuse a dtype that they lack themselves, in one line.
-
-    Raises:
-        BackendError: the backend asked for by name lacks the device or the dtype, or can't run here.
-    """
-    name = asked_backend()
+def _resolve(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    name = asked or _check_name(os.environ.get("DUALCODEC_EXT_BACKEND") or "auto", "DUALCODEC_EXT_BACKEND")
     if name == "reference":
         return name
-    if torch.compiler.is_compiling():
-        return "cpu" if device.type == "cpu" and _loaded else "reference"
     if name != "auto":
         reason = unavailable(name)
         if reason:
             raise BackendError(f"backend {name!r} can't run here: {reason}")
-        if device.type != name:
-            raise BackendError(f"backend {name!r} needs tensors on {name}, got {device}")
+        kind = "cuda" if name == "triton" else name
+        if device.type != kind:
+            raise BackendError(f"backend {name!r} needs tensors on {kind}, got {device}")
         if dtype not in FLOAT_DTYPES:
             raise BackendError(f"backend {name!r} has no kernels for {dtype}")
         return name
@@ -124,12 +111,43 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
     return "cpu"
 
 
-def load_schemas() -> bool:
-    """Load the compiled module if there is one; return whether `torch.ops.dualcodec_ext` exists."""
-    return build.load_module() is not None
+# What torch.compiler.assume_constant_result does, without loading torch's compiler at import: the tracer calls _resolve as it
+# stands, log lines and errors included, and keeps the answer. It depends on nothing that changes without a new trace.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_loaded = load_schemas()
+def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Return "cpu" or "reference", whichever is to run an op on tensors of this device and dtype.
+
+    The compiled ops refuse a dtype that they lack themselves, in one line.
+
+    Raises:
+        BackendError: the backend asked for by name lacks the device or the dtype, or can't run here.
+    """
+    name = _scope.name
+    return _resolve(name if isinstance(name, str) else None, device, dtype)
+
+
+def runs_reference(op: str, like: Tensor, packed: Tensor | None = None) -> bool:
+    """Return whether the reference is to run an op on tensors of the device and dtype of `like`.
+
+    Raises:
+        DualCodecError: it is, and the weight is packed: the plain one may be a placeholder of the same shape.
+        BackendError: as `choose_backend`.
+    """
+    if choose_backend(like.device, like.dtype) != "reference":
+        return False
+    if packed is not None:
+        raise DualCodecError(f"{op}: packed must be None where the reference runs, got a packed weight")
+    return True
+
+
+def as_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    """Return the tensors in one dtype, None as None: the kernels mix dtypes, plain PyTorch does not."""
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+_loaded = build.load_module() is not None
 
 
 def register(
@@ -140,6 +158,8 @@ def register(
     packed: int | None = None,
 ) -> None:
     """Register an op's fake and its gradient with torch, where the compiled module has brought its schema.
+
+    The gradient is that of the reference, recomputed in the accumulation dtype; it can be differentiated again.
 
     Args:
         name: of the op.
@@ -169,11 +189,17 @@ def register(
             raise RuntimeError(f"{name}: has no gradient; train through backend('reference')")
         args = [t if t is not None else o for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
         wanted = [i for i in tensors if ctx.needs_input_grad[i]]
-        with torch.enable_grad():
+        again = torch.is_grad_enabled()  # create_graph=True: this gradient's own graph must reach back to the inputs
+        dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+        with torch.enable_grad(), torch.autocast(grads[0].device.type, enabled=False):
             for i in wanted:
-                args[i] = args[i].detach().requires_grad_()
-            y = reference_call(*args)
-            found = torch.autograd.grad(y, [args[i] for i in wanted], grads[0], allow_unused=True)
+                # A tensor passed twice becomes two here: each place gets its own gradient.
+                args[i] = args[i].view_as(args[i]) if again else args[i].detach().requires_grad_()
+            wide = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+            y = reference_call(*wide)
+            found = torch.autograd.grad(
+                y, [args[i] for i in wanted], grads[0].to(dtype), create_graph=again, allow_unused=True
+            )
         result: list[Any] = [None] * len(args)
         for i, grad in zip(wanted, found, strict=True):
             result[i] = torch.zeros_like(args[i]) if grad is None else grad
@@ -190,12 +216,20 @@ def empty_signal(like: Tensor, channels: int, steps: Any) -> Tensor:
     return like.new_empty(batch, channels, steps)
 
 
+def steps_or_none(in_steps: Any, out_steps: Any) -> Any:
+    """Return out_steps, or 0 where it is negative or there is no input, for fakes; symbolic values are guarded on."""
+    if isinstance(in_steps, int) and isinstance(out_steps, int):
+        return 0 if in_steps == 0 else max(0, out_steps)
+    # Loads torch's symbolic shapes, which are loaded already where a value is symbolic.
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return 0 if guard_or_false(in_steps == 0) or guard_or_false(out_steps < 0) else out_steps
+
+
 def conv_steps(steps: Any, taps: int, stride: int, dilation: int, padding: Sequence[int]) -> Any:
     """Return the output steps of a convolution, for fakes; symbolic steps give symbolic ones."""
     span = steps + padding[0] + padding[1] - dilation * (taps - 1) - 1
-    if isinstance(steps, int):
-        return 0 if steps <= 0 or span < 0 else span // stride + 1
-    return span // stride + 1
+    return steps_or_none(steps, span // stride + 1)
 
 
 def check_pair(op: str, padding: Sequence[int]) -> list[int]:

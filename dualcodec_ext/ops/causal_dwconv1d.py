@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import check_pair, choose_backend, conv_steps, empty_signal, register
+from ._common import as_dtype, check_pair, conv_steps, empty_signal, register, runs_reference
 
 
 def causal_dwconv1d(
@@ -47,7 +47,8 @@ def causal_dwconv1d(
     Source: kernels/causal_dwconv1d; defined by `reference.causal_dwconv1d_ref`.
     """
     pair = [weight.shape[-1] - 1, 0] if padding is None else check_pair("causal_dwconv1d", padding)
-    if choose_backend(x.device, x.dtype) == "reference":
+    if runs_reference("causal_dwconv1d", x):
+        weight, bias, ln_weight, ln_bias = as_dtype(x.dtype, weight, bias, ln_weight, ln_bias)
         return reference.causal_dwconv1d_ref(x, weight, bias, (pair[0], pair[1]), ln_weight, ln_bias, eps, lengths)
     return torch.ops.dualcodec_ext.causal_dwconv1d(x, weight, bias, pair, ln_weight, ln_bias, eps, lengths)
 

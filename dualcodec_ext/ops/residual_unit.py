@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import check_pair, choose_backend, conv_steps, empty_signal, register
+from ._common import as_dtype, check_pair, conv_steps, empty_signal, register, runs_reference
 
 
 def residual_unit(
@@ -60,7 +60,10 @@ def residual_unit(
         pair = [reach, 0] if causal else [reach // 2, reach // 2]
     else:
         pair = check_pair("residual_unit", padding)
-    if choose_backend(x.device, x.dtype) == "reference":
+    if runs_reference("residual_unit", x, packed):
+        alpha1, weight1, bias1, alpha2, weight2, bias2 = as_dtype(
+            x.dtype, alpha1, weight1, bias1, alpha2, weight2, bias2
+        )
         return reference.residual_unit_ref(
             x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, (pair[0], pair[1]), causal, lengths
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.ops import mask_past_lengths
-from ._common import choose_backend, empty_signal, register
+from ._common import empty_signal, register, runs_reference
 
 
 def rvq_lookup(
@@ -48,7 +48,7 @@ def rvq_lookup(
     Source: kernels/rvq_lookup; defined by `reference.rvq_lookup_ref`.
     """
     like = out_weight if addend is None else addend
-    if choose_backend(like.device, like.dtype) == "reference":
+    if runs_reference("rvq_lookup", like, packed):
         return reference.rvq_lookup_ref(codes, codebooks, out_weight, out_bias, addend, lengths)
     return torch.ops.dualcodec_ext.rvq_lookup(
         codes, codebooks, out_weight, out_bias, addend, lengths, channels_last, packed

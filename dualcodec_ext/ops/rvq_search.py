@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import choose_backend, empty_signal, register
+from ._common import empty_signal, register, runs_reference
 
 
 def rvq_search(
@@ -54,7 +54,7 @@ def rvq_search(
     Source: kernels/rvq_search; defined by `reference.rvq_search_ref`.
     """
     stages = codebooks.shape[0] if num_quantizers is None else num_quantizers
-    if choose_backend(z.device, z.dtype) == "reference":
+    if runs_reference("rvq_search", z, packed):
         return reference.rvq_search_ref(
             z,
             in_weight,

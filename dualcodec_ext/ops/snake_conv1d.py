@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import check_pair, choose_backend, conv_steps, empty_signal, register
+from ._common import as_dtype, check_pair, conv_steps, empty_signal, register, runs_reference
 
 
 def snake_conv1d(
@@ -54,7 +54,8 @@ def snake_conv1d(
     Source: kernels/snake_conv1d; defined by `reference.snake_conv1d_ref`.
     """
     pair = check_pair("snake_conv1d", padding)
-    if choose_backend(x.device, x.dtype) == "reference":
+    if runs_reference("snake_conv1d", x, packed):
+        weight, bias, alpha, residual = as_dtype(x.dtype, weight, bias, alpha, residual)
         return reference.snake_conv1d_ref(
             x, weight, bias, alpha, stride, dilation, (pair[0], pair[1]), activation, residual, lengths
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import check_pair, choose_backend, empty_signal, register
+from ._common import as_dtype, check_pair, empty_signal, register, runs_reference, steps_or_none
 
 
 def snake_upsample1d(
@@ -50,7 +50,8 @@ def snake_upsample1d(
     Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_ref`.
     """
     pair = check_pair("snake_upsample1d", padding)
-    if choose_backend(x.device, x.dtype) == "reference":
+    if runs_reference("snake_upsample1d", x, packed):
+        alpha, weight, bias = as_dtype(x.dtype, alpha, weight, bias)
         return reference.snake_upsample1d_ref(x, alpha, weight, bias, stride, mode, (pair[0], pair[1]), lengths)
     return torch.ops.dualcodec_ext.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed)
 
@@ -69,9 +70,7 @@ def _fake(
     steps, repeat = x.shape[2], mode == "repeat"
     pad = padding[0] + padding[1]
     out = (steps - 2) * stride + pad + 1 if repeat else (steps + 1) * stride - pad
-    if isinstance(steps, int):
-        out = 0 if steps == 0 else max(0, out)
-    return empty_signal(x, weight.shape[0] if repeat else weight.shape[1], out)
+    return empty_signal(x, weight.shape[0] if repeat else weight.shape[1], steps_or_none(steps, out))
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:

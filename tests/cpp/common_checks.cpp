@@ -50,6 +50,10 @@ void check_halves() {
       CHECK(float_to_f16(nextafterf(middle, f16_to_float(next))) == next);
     }
   }
+  const uint32_t full_nan = 0x7fffffffu;  // rounding up would carry into the sign
+  float nan;
+  memcpy(&nan, &full_nan, 4);
+  CHECK(isnan(bf16_to_float(float_to_bf16(nan))) && isnan(f16_to_float(float_to_f16(nan))));
   CHECK(float_to_f16(65519.0f) == 0x7bffu && float_to_f16(65520.0f) == 0x7c00u);
   CHECK(float_to_bf16(1.00390625f) == 0x3f80u && float_to_bf16(1.01171875f) == 0x3f82u);  // ties to even
 }
