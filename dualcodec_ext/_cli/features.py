@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
-from dualcodec_ext.errors import DualCodecError
+from dualcodec_ext.errors import DualCodecError, MissingExtraError
+from dualcodec_ext.semantic import CODEC_RATE_HZ, LogMelFeatures, W2vBertFeatures, resample
 
 if TYPE_CHECKING:
     from dualcodec_ext._cli.options import ModelOptions
     from dualcodec_ext.config import DualCodecConfig
 
 _FEATURE_RATE_HZ = 50
+_W2V = "hf://facebook/w2v-bert-2.0"
+_STATISTICS = "w2vbert2_mean_var_stats_emilia.pt"
 
 
 class Features:
@@ -23,6 +26,8 @@ class Features:
     Args:
         name: what the features are, for code files.
         config: the model's settings.
+    Raises:
+        DualCodecError: the model's frames are no whole number of the features' frames.
     """
 
     def __init__(self, name: str, config: DualCodecConfig) -> None:
@@ -41,12 +46,11 @@ class Features:
         Args:
             audio: float32 [1, 1, S] at the model's rate.
         Returns:
-            float32 [1, semantic_dim, F], F the frames that the recording fills.
+            float32 [1, semantic_dim, F]; w2v-BERT's may be a frame short of the recording.
         """
-        pooled = self.config.semantic_downsample_factor
-        return avg_pool1d(self._at_50_hz(audio), pooled, pooled)
+        return self._compute(resample(audio, self.config.sample_rate, CODEC_RATE_HZ))
 
-    def _at_50_hz(self, audio: Tensor) -> Tensor:
+    def _compute(self, audio: Tensor) -> Tensor:  # [1, 1, S] at 24 kHz
         raise NotImplementedError
 
 
@@ -60,15 +64,46 @@ class SeededFeatures(Features):
 
     def __init__(self, config: DualCodecConfig, seed: int) -> None:
         super().__init__(f"log-mel, matrix seeded:{seed}", config)
-        from dualcodec_ext.semantic import LogMelFeatures
-
-        self._mel = LogMelFeatures()
+        self._mel = LogMelFeatures(config.semantic_downsample_factor)
         generator = torch.Generator().manual_seed(seed)
-        # Features with a variance of one keep it.
-        self._matrix = torch.randn(config.semantic_dim, 160, generator=generator) / 160**0.5
+        # Numbers of variance one keep it.
+        channels = LogMelFeatures.channels
+        self._matrix = torch.randn(config.semantic_dim, channels, generator=generator) / channels**0.5
 
-    def _at_50_hz(self, audio: Tensor) -> Tensor:
-        return self._matrix @ self._mel(_at_24_khz(audio, self.config))
+    def _compute(self, audio: Tensor) -> Tensor:
+        return self._matrix @ self._mel(audio)
+
+
+class W2vFeatures(Features):
+    """w2v-BERT 2.0, as `Inference` uses it; loaded at once, so that what is missing is one error and not one per file.
+
+    Args:
+        config: the model's settings.
+        options: `w2v`, `weights`, dtype and device.
+    Raises:
+        DualCodecError: a file or a package is missing.
+    """
+
+    def __init__(self, config: DualCodecConfig, options: ModelOptions) -> None:
+        super().__init__("w2v", config)
+        source = options.w2v or _W2V
+        dtype = getattr(torch, options.dtype)
+        self._model = W2vBertFeatures(
+            source,
+            _statistics_place(source, options.weights),
+            downsample_factor=config.semantic_downsample_factor,
+            device=options.device,
+            autocast=False if dtype == torch.float32 else dtype,
+        )
+        try:
+            channels = self._model(torch.zeros(1, 1, 0)).shape[1]
+        except (DualCodecError, MissingExtraError) as error:
+            raise DualCodecError(f"semantic features: {error} (--w2v DIR names a folder with w2v-BERT 2.0)") from error
+        if channels != config.semantic_dim:
+            raise DualCodecError(f"--w2v: {source} gives {channels} channels, the model needs {config.semantic_dim}")
+
+    def _compute(self, audio: Tensor) -> Tensor:
+        return self._model(audio).cpu()
 
 
 def features_for(config: DualCodecConfig, options: ModelOptions, stand_in: bool = False) -> Features:
@@ -76,8 +111,8 @@ def features_for(config: DualCodecConfig, options: ModelOptions, stand_in: bool 
 
     Args:
         config: the model's settings.
-        options: `w2v`, `weights`, seed and device.
-        stand_in: use the seeded matrix even with real weights where --w2v is not given: enough to compare numbers with.
+        options: `w2v`, `weights`, seed, dtype and device.
+        stand_in: take the seeded matrix even with real weights where --w2v is not given: enough to compare numbers with.
     Returns:
         The features.
     Raises:
@@ -85,8 +120,16 @@ def features_for(config: DualCodecConfig, options: ModelOptions, stand_in: bool 
     """
     if options.w2v is None and (options.weights is None or stand_in):
         return SeededFeatures(config, options.seed or 0)
-    return SeededFeatures(config, options.seed or 0)
+    return W2vFeatures(config, options)
 
 
-def _at_24_khz(audio: Tensor, config: DualCodecConfig) -> Tensor:
-    return audio
+def _statistics_place(w2v: str, weights: str | None) -> str:
+    """Where the features' mean and variance are: beside the semantic model, beside the weights, or on the hub."""
+    places = [Path(w2v).expanduser()]
+    if weights is not None:
+        path = Path(weights).expanduser()
+        places.append(path if path.is_dir() else path.parent)
+    for place in places:
+        if (place / _STATISTICS).is_file():
+            return str(place)
+    return "hf://amphion/dualcodec"
