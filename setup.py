@@ -246,7 +246,7 @@ def cuda_tag(cuda):
 
 
 def openmp_link(torch_lib):
-    """Return how to link OpenMP so that at::parallel_for shares torch's threads: its own libgomp, where it brings one."""
+    """Return how to link OpenMP so that at::parallel_for shares torch's threads: its libgomp, where it brings one."""
     bundled = sorted(path.name for path in torch_lib.glob("libgomp*.so*"))
     return [f"-L{torch_lib}", f"-l:{bundled[0]}"] if bundled else ["-fopenmp"]
 

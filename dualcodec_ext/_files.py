@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import secrets
@@ -77,10 +78,8 @@ def remove_if_there(path: str) -> None:
     Args:
         path: the file.
     """
-    try:
+    with contextlib.suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass
 
 
 @dataclass(frozen=True)

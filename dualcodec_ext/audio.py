@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from dataclasses import dataclass
@@ -251,10 +252,8 @@ def write_audio(
 def _set_comment(file: Any, comment: str) -> None:
     import soundfile
 
-    try:
+    with contextlib.suppress(soundfile.SoundFileError):  # some containers have no text fields
         file.comment = comment
-    except soundfile.SoundFileError:
-        pass  # some containers have no text fields
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:

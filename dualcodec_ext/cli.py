@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from dualcodec_ext._cli.report import FAILED, PROGRAM, debugging, explain, fatal
 app = typer.Typer(
     name=PROGRAM,
     help="DualCodec, a neural speech codec at 12.5 or 25 frames per second: speech to codes and back.",
-    epilog="Exit codes: 0 all went well, 1 verify found a difference, 2 something failed (one line on stderr says what). "
-    "DUALCODEC_EXT_DEBUG=1 shows errors in full.",
+    epilog="Exit codes: 0 all went well, 1 verify found a difference, 2 something failed (one line on stderr says "
+    "what). DUALCODEC_EXT_DEBUG=1 shows errors in full.",
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -185,10 +186,8 @@ def bench(context: typer.Context) -> None:
 
 def _drop_stdout() -> None:
     # What is still buffered must not be tried again when Python exits: that would be a second, longer message.
-    try:
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The PyPI package's model class, where that package is installed: what `verify`, the tests and the benches compare with."""
+"""The PyPI package's model class, where it is installed: what `verify`, tests and benches compare with."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Is this package right on these weights? Compares it with the float64 reference and, where installed, the PyPI package."""
+"""Is this package right on these weights? It is compared with the float64 reference and the PyPI package."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from dualcodec_ext.model import DualCodec
 
 MOST_SECONDS = 10.0  # of audio: the float64 reference takes seconds per second
-# Plain PyTorch's own rounding, doubled, is what the engine may have; below this a difference is noise of the search itself.
+# Plain PyTorch's own rounding, doubled, is what the engine may have; below this a difference is the search's own.
 _LEAST_RELATIVE_ERROR = 2.0**-22
 
 
@@ -91,11 +92,12 @@ def compare(fast: DualCodec, audio: Tensor, features: Tensor) -> list[Check]:
     for i, (name, codes) in enumerate((("semantic", semantic), ("acoustic", acoustic))):
         search = _Search(stacks[i], truth.latents[i], truth.codes[i])
         bound = search.bound(_rounding(rounded.latents[i], truth.latents[i]))
-        checks.append(_checked(f"{name} codes", lambda: str(compare_codes(codes, search.codes, search.margins, bound))))
+        compared = partial(compare_codes, codes, search.codes, search.margins, bound)
+        checks.append(_checked(f"{name} codes", compared))
         checks.append(_checked(f"{name} margins", search.compare_op))
 
     wave, plain_wave, exact_wave = (m.decode_from_codes(semantic, truth.codes[1]) for m in (fast, plain, exact))
-    checks.append(_checked("waveform", lambda: str(assert_close_to_f64(wave, exact_wave, plain_wave, fewest=1))))
+    checks.append(_checked("waveform", partial(assert_close_to_f64, wave, exact_wave, plain_wave, fewest=1)))
     return checks
 
 
@@ -132,10 +134,10 @@ def compare_with_peer(fast: DualCodec, audio: Tensor, features: Tensor) -> Check
     assert mine[1] is not None
     wrong = sum(int((a != b).sum()) for a, b in zip(mine, theirs, strict=True) if b is not None)
     total = mine[0].numel() + mine[1].numel()
-    error = float((ours.decode_from_codes(*mine) - peer.decode_from_codes(*mine)).abs().max())
-    text = f"{version}, keys equal, {total - wrong} of {total} codes equal, waveform within {error:.2g} in float64"
+    worst = float((ours.decode_from_codes(*mine) - peer.decode_from_codes(*mine)).abs().max())
+    text = f"{version}, keys equal, {total - wrong} of {total} codes equal, waveform within {worst:.2g} in float64"
     # float64 against float64: what is left is the order of sums.
-    return Check(name, wrong == 0 and error < 1e-9, text)
+    return Check(name, wrong == 0 and worst < 1e-9, text)
 
 
 def run_verify(options: ModelOptions, audio: Path | None, as_json: bool) -> int:
@@ -244,6 +246,7 @@ class _Search:
         codes, _, margins = ops.rvq_search(
             self._latent.float(), **self._stack.op_tensors(torch.float32), return_margin=True
         )
+        assert margins is not None
         bound = self.bound(_LEAST_RELATIVE_ERROR)
         report = compare_codes(codes, self.codes, self.margins, bound)
         same = torch.cumsum((codes != self.codes).int(), 1) == 0
@@ -254,8 +257,8 @@ class _Search:
         return f"{report}; within {worst:.2g} of the rounding bound, smallest {float(self.margins.min()):.2g}"
 
 
-def _checked(name: str, outcome: Callable[[], str]) -> Check:
+def _checked(name: str, outcome: Callable[[], object]) -> Check:
     try:
-        return Check(name, True, outcome())
+        return Check(name, True, str(outcome()))
     except AssertionError as error:
         return Check(name, False, " ".join(str(error).split()))

@@ -69,8 +69,9 @@ def test_reads_a_pipe(tmp_path):
             sys.executable,
             "-c",
             "import shutil, sys; shutil.copyfileobj(open(sys.argv[1], 'rb'), open(sys.argv[2], 'wb'))",
+            str(tmp_path / "a.wav"),
+            str(tmp_path / "pipe"),
         ]
-        + [str(tmp_path / "a.wav"), str(tmp_path / "pipe")]
     )
     np.testing.assert_array_equal(audio.read_audio(tmp_path / "pipe").samples, wave)
     assert feeder.wait(10) == 0

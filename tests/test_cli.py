@@ -134,7 +134,9 @@ def test_trained_weights_travel_by_their_hash(speech: Path, small: str, tmp_path
         paths.append(tmp_path / f"weights{seed}.safetensors")
         save_file(model.state_dict(), paths[-1])
     # Real weights want real features: without a semantic model that is one clear line.
-    code, _, err = run(capsys, "encode", speech, "-o", tmp_path, "--model", small, "--weights", paths[0], "--w2v", "none")
+    code, _, err = run(
+        capsys, "encode", speech, "-o", tmp_path, "--model", small, "--weights", paths[0], "--w2v", "none"
+    )
     assert code == 2 and "--w2v DIR names a folder with w2v-BERT 2.0" in err and len(err.splitlines()) == 1
     from dataclasses import replace
 

@@ -164,7 +164,9 @@ def test_log_mel_statistics_are_fixed():
 
 
 def test_log_mel_refuses():
-    with pytest.raises(DualCodecError, match=r"^LogMelFeatures: downsample_factor must be a whole number from 1, got 0$"):
+    with pytest.raises(
+        DualCodecError, match=r"^LogMelFeatures: downsample_factor must be a whole number from 1, got 0$"
+    ):
         LogMelFeatures(0)
     with pytest.raises(DualCodecError, match=r"^LogMelFeatures: audio must be \[B, 1, S\] float, got \[1, 2, 5\]"):
         LogMelFeatures()(torch.zeros(1, 2, 5))

@@ -1,4 +1,4 @@
-"""Semantic features for the command line: w2v-BERT's where there are weights for them, else log-mel through a matrix."""
+"""Semantic features for the command line: w2v-BERT's where there are weights, else log-mel through a matrix."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def features_for(config: DualCodecConfig, options: ModelOptions, stand_in: bool 
     Args:
         config: the model's settings.
         options: `w2v`, `weights`, seed, dtype and device.
-        stand_in: take the seeded matrix even with real weights where --w2v is not given: enough to compare numbers with.
+        stand_in: take the seeded matrix even with real weights where --w2v is not given: enough to compare
+            numbers with.
     Returns:
         The features.
     Raises:

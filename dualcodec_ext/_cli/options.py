@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Number format of the model's weights and activations."""
 
     float32 = "float32"
@@ -59,8 +59,8 @@ W2v = Annotated[
     str | None,
     typer.Option(
         "--w2v",
-        help="Folder or hub name of the w2v-BERT 2.0 model that gives the semantic features. With --weights the default "
-        "is facebook/w2v-bert-2.0; without either, log-mel features through a seeded matrix take its place.",
+        help="Folder or hub name of the w2v-BERT 2.0 model that gives the semantic features. With --weights the "
+        "default is facebook/w2v-bert-2.0; without either, log-mel features through a seeded matrix take its place.",
     ),
 ]
 Quantizers = Annotated[
