@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def slow_resample(x: np.ndarray, orig_hz: int, new_hz: int) -> np.ndarray:
-    """The definition, one output at a time: the sum over all inputs of a Hann-windowed sinc around the output's time."""
+    """The definition, one output at a time: the sum over all inputs of a Hann-windowed sinc around its time."""
     common = math.gcd(orig_hz, new_hz)
     orig, new = orig_hz // common, new_hz // common
     cutoff = min(orig, new) * 0.99
@@ -40,7 +40,7 @@ def test_resample_is_the_definition(orig_hz, new_hz):
     x = np.random.default_rng(0).uniform(-1, 1, (2, 1000))
     expected = np.stack([slow_resample(row, orig_hz, new_hz) for row in x])
     exact = resample(torch.from_numpy(x), orig_hz, new_hz)
-    np.testing.assert_allclose(exact.numpy(), expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(exact.numpy(), expected, rtol=0, atol=1e-12)
     single = resample(torch.from_numpy(x).float()[:, None], orig_hz, new_hz)
     assert single.dtype == torch.float32 and single.shape == (2, 1, expected.shape[1])
     np.testing.assert_allclose(single[:, 0].numpy(), expected, rtol=0, atol=1e-6)  # worst seen: 4e-7
@@ -51,7 +51,7 @@ def test_resample_short_signals(samples):
     x = np.random.default_rng(1).uniform(-1, 1, samples)
     got = resample_24k_to_16k(torch.from_numpy(x)[None, None])
     assert got.shape == (1, 1, math.ceil(samples * 2 / 3))
-    np.testing.assert_allclose(got[0, 0].numpy(), slow_resample(x, 24000, 16000), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(got[0, 0].numpy(), slow_resample(x, 24000, 16000), rtol=0, atol=1e-12)
 
 
 def test_resample_gradient():
@@ -226,7 +226,7 @@ def test_w2v_autocast(folder, dtype):
     got = features_of(folder, autocast=dtype)(audio)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, upstream_features(folder, audio, 4, dtype), rtol=0, atol=2e-2)
-    assert 1e-5 < (got - exact).abs().max() < (0.02 if dtype == torch.float16 else 0.2)
+    assert 1e-5 < (got - exact).abs().max() < (0.05 if dtype == torch.float16 else 0.4)
 
 
 def test_w2v_autocast_true_on_a_cpu(folder, monkeypatch):

@@ -50,7 +50,7 @@ def upstream_features(folder: Path, audio: Tensor, factor: int, half: torch.dtyp
 
     model = Wav2Vec2BertModel.from_pretrained(folder).float().eval()
     extractor = SeamlessM4TFeatureExtractor.from_pretrained(folder)
-    at_16k = resample(audio, 24000, 16000)
+    at_16k = [resample(clip, 24000, 16000) for clip in audio]  # a batch may round differently
     inputs = [extractor(clip, sampling_rate=16000, return_tensors="pt") for clip in at_16k]
     with torch.autocast("cpu", dtype=half, enabled=half is not None):
         hidden = model(

@@ -27,9 +27,9 @@ _asked: contextvars.ContextVar[str] = contextvars.ContextVar("dualcodec_ext_back
 class _Scope:
     """The backend asked for, as an attribute.
 
-    torch.compile can't trace ContextVar.get, but takes a property whose getter is a C function for a plain attribute: it
-    reads it when tracing and guards on it at every call, so that traced code follows the context too. The getter gets the
-    scope itself as its default, and returns that where nothing was asked for.
+    torch.compile can't trace ContextVar.get, but takes a property whose getter is a C function for a plain
+    attribute: it reads it when tracing and guards on it at every call, so that traced code follows the context too.
+    The getter gets the scope itself as its default, and returns that where nothing was asked for.
     """
 
     name = property(_asked.get)
@@ -111,8 +111,9 @@ def _resolve(asked: str | None, device: torch.device, dtype: torch.dtype) -> str
     return "cpu"
 
 
-# What torch.compiler.assume_constant_result does, without loading torch's compiler at import: the tracer calls _resolve
-# as it stands, log lines and errors included, and keeps the answer. It depends on nothing that changes without a new trace.
+# What torch.compiler.assume_constant_result does, without loading torch's compiler at import: the tracer calls
+# _resolve as it stands, log lines and errors included, and keeps the answer. It depends on nothing that changes
+# without a new trace.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
