@@ -94,7 +94,10 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "packages").mkdir()
     for name in ("setuptools", "_distutils_hack", "packaging", "wheel"):
         if importlib.util.find_spec(name) is not None:
-            (folder / "packages" / name).symlink_to(Path(packages_folder(name)) / name)
+            home = Path(packages_folder(name))
+            # With its record: setup()'s keywords are entry points, and are unknown without it.
+            for part in [home / name, *home.glob(f"{name}-*.dist-info")]:
+                (folder / "packages" / part.name).symlink_to(part)
     return make_environment(folder / "venv", str(folder / "packages"))
 
 
