@@ -19,7 +19,7 @@ CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp -name '*
 extra = $(BIN)/python -c "import sys, tomllib; \
   print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]], sep='\n')" $(1)
 
-.PHONY: build demo test pytest ctest bench lint wheel sdist clean
+.PHONY: build demo test pytest ctest neon bench lint wheel sdist clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -36,6 +36,15 @@ ctest: $(CMAKE) $(VENV)/.torch
 	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null
 	$(CMAKE) --build build/cmake -j $(JOBS)
 	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure
+
+# The kernels for 64-bit Arm, by a cross compiler, their tests under QEMU: Debian's g++-aarch64-linux-gnu and qemu-user.
+ARM := aarch64-linux-gnu-g++ -std=c++20 -O2 -ffp-contract=off -Wall -Wextra -DDCX_ISA=0 -static -Ikernels
+UNITS = $(shell python3 -c "import json; d = json.load(open('kernels/sources.json')); \
+  print(*('kernels/' + unit for unit in d['per_isa'] + d['once']))")
+neon:
+	mkdir -p build/neon
+	for name in test_runtime test_kernels; do $(ARM) tests/cpp/$$name.cpp $(UNITS) -o build/neon/$$name -lpthread \
+	  && qemu-aarch64 build/neon/$$name || exit 1; done
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench decode
