@@ -89,6 +89,7 @@ def check_gradients(case: Case) -> None:
 
     doubles = [t.double().requires_grad_() for t in [case.x, *[case.weights[n] for n in names]]]  # type: ignore[union-attr]
     assert torch.autograd.gradcheck(functools.partial(of, case.op), doubles, fast_mode=True)
+    assert torch.autograd.gradgradcheck(functools.partial(of, case.op), doubles, fast_mode=True)
     grads = []
     for f in (case.op, case.ref):
         leaves = [t.clone().requires_grad_() for t in [case.x, *[case.weights[n] for n in names]]]  # type: ignore[union-attr]
@@ -104,6 +105,23 @@ def check_frozen_weights(case: Case) -> None:
     x = case.x.clone().requires_grad_()
     case.call(case.op, x=x).sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
+
+
+def check_mixed_gradients(case: Case) -> None:
+    """A half-precision signal on float32 weights: gradients in each one's dtype, taken in float32."""
+    x = case.x.bfloat16().requires_grad_()
+    weights = {k: None if v is None else v.clone().requires_grad_() for k, v in case.weights.items()}
+    y = case.op(x, **weights, **case.options, lengths=case.lengths)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    wide = x.detach().float().requires_grad_()
+    same = {k: None if v is None else v.detach().clone().requires_grad_() for k, v in weights.items()}
+    case.ref(wide, **same, **case.options, lengths=case.lengths).sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+    assert torch.equal(x.grad, wide.grad.bfloat16())  # type: ignore[union-attr]
+    for name, weight in weights.items():
+        if weight is not None:
+            torch.testing.assert_close(weight.grad, same[name].grad, msg=lambda m, n=name: f"{n}: {m}")  # type: ignore[union-attr]
 
 
 def check_lengths(case: Case, lengths: list[int], dtype: torch.dtype = torch.float32) -> None:
@@ -158,10 +176,21 @@ def check_compiles(case: Case) -> None:
         assert torch.equal(compiled(case.x, case.weights), case.call(case.op))
 
 
-def check_opcheck(op: str, *args: Any, gradients: bool = True) -> None:
-    tests = ["test_schema", "test_faketensor"]
-    if gradients:
-        tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+def check_compiles_dynamic(case: Case, steps: tuple[int, ...] = (40, 3, 0, 1, 9, 2)) -> None:
+    """One traced function over any length; where nothing comes out, the fake must know it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: case.op(x, **case.weights, **case.options) * 2, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        for n in steps:
+            for x in (case.x[..., :n].contiguous(), case.x[..., :n].transpose(1, 2).contiguous().transpose(1, 2)):
+                y, expected = compiled(x), case.call(case.op, x=x) * 2
+                assert torch.equal(y, expected) and y.stride() == expected.stride(), n
+
+
+def check_opcheck(op: str, *args: Any) -> None:
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.dualcodec_ext, op).default, args, test_utils=tests)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import logging
 import subprocess
 import sys
@@ -122,13 +124,94 @@ def test_compiled_code_follows_the_context() -> None:
     assert "dualcodec_ext" in graphs[0] and "dualcodec_ext" not in graphs[1]
 
 
-def test_environment() -> None:
-    code = "import torch; from dualcodec_ext.ops import _common as c;"
-    code += "print(c.choose_backend(torch.device('cpu'), torch.float32))"
-    assert run_python(code, DUALCODEC_EXT_BACKEND="reference").stdout.strip() == "reference"
-    assert run_python(code, DUALCODEC_EXT_BACKEND="").stdout.strip() == "cpu"
-    wrong = run_python(code, DUALCODEC_EXT_BACKEND="fastest")
-    assert wrong.returncode and "DUALCODEC_EXT_BACKEND must be one of" in wrong.stderr.splitlines()[-1]
+def test_compiled_code_in_a_thread_or_task_has_its_own() -> None:
+    torch._dynamo.reset()
+    seen: list[tuple[str, bool]] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        kernels = "dualcodec_ext" in str(graph.code)
+        return lambda *args: seen.append((asked.get(), kernels)) or graph.forward(*args)
+
+    asked: contextvars.ContextVar[str] = contextvars.ContextVar("asked", default="auto")
+    compiled = torch.compile(lambda x: dx.ops.snake_conv1d(x, W), fullgraph=True, backend=note)
+
+    async def task(name: str) -> None:
+        asked.set(name)
+        with dx.backend(name):
+            for _ in range(2):
+                compiled(X)
+                await asyncio.sleep(0)
+
+    async def both() -> None:
+        await asyncio.gather(task("reference"), task("cpu"))
+
+    asyncio.run(both())
+    with dx.backend("reference"):
+        thread = threading.Thread(target=lambda: compiled(X))
+        thread.start()
+        thread.join()
+    assert seen == [("reference", False), ("cpu", True)] * 2 + [("auto", True)]
+
+
+def test_compiled_code_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(str(graph.code))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setenv("DUALCODEC_EXT_BACKEND", "reference")
+    torch.compile(lambda x: dx.ops.snake_conv1d(x, W), fullgraph=True, backend=note)(X)
+    assert len(graphs) == 1 and "dualcodec_ext" not in graphs[0]
+
+
+def test_compiled_code_warns_and_refuses_as_any_other() -> None:
+    code = """
+import logging, os, torch
+logging.basicConfig(format="%(levelname)s %(message)s")
+import dualcodec_ext as dx
+x, w = torch.ones(1, 2, 5), torch.ones(3, 2, 1)
+compiled = torch.compile(lambda x: dx.ops.snake_conv1d(x, w), fullgraph=True, backend="eager")
+print(compiled(x).sum().item())
+os.environ["DUALCODEC_EXT_BACKEND"] = "cpu"
+torch._dynamo.reset()
+compiled(x)
+"""
+    done = run_python(code, DUALCODEC_EXT_BACKEND="", DUALCODEC_EXT_DISABLE_MODULE="1")
+    assert done.stdout.split() == ["30.0"]
+    assert done.stderr.count("WARNING the slow reference runs") == 1
+    assert done.returncode and "BackendError: backend 'cpu' can't run here: " in done.stderr
+
+
+def test_the_reference_refuses_packed_weights() -> None:
+    """Of the weight beside a packed one the shape alone is good, so that its values must not be computed with."""
+    packed = dx.ops.packing.pack_conv1d(W)
+    with (
+        dx.backend("reference"),
+        pytest.raises(dx.DualCodecError, match="snake_conv1d: packed must be None where the reference runs"),
+    ):
+        dx.ops.snake_conv1d(X, torch.zeros(1).expand(W.shape), packed=packed)
+
+
+def test_the_reference_mixes_dtypes_too() -> None:
+    with dx.backend("reference"):
+        plain = dx.ops.snake_conv1d(X.bfloat16(), W)
+    assert plain.dtype == torch.bfloat16
+    torch.testing.assert_close(dx.ops.snake_conv1d(X.bfloat16(), W), plain, rtol=2e-2, atol=2e-2)
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALCODEC_EXT_BACKEND", "reference")
+    assert chosen() == "reference"
+    with dx.backend("cpu"):
+        assert chosen() == "cpu"
+    monkeypatch.setenv("DUALCODEC_EXT_BACKEND", "")
+    assert chosen() == "cpu"
+    monkeypatch.setenv("DUALCODEC_EXT_BACKEND", "fastest")
+    wrong = "^DUALCODEC_EXT_BACKEND must be one of auto, cpu, cuda, triton, reference, got 'fastest'$"
+    with pytest.raises(dx.BackendError, match=wrong):
+        dx.ops.snake_conv1d(X, W)
 
 
 def test_auto_says_its_choice_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,7 @@ def test_gradient() -> None:
     suite.check_gradients(case(4, 3, 9))
     suite.check_gradients(case(4, 3, 9, norm=False, padding=(1, 1)))
     suite.check_frozen_weights(case(4, 3, 9))
+    suite.check_mixed_gradients(case(4, 3, 9))
 
 
 @pytest.mark.parametrize("dtype", suite.DTYPES, ids=str)
@@ -139,6 +140,7 @@ def test_opcheck() -> None:
 
 def test_compiles() -> None:
     suite.check_compiles(case())
+    suite.check_compiles_dynamic(case(padding=(0, 1)))
 
 
 def test_determinism() -> None:

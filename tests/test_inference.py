@@ -214,3 +214,60 @@ def test_hub_names(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "huggingface_hub" else real(n, *a))
     with pytest.raises(dx.MissingExtraError, match=r"needs huggingface_hub: pip install 'dualcodec-ext\[hub\]'"):
         hub.find_checkpoint("hf://amphion/dualcodec", "12hz_v1")
+
+
+def test_a_local_source_says_which_model_it_is(tmp_path: Path) -> None:
+    """A released file's name or a config.json beside the file gives the settings; what is missing is named."""
+    folder = tmp_path / "ckpts"
+    folder.mkdir()
+    preset = dx.DualCodecConfig.preset
+    with pytest.raises(dx.DualCodecError, match=r"^checkpoint: .* must hold .*, got no safetensors file$"):
+        hub.resolve_pretrained(folder)
+    own = folder / "own.safetensors"
+    own.touch()
+    with pytest.raises(dx.DualCodecError, match=r"own\.safetensors must have a released file's name or a config\.json"):
+        hub.resolve_pretrained(folder)
+    (folder / "config.json").write_text(preset("12hz_causal").to_json())
+    assert hub.resolve_pretrained(folder) == (preset("12hz_causal"), own)
+    assert hub.resolve_pretrained("12hz_stream", folder) == (preset("12hz_stream"), own)
+    for name in ("25hz_v1", "12hz_v1"):  # where both are there, the package's default model is meant
+        released = folder / hub.RELEASED_FILES[name]
+        released.touch()
+        assert hub.resolve_pretrained(folder) == hub.resolve_pretrained(str(released)) == (preset(name), released)
+        assert hub.resolve_pretrained(name, folder) == (preset(name), released)
+    assert hub.find_checkpoint(own, "12hz_v1") == own
+    with pytest.raises(dx.DualCodecError, match=r"must be a preset \(12hz_v1, .*\), a directory, .*, got 13hz$"):
+        hub.resolve_pretrained("13hz")
+    with pytest.raises(dx.DualCodecError, match=r"12hz_causal has no released weights"):
+        hub.resolve_pretrained("12hz_causal")
+    with pytest.raises(dx.DualCodecError, match=r"weights goes with a preset's name"):
+        hub.resolve_pretrained(folder, own)
+    missing = tmp_path / "none"
+    with pytest.raises(
+        dx.DualCodecError, match=r"none must be a directory .*hf download amphion/dualcodec dualcodec_12hz"
+    ):
+        hub.find_checkpoint(str(missing), "12hz_v1")
+
+
+def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip("huggingface_hub")
+
+    def offline(*args: Any, **options: Any) -> str:
+        raise client.utils.LocalEntryNotFoundError("no network\nand no cache")
+
+    monkeypatch.setattr(client, "hf_hub_download", offline)
+    with pytest.raises(dx.DualCodecError, match=r"could not be fetched from the hub: no network \(.*hf download.*\)$"):
+        hub.resolve_pretrained("hf://someone/codec")
+    monkeypatch.setattr(client, "snapshot_download", offline)
+    with pytest.raises(dx.DualCodecError, match=r"facebook/w2v-bert-2\.0 could not be fetched .*: no network"):
+        hub.find_directory("hf://facebook/w2v-bert-2.0", ["*.json"])
+    with pytest.raises(dx.DualCodecError, match=r"a hub path must be hf://owner/name, got hf://codec$"):
+        hub.find_checkpoint("hf://codec", "12hz_v1")
+    assert hub.HubName.parse("./owner/name") is hub.HubName.parse("a/b/c") is hub.HubName.parse("/a/b") is None
+    assert hub.HubName.parse("hf://a/b@v1/c/d.safetensors") == ("a/b", "c/d.safetensors", "v1")
+
+
+def test_keyword_arguments_of_upstreams(codec: dx.DualCodec) -> None:
+    with pytest.warns(UserWarning, match="ignored unknown arguments layer$"):
+        infer = dx.Inference(codec, device="cpu", meanvar_fname="other.pt", layer=3)
+    assert infer.semantic.meanvar_fname == "other.pt"

@@ -68,6 +68,7 @@ def test_codec_shapes(channels: int, steps: int, dilation: int, dtype: torch.dty
 def test_gradient(options: dict[str, Any]) -> None:
     suite.check_gradients(case(3, 15, **options))
     suite.check_frozen_weights(case(3, 15, **options))
+    suite.check_mixed_gradients(case(3, 15, **options))
 
 
 def test_gradient_needs_plain_weights() -> None:
@@ -145,6 +146,7 @@ def test_opcheck() -> None:
 
 def test_compiles() -> None:
     suite.check_compiles(case(dilation=3))
+    suite.check_compiles_dynamic(case(padding=(1, 0)))
 
 
 def test_determinism() -> None:

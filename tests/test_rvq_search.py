@@ -267,6 +267,7 @@ def test_opcheck() -> None:
     q = make()
     suite.check_opcheck("rvq_search", q.z, *q.weights.values(), 3, True, True, torch.tensor([30, 4]), None)
     suite.check_opcheck("rvq_search", q.z, *q.weights.values(), 2, False, False, None, packing.pack_rvq(**q.weights))
+    suite.check_opcheck("pack_rvq", *q.weights.values())
 
 
 def test_compiles() -> None:

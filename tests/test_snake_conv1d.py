@@ -107,6 +107,7 @@ def test_codec_shapes(shape: dict[str, Any], dtype: torch.dtype) -> None:
 def test_gradient(shape: dict[str, Any]) -> None:
     suite.check_gradients(case(cin=3, cout=4, steps=9, **shape))
     suite.check_frozen_weights(case(steps=9, **shape))
+    suite.check_mixed_gradients(case(cin=3, cout=4, steps=9, **shape))
 
 
 def test_gradient_needs_plain_weights() -> None:
@@ -201,10 +202,12 @@ def test_opcheck() -> None:
     )
     last = made.x.detach().transpose(1, 2).contiguous().transpose(1, 2)
     suite.check_opcheck("snake_conv1d", last, w[0].detach(), None, None, 4, 1, [2, 2], "none", None, None, None)
+    suite.check_opcheck("pack_conv1d", w[0].detach())
 
 
 def test_compiles() -> None:
     suite.check_compiles(case(taps=7, padding=(3, 3)))
+    suite.check_compiles_dynamic(case(taps=7, stride=2))
 
 
 def test_determinism() -> None:

@@ -92,6 +92,7 @@ def test_codec_shapes(mode: str, cin: int, stride: int, steps: int, dtype: torch
 def test_gradient(mode: str) -> None:
     suite.check_gradients(case(3, 4, 3, mode, 5))
     suite.check_frozen_weights(case(3, 4, 3, mode, 5))
+    suite.check_mixed_gradients(case(3, 4, 3, mode, 5))
 
 
 def test_gradient_needs_plain_weights() -> None:
@@ -171,11 +172,13 @@ def test_opcheck(mode: str) -> None:
     suite.check_opcheck("snake_upsample1d", made.x.requires_grad_(), *w, 4, mode, pad, torch.tensor([20, 9]), None)
     last = made.x.detach().transpose(1, 2).contiguous().transpose(1, 2)
     suite.check_opcheck("snake_upsample1d", last, *[t.detach() for t in w], 4, mode, pad, None, None)
+    suite.check_opcheck("pack_upsample1d", w[1].detach(), 4, mode, pad)
 
 
 @pytest.mark.parametrize("mode", ["transposed", "repeat"])
 def test_compiles(mode: str) -> None:
     suite.check_compiles(case(mode=mode))
+    suite.check_compiles_dynamic(case(stride=3, mode=mode, padding=(7, 7) if mode == "transposed" else (0, 1)))
 
 
 @pytest.mark.parametrize("mode", ["transposed", "repeat"])

@@ -1,5 +1,6 @@
 """The ops, each checked against its `_ref` in `dualcodec_ext.reference`."""
 
+from . import packing as packing
 from ._common import backend
 from .causal_dwconv1d import causal_dwconv1d
 from .residual_unit import residual_unit

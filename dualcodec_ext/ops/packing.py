@@ -5,20 +5,65 @@ They need the compiled module. float64 weights pack as float64, all others as fl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ._common import register
 
 
 def pack_conv1d(weight: Tensor) -> Tensor:
     """Pack a convolution's weight [Cout, Cin, K] for `snake_conv1d`, or, two of them joined, for `residual_unit`."""
-    return torch.ops.dualcodec_ext.pack_conv1d(weight)
+    return torch.ops.dualcodec_ext.pack_conv1d(weight.detach())
 
 
 def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: tuple[int, int]) -> Tensor:
     """Pack an upsampling's weight, phase by phase, for `snake_upsample1d` with the same stride, mode and padding."""
-    return torch.ops.dualcodec_ext.pack_upsample1d(weight, stride, mode, list(padding))
+    return torch.ops.dualcodec_ext.pack_upsample1d(weight.detach(), stride, mode, list(padding))
 
 
 def pack_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
     """Pack a quantiser, shapes as in `rvq_search`, for `rvq_search` and `rvq_lookup`."""
-    return torch.ops.dualcodec_ext.pack_rvq(in_weight, in_bias, codebooks, out_weight, out_bias)
+    tensors = (t.detach() for t in (in_weight, in_bias, codebooks, out_weight, out_bias))
+    return torch.ops.dualcodec_ext.pack_rvq(*tensors)
+
+
+def _columns(count: int) -> int:
+    """Count columns as kernels pad them: kernels/common/dtype.h's kColumnUnit."""
+    return -(-count // 16) * 16
+
+
+def _packed(like: Tensor, numel: int) -> Tensor:
+    return like.new_empty(numel, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _fake_conv1d(weight: Tensor) -> Tensor:
+    columns, channels, taps = weight.shape
+    return _packed(weight, taps * channels * _columns(columns))
+
+
+def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[int]) -> Tensor:
+    if mode == "transposed":
+        channels, columns, taps = weight.shape[0], weight.shape[1], 2 * stride
+    else:
+        columns, channels = weight.shape[0], weight.shape[1]
+        firsts = [phase - padding[0] for phase in range(stride)]  # the repeated sample under a phase's first tap
+        taps = sum((first + 2 * stride - 1) // stride - first // stride + 1 for first in firsts)
+    return _packed(weight, taps * channels * _columns(columns))
+
+
+def _fake_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
+    # The parts in the order of kernels/rvq_search/layout.h.
+    (stages, entries, dim), channels = codebooks.shape, out_weight.shape[1]
+    codes, out = _columns(stages * dim), _columns(channels)
+    books = stages * _columns(entries) * (dim + 1) + stages * entries * dim
+    return _packed(
+        codebooks,
+        (channels + 1) * codes + stages * stages * dim * dim + books + stages * dim * out + stages * out,
+    )
+
+
+register("pack_conv1d", _fake_conv1d, None, tensors=())
+register("pack_upsample1d", _fake_upsample1d, None, tensors=())
+register("pack_rvq", _fake_rvq, None, tensors=())
