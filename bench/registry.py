@@ -198,9 +198,9 @@ def our_call(row: Row, dtype: torch.dtype) -> Call:
     options = {k: v.float() if isinstance(v, Tensor) and dtype != torch.float64 else v for k, v in row.options.items()}
     x, weights = row.input(dtype, channels_last=True), row.weights_in(dtype)
     if row.op == "snake_conv1d":
-        options["packed"] = packing.pack_conv1d(weights[0])
+        options["packed"] = packing.pack_conv1d(weights[0], options["stride"], options["dilation"])
     elif row.op == "residual_unit":
-        options["packed"] = torch.cat([packing.pack_conv1d(w) for w in (weights[1], weights[4])])
+        options["packed"] = packing.pack_residual_unit(weights[1], weights[4])
     elif row.op == "snake_upsample1d":
         options["packed"] = packing.pack_upsample1d(weights[1], options["stride"], options["mode"], options["padding"])
     elif row.quantizer_tensors:

@@ -15,7 +15,8 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   m.def(
       "causal_dwconv1d(Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, float "
       "eps, Tensor? lengths) -> Tensor");
-  m.def("pack_conv1d(Tensor weight) -> Tensor");
+  m.def("pack_conv1d(Tensor weight, int stride=1, int dilation=1) -> Tensor");
+  m.def("pack_residual_unit(Tensor weight1, Tensor weight2) -> Tensor");
   m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");
   m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding) -> Tensor");
   m.def(

@@ -1,6 +1,7 @@
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include <type_traits>
 
 #include "../kernels/common/conv_shape.h"
 #include "../kernels/common/gemm_pack.h"
@@ -9,6 +10,32 @@
 
 namespace dcx {
 namespace {
+
+// conv_gemm panels of both weights, one behind the other.
+at::Tensor pack_residual_unit_cpu(const at::Tensor& weight1,    // [C, C, 7]
+                                  const at::Tensor& weight2) {  // [C, C, 1]
+  const char* op = "pack_residual_unit";
+  DCX_CHECK(weight1.dim() == 3 && weight1.size(0) == weight1.size(1) && weight1.size(2) == kResidualUnitTaps, op,
+            ": weight1 must be [C, C, 7], got ", shape_text(weight1));
+  const int64_t channels = weight1.size(0), pointwise = channels * round_up(channels, kColumnUnit);
+  check_float(op, "weight1", weight1);
+  check_shape(op, "weight2", weight2, {channels, channels, 1}, "[C, C, 1]", weight1);
+  const at::ScalarType dtype = accumulate_dtype(weight1.scalar_type());
+  const at::Tensor wide = weight1.detach().to(dtype).contiguous(), narrow = weight2.detach().to(dtype).contiguous();
+  at::Tensor packed = at::empty({(kResidualUnitTaps + 1) * pointwise}, wide.options());
+  const auto fill = [&](auto* out) {
+    using T = std::remove_pointer_t<decltype(out)>;
+    pack_panels(out, wide.const_data_ptr<T>(), kResidualUnitTaps, channels, channels, int64_t{1}, kResidualUnitTaps,
+                channels * kResidualUnitTaps);
+    pack_panels(out + kResidualUnitTaps * pointwise, narrow.const_data_ptr<T>(), int64_t{1}, channels, channels,
+                int64_t{1}, int64_t{1}, channels);
+  };
+  if (dtype == at::kDouble)
+    fill(packed.mutable_data_ptr<double>());
+  else
+    fill(packed.mutable_data_ptr<float>());
+  return packed;
+}
 
 at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|bf16|f16
                              const at::Tensor& alpha1,     // [C]
@@ -45,13 +72,11 @@ at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|
   const at::Tensor bias1_values = padded_bias(op, "bias1", bias1, channels, x);
   const at::Tensor bias2_values = padded_bias(op, "bias2", bias2, channels, x);
   const int64_t pointwise_numel = channels * round_up(channels, kColumnUnit);
-  const at::Tensor panels = packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
-    const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
-    static const auto pack = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("dualcodec_ext::pack_conv1d", "")
-                                 .typed<at::Tensor(const at::Tensor&)>();
-    return at::cat({pack.call(weight1.to(dtype)), pack.call(weight2.to(dtype))});
-  });
+  const at::Tensor panels =
+      packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
+        const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
+        return pack_residual_unit_cpu(weight1.to(dtype), weight2.to(dtype));
+      });
   at::Tensor y = empty_signal(p.batch, channels, p.out_steps, x.options(), is_channels_last(x));
   if (y.numel() == 0) return y;
   p.x = view_of(x);
@@ -71,4 +96,7 @@ at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|
 }  // namespace
 }  // namespace dcx
 
-TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) { m.impl("residual_unit", dcx::residual_unit_cpu); }
+TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
+  m.impl("residual_unit", dcx::residual_unit_cpu);
+  m.impl("pack_residual_unit", dcx::pack_residual_unit_cpu);
+}

@@ -6,6 +6,12 @@
 #include "../kernels/common/gemm_pack.h"
 #include "../kernels/snake_conv1d/params.h"
 #include "checks.h"
+#ifdef DCX_WITH_CUDA
+#include <ATen/ops/constant_pad_nd.h>
+
+#include "../kernels/common/conv_geometry.h"
+#include "cuda.h"
+#endif
 
 namespace dcx {
 namespace {
@@ -27,20 +33,17 @@ at::Tensor pack_as(const at::Tensor& weight) {
   return packed;
 }
 
-at::Tensor pack_conv1d_cpu(const at::Tensor& weight) {  // [Cout, Cin, K]
+at::Tensor pack_conv1d_cpu(const at::Tensor& weight,  // [Cout, Cin, K]
+                           int64_t /* stride */, int64_t /* dilation */) {
   DCX_CHECK(weight.dim() == 3, "pack_conv1d: weight must be [Cout, Cin, K], got ", shape_text(weight));
   check_float("pack_conv1d", "weight", weight);
   return weight.scalar_type() == at::kDouble ? pack_as<double>(weight) : pack_as<float>(weight);
 }
 
-at::Tensor snake_conv1d_cpu(const at::Tensor& x,          // [B, Cin, T] f32|f64|bf16|f16
-                            const at::Tensor& weight,     // [Cout, Cin, K]
-                            const OptionalTensor& bias,   // [Cout]
-                            const OptionalTensor& alpha,  // [Cin]
-                            int64_t stride, int64_t dilation, at::IntArrayRef padding, c10::string_view activation,
-                            const OptionalTensor& residual,  // [B, Cout, T']
-                            const OptionalTensor& lengths,   // [B] i64
-                            const OptionalTensor& packed) {
+// Checks every argument and fills in what does not depend on the device.
+SnakeConv1dParams check_snake_conv1d(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t dilation,
+                                     at::IntArrayRef padding, c10::string_view activation,
+                                     const OptionalTensor& residual) {
   const char* op = "snake_conv1d";
   check_signal(op, "x", x);
   DCX_CHECK(weight.dim() == 3 && weight.size(1) == x.size(1), op,
@@ -64,19 +67,31 @@ at::Tensor snake_conv1d_cpu(const at::Tensor& x,          // [B, Cin, T] f32|f64
   p.pad_right = padding[1];
   p.activation = parse_activation(std::string_view(activation.data(), activation.size()));
   p.out_steps = conv_output_steps(p.in_steps, p.taps, stride, dilation, p.pad_left, p.pad_right);
+  p.x = view_of(x);
+  if (residual.has_value() && residual->defined()) {
+    check_shape(op, "residual", *residual, {p.batch, p.out_channels, p.out_steps}, "[B, Cout, T']", x);
+    p.residual = view_of(*residual);
+  }
+  return p;
+}
 
+at::Tensor snake_conv1d_cpu(const at::Tensor& x,          // [B, Cin, T] f32|f64|bf16|f16
+                            const at::Tensor& weight,     // [Cout, Cin, K]
+                            const OptionalTensor& bias,   // [Cout]
+                            const OptionalTensor& alpha,  // [Cin]
+                            int64_t stride, int64_t dilation, at::IntArrayRef padding, c10::string_view activation,
+                            const OptionalTensor& residual,  // [B, Cout, T']
+                            const OptionalTensor& lengths,   // [B] i64
+                            const OptionalTensor& packed) {
+  const char* op = "snake_conv1d";
+  SnakeConv1dParams p = check_snake_conv1d(x, weight, stride, dilation, padding, activation, residual);
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
-  if (residual.has_value() && residual->defined()) {
-    check_shape(op, "residual", *residual, y.sizes(), "[B, Cout, T']", x);
-    p.residual = view_of(*residual);
-  }
   const at::Tensor panels = packed_or(op, packed, p.taps * p.in_channels * round_up(p.out_channels, kColumnUnit), x,
-                                      [&] { return pack_conv1d_cpu(weight.to(accumulate_dtype(x.scalar_type()))); });
+                                      [&] { return pack_conv1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), 1, 1); });
   if (y.numel() == 0) return y;
-  p.x = view_of(x);
   p.y = view_of(y);
   p.weight = panels.const_data_ptr();
   p.bias = bias_values.const_data_ptr();
@@ -86,6 +101,57 @@ at::Tensor snake_conv1d_cpu(const at::Tensor& x,          // [B, Cin, T] f32|f64
   return y;
 }
 
+#ifdef DCX_WITH_CUDA
+
+// [taps][channels_padded][columns_padded] in the weight's dtype: the taps and channels of conv_geometry.h.
+at::Tensor pack_conv1d_cuda(const at::Tensor& weight, int64_t stride, int64_t dilation) {  // [Cout, Cin, K]
+  DCX_CHECK(weight.dim() == 3, "pack_conv1d: weight must be [Cout, Cin, K], got ", shape_text(weight));
+  check_cuda_dtype("pack_conv1d", "weight", weight);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const int64_t columns = weight.size(0), channels = weight.size(1), taps = weight.size(2);
+  const ConvGeometry geometry = conv_geometry(channels, taps, stride, dilation);
+  const at::Tensor whole = at::constant_pad_nd(weight.detach(), {0, geometry.taps * geometry.fold - taps});
+  const at::Tensor rows = whole.reshape({columns, channels, geometry.taps, geometry.fold})
+                              .permute({2, 3, 1, 0})
+                              .reshape({geometry.taps, geometry.channels, columns});
+  return at::constant_pad_nd(rows, {0, round_up(columns, kColumnUnit) - columns, 0,
+                                    geometry.channels_padded() - geometry.channels})
+      .contiguous();
+}
+
+at::Tensor snake_conv1d_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& alpha, int64_t stride, int64_t dilation, at::IntArrayRef padding,
+                             c10::string_view activation, const OptionalTensor& residual, const OptionalTensor& lengths,
+                             const OptionalTensor& packed) {
+  const char* op = "snake_conv1d";
+  SnakeConv1dParams p = check_snake_conv1d(x, weight, stride, dilation, padding, activation, residual);
+  check_cuda_dtype(op, "x", x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.in_steps, x);
+  const at::Tensor bias_values = small_vector(op, "bias", bias, p.out_channels, x);
+  const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
+  // The kernel reads and writes one element type.
+  const at::Tensor extra = p.residual.data != nullptr ? residual->to(x.scalar_type()) : at::Tensor();
+  if (extra.defined()) p.residual = view_of(extra);
+  at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
+  const ConvGeometry geometry = conv_geometry(p.in_channels, p.taps, stride, dilation);
+  const int64_t numel = geometry.taps * geometry.channels_padded() * round_up(p.out_channels, kColumnUnit);
+  const at::Tensor values = cuda_packed_or(
+      op, packed, numel, x, [&] { return pack_conv1d_cuda(weight.to(x.scalar_type()), stride, dilation); });
+  if (y.numel() == 0) return y;
+  p.y = view_of(y);
+  p.weight = values.const_data_ptr();
+  p.bias = data_or_null<float>(bias_values);
+  p.alpha = data_or_null<float>(alpha_values);
+  p.lengths = data_or_null<int64_t>(length_values);
+  const CudaContext context = cuda_context();
+  ConvGemmPlan plan = plan_snake_conv1d_cuda(context, p);
+  start_plan(context, plan, x);
+  return y;
+}
+
+#endif  // DCX_WITH_CUDA
+
 }  // namespace
 }  // namespace dcx
 
@@ -93,3 +159,10 @@ TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
   m.impl("snake_conv1d", dcx::snake_conv1d_cpu);
   m.impl("pack_conv1d", dcx::pack_conv1d_cpu);
 }
+
+#ifdef DCX_WITH_CUDA
+TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
+  m.impl("snake_conv1d", dcx::snake_conv1d_cuda);
+  m.impl("pack_conv1d", dcx::pack_conv1d_cuda);
+}
+#endif

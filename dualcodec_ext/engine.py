@@ -67,7 +67,7 @@ class ConvStep:
         dtype = weight.dtype
         return cls(
             _placeholder(weight.shape, dtype),
-            packing.pack_conv1d(weight),
+            packing.pack_conv1d(weight, stride, dilation),
             _vector(bias, dtype),
             _vector(alpha, dtype),
             stride,
@@ -186,7 +186,7 @@ class ResidualUnitStep:
         assert isinstance(snake1, reference.Snake1d) and isinstance(snake2, reference.Snake1d)
         inner1, inner2 = _inner(conv1), _inner(conv2)
         weight1, weight2 = inner1.folded_weight(dtype), inner2.folded_weight(dtype)
-        packed = torch.cat([packing.pack_conv1d(weight1), packing.pack_conv1d(weight2)])
+        packed = packing.pack_residual_unit(weight1, weight2)
         alpha1, alpha2 = _vector(snake1.alpha, dtype), _vector(snake2.alpha, dtype)
         assert alpha1 is not None and alpha2 is not None
         return cls(

@@ -73,7 +73,7 @@ def test_gradient(options: dict[str, Any]) -> None:
 
 def test_gradient_needs_plain_weights() -> None:
     made = case()
-    packed = torch.cat([packing.pack_conv1d(made.weights["weight1"]), packing.pack_conv1d(made.weights["weight2"])])
+    packed = packing.pack_residual_unit(made.weights["weight1"], made.weights["weight2"])
     with pytest.raises(RuntimeError, match="residual_unit: packed must be None when the input needs a gradient"):
         ops.residual_unit(made.x.clone().requires_grad_(), **made.weights, packed=packed)
 
@@ -81,7 +81,7 @@ def test_gradient_needs_plain_weights() -> None:
 def test_packed_gives_the_same_bits_and_reads_the_shapes_alone() -> None:
     made = case(30)
     weights = dict(made.weights)
-    packed = torch.cat([packing.pack_conv1d(weights["weight1"]), packing.pack_conv1d(weights["weight2"])])
+    packed = packing.pack_residual_unit(weights["weight1"], weights["weight2"])
     for name in ("weight1", "weight2"):
         weights[name] = torch.zeros(1).expand(weights[name].shape)
     assert torch.equal(ops.residual_unit(made.x, **weights, packed=packed), made.actual())

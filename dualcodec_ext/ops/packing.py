@@ -13,9 +13,14 @@ from torch import Tensor
 from ._common import register
 
 
-def pack_conv1d(weight: Tensor) -> Tensor:
-    """Pack a convolution's weight [Cout, Cin, K] for `snake_conv1d`, or, two of them joined, for `residual_unit`."""
-    return torch.ops.dualcodec_ext.pack_conv1d(weight.detach())
+def pack_conv1d(weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    """Pack a convolution's weight [Cout, Cin, K] for `snake_conv1d` with the same stride and dilation."""
+    return torch.ops.dualcodec_ext.pack_conv1d(weight.detach(), stride, dilation)
+
+
+def pack_residual_unit(weight1: Tensor, weight2: Tensor) -> Tensor:
+    """Pack the weights [C, C, 7] and [C, C, 1] of a `residual_unit`."""
+    return torch.ops.dualcodec_ext.pack_residual_unit(weight1.detach(), weight2.detach())
 
 
 def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: tuple[int, int]) -> Tensor:
@@ -34,13 +39,35 @@ def _columns(count: int) -> int:
     return -(-count // 16) * 16
 
 
+def _channels(count: int) -> int:
+    """Count channels as CUDA kernels pad them: kernels/common/conv_geometry.h's kChannelUnit."""
+    return -(-count // 32) * 32
+
+
+def _gemm_shape(channels: int, taps: int, stride: int, dilation: int, columns: int) -> tuple[int, int, int]:
+    """Return [taps, channels, columns] of a convolution as CUDA's GEMM: kernels/common/conv_geometry.h."""
+    fold = 1
+    if taps > 1 and dilation == 1:
+        fold = taps if channels * taps <= 64 else stride
+    return -(-taps // fold), _channels(fold * channels), _columns(columns)
+
+
 def _packed(like: Tensor, numel: int) -> Tensor:
     return like.new_empty(numel, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
-def _fake_conv1d(weight: Tensor) -> Tensor:
+def _fake_conv1d(weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
     columns, channels, taps = weight.shape
+    if weight.is_cuda:
+        return weight.new_empty(_gemm_shape(channels, taps, stride, dilation, columns))
     return _packed(weight, taps * channels * _columns(columns))
+
+
+def _fake_residual_unit(weight1: Tensor, weight2: Tensor) -> Tensor:
+    channels = weight1.shape[0]
+    if weight1.is_cuda:
+        return weight1.new_empty(8 * _channels(channels) * _columns(channels))
+    return _packed(weight1, 8 * channels * _columns(channels))
 
 
 def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[int]) -> Tensor:
@@ -65,5 +92,6 @@ def _fake_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight:
 
 
 register("pack_conv1d", _fake_conv1d, None, tensors=())
+register("pack_residual_unit", _fake_residual_unit, None, tensors=())
 register("pack_upsample1d", _fake_upsample1d, None, tensors=())
 register("pack_rvq", _fake_rvq, None, tensors=())

@@ -41,7 +41,7 @@ def residual_unit(
         padding: zeros to the left and right; None: (6d, 0) when causal, else (3d, 3d), which keep the length.
         causal: whether output t is aligned with the last tap (True) or the middle one.
         lengths: [B] int64, samples per item; those past it count as zero on input and output.
-        packed: `pack_conv1d` of both weights, joined by torch.cat; then of the weights the shapes alone are read.
+        packed: `ops.packing.pack_residual_unit(weight1, weight2)`; then of the weights the shapes alone are read.
 
     Returns:
         [B, C, T + left + right - 6d], dtype and layout of x. To output t is added x[t - left + (6d when causal,

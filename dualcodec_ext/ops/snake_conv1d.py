@@ -39,8 +39,8 @@ def snake_conv1d(
         activation: "none", "tanh" or "gelu" (the erf form).
         residual: [B, Cout, T'], added last.
         lengths: [B] int64, samples per item; those past it count as zero on input and output.
-        packed: `ops.packing.pack_conv1d(weight)`, which saves packing at every call; then of weight the shape
-            alone is read.
+        packed: `ops.packing.pack_conv1d(weight, stride, dilation)`, which saves packing at every call; then of weight
+            the shape alone is read.
 
     Returns:
         [B, Cout, T'], T' = (T + left + right - (K - 1) dilation - 1) // stride + 1, dtype and layout of x.

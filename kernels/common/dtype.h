@@ -2,6 +2,13 @@
 #pragma once
 #include <stdint.h>
 
+// On functions of layout and length that kernels of both kinds call.
+#ifdef __CUDACC__
+#define DCX_HOST_DEVICE __host__ __device__
+#else
+#define DCX_HOST_DEVICE
+#endif
+
 namespace dcx {
 
 enum class DType : int32_t { kF32 = 0, kF64 = 1, kBF16 = 2, kF16 = 3 };
@@ -15,13 +22,23 @@ struct TensorView {
   int64_t stride_t = 0;
 };
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
+DCX_HOST_DEVICE inline int64_t element_size(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 
 // Channel counts are padded to this many columns in packed weights and scratch tiles: one AVX-512 register of floats,
 // so that no kernel needs a masked column.
 constexpr int64_t kColumnUnit = 16;
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+DCX_HOST_DEVICE inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+DCX_HOST_DEVICE inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+
+template <class T>
+DCX_HOST_DEVICE inline T minimum(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+DCX_HOST_DEVICE inline T maximum(T a, T b) {
+  return a < b ? b : a;
+}
 
 }  // namespace dcx

@@ -8,10 +8,10 @@ namespace dcx {
 
 constexpr int64_t kMaxPanelWidth = 48;
 
-inline int64_t panel_count(int64_t columns) { return ceil_div(round_up(columns, kColumnUnit), kMaxPanelWidth); }
+DCX_HOST_DEVICE inline int64_t panel_count(int64_t columns) { return ceil_div(round_up(columns, kColumnUnit), kMaxPanelWidth); }
 
 // First column of panel i; panel i ends where panel i + 1 starts.
-inline int64_t panel_begin(int64_t columns, int64_t i) {
+DCX_HOST_DEVICE inline int64_t panel_begin(int64_t columns, int64_t i) {
   const int64_t units = round_up(columns, kColumnUnit) / kColumnUnit;
   return units * i / panel_count(columns) * kColumnUnit;
 }

@@ -9,26 +9,26 @@ constexpr int64_t kCodeGroup = 16;  // codebook entries side by side: one AVX-51
 struct RvqLayout {
   int64_t stages, entries, dim, channels;  // Q, N, D, C
 
-  int64_t code_columns() const { return round_up(stages * dim, kColumnUnit); }
-  int64_t channel_columns() const { return round_up(channels, kColumnUnit); }
-  int64_t groups() const { return ceil_div(entries, kCodeGroup); }
-  int64_t book_size() const { return groups() * (dim + 1) * kCodeGroup; }
+  DCX_HOST_DEVICE int64_t code_columns() const { return round_up(stages * dim, kColumnUnit); }
+  DCX_HOST_DEVICE int64_t channel_columns() const { return round_up(channels, kColumnUnit); }
+  DCX_HOST_DEVICE int64_t groups() const { return ceil_div(entries, kCodeGroup); }
+  DCX_HOST_DEVICE int64_t book_size() const { return groups() * (dim + 1) * kCodeGroup; }
 
   // gemm_pack.h panels of [C] x Q D: every stage's input projection at once.
-  int64_t in_panels() const { return 0; }
+  DCX_HOST_DEVICE int64_t in_panels() const { return 0; }
   // [code_columns]: in_bias_i - W_i sum_{j < i} out_bias_j.
-  int64_t in_bias() const { return in_panels() + channels * code_columns(); }
+  DCX_HOST_DEVICE int64_t in_bias() const { return in_panels() + channels * code_columns(); }
   // [Q][Q][D][D]: W_i V_j for j < i, what one chosen row takes off a later stage's e.
-  int64_t cross() const { return in_bias() + code_columns(); }
+  DCX_HOST_DEVICE int64_t cross() const { return in_bias() + code_columns(); }
   // [Q][groups][D + 1][16]: the normalised rows' squares (infinity in the padding), then their D coordinates.
-  int64_t books() const { return cross() + stages * stages * dim * dim; }
+  DCX_HOST_DEVICE int64_t books() const { return cross() + stages * stages * dim * dim; }
   // [Q][N][D]: the rows as they are.
-  int64_t rows() const { return books() + stages * book_size(); }
+  DCX_HOST_DEVICE int64_t rows() const { return books() + stages * book_size(); }
   // gemm_pack.h panels of [Q D] x C: every stage's output projection at once.
-  int64_t out_panels() const { return rows() + stages * entries * dim; }
+  DCX_HOST_DEVICE int64_t out_panels() const { return rows() + stages * entries * dim; }
   // [Q][channel_columns]: out_bias summed over the stages up to and with this one.
-  int64_t out_bias() const { return out_panels() + stages * dim * channel_columns(); }
-  int64_t total() const { return out_bias() + stages * channel_columns(); }
+  DCX_HOST_DEVICE int64_t out_bias() const { return out_panels() + stages * dim * channel_columns(); }
+  DCX_HOST_DEVICE int64_t total() const { return out_bias() + stages * channel_columns(); }
 };
 
 }  // namespace dcx

@@ -1,0 +1,78 @@
+// What the ops' CUDA halves share. Included where DCX_WITH_CUDA is defined alone.
+#pragma once
+#include <ATen/Context.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include "../kernels/common/conv_gemm_params.h"
+#include "checks.h"
+
+namespace dcx {
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// The current stream and device, and what that device allows. Call it under a CUDAGuard for the tensor's device.
+inline CudaContext cuda_context() {
+  CudaContext context;
+  context.stream = c10::cuda::getCurrentCUDAStream().stream();
+  context.device = c10::cuda::current_device();
+  context.capability = device_attribute(cudaDevAttrComputeCapabilityMajor, context.device) * 10 +
+                       device_attribute(cudaDevAttrComputeCapabilityMinor, context.device);
+  context.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, context.device);
+  context.shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, context.device);
+  context.allow_tf32 = at::globalContext().allowTF32CuBLAS();
+  return context;
+}
+
+inline void check_cuda_dtype(const char* op, const char* name, const at::Tensor& t) {
+  DCX_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf, op, ": ",
+            name, " must be float32, bfloat16 or float16 on CUDA, got ", t.scalar_type());
+}
+
+// [B] int64 on x's device; undefined when absent. Lengths that lie on the CPU are checked; those on the GPU are not read
+// back, since that would wait for it: kernels clamp them to 0..steps.
+inline at::Tensor device_lengths(const char* op, const OptionalTensor& lengths, int64_t batch, int64_t steps,
+                                 const at::Tensor& x) {
+  if (!lengths.has_value() || !lengths->defined()) return at::Tensor();
+  if (!lengths->is_cuda()) return check_lengths(op, lengths, batch, steps).to(x.device());
+  DCX_CHECK(lengths->dim() == 1 && lengths->size(0) == batch, op, ": lengths must be [B] = [", batch, "], got ",
+            shape_text(*lengths));
+  DCX_CHECK(lengths->scalar_type() == at::kLong, op, ": lengths must be int64, got ", lengths->scalar_type());
+  DCX_CHECK(lengths->device() == x.device(), op, ": lengths must be on ", x.device(), " or the CPU, got ",
+            lengths->device());
+  return lengths->contiguous();
+}
+
+// The packed weight in x's dtype, or the one that `pack` makes now.
+template <class Pack>
+inline at::Tensor cuda_packed_or(const char* op, const OptionalTensor& packed, int64_t numel, const at::Tensor& x,
+                                 const Pack& pack) {
+  if (!packed.has_value() || !packed->defined()) return pack();
+  DCX_CHECK(packed->scalar_type() == x.scalar_type() && packed->is_contiguous() && packed->numel() == numel &&
+                packed->device() == x.device(),
+            op, ": packed must be a contiguous ", x.scalar_type(), " tensor of ", numel, " elements on ", x.device(),
+            " as made for this weight, got ", packed->scalar_type(), " ", shape_text(*packed), " on ",
+            packed->device());
+  return *packed;
+}
+
+// Starts a planned kernel with workspace from torch's allocator.
+inline void start_plan(const CudaContext& context, ConvGemmPlan& plan, const at::Tensor& x) {
+  at::Tensor partial, counters;
+  if (plan.partial_floats > 0) {
+    partial = at::empty({plan.partial_floats}, x.options().dtype(at::kFloat));
+    counters = at::zeros({plan.tiles}, x.options().dtype(at::kInt));
+    plan.params.partial = partial.mutable_data_ptr<float>();
+    plan.params.counters = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
+  }
+  plan.start(context, plan);
+}
+
+}  // namespace dcx

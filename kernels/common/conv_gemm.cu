@@ -1,0 +1,1 @@
+#include "conv_gemm_launch.cuh"

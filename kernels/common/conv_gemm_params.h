@@ -1,0 +1,71 @@
+// The problem that conv_gemm.cuh solves, and the plan of how; plain C++, for the host side of every op that uses it.
+#pragma once
+#include "../snake_conv1d/params.h"
+#include "../snake_upsample1d/phases.h"
+#include "cuda_context.h"
+
+namespace dcx {
+
+// A strided [B, T, C] tensor of the kernel's element type; strides in elements.
+struct Signal {
+  const void* data = nullptr;
+  int64_t stride_b = 0, stride_t = 0, stride_c = 0;
+};
+
+inline Signal signal_of(const TensorView& view) {
+  return Signal{view.data, view.stride_b, view.stride_t, view.stride_c};
+}
+
+struct ConvGemmParams {
+  Signal x;                    // [B, in_steps, in_channels]
+  Signal y;                    // [B, out_steps, columns], written
+  Signal residual;             // [B, ., columns], data null: none; y[t] += residual[t + residual_shift]
+  const void* weight;          // [every phase's taps][channels_padded][columns_padded] of the element type, zero-padded
+  const float* bias;           // [columns], null: none
+  const float* alpha;          // [in_channels], null: no Snake
+  const float* out_alpha;      // [columns]: Snake on the output, before the residual; null: none
+  const int64_t* lengths;      // [B], null: in_steps each
+  float* partial;              // one tile's sums per block, where ranges run in blocks of their own
+  uint32_t* counters;          // [tiles], zeros
+  int64_t batch, in_steps, in_channels, columns, columns_padded;
+  int64_t out_steps;           // of the op
+  int64_t rows;                // q's range in one clip
+  int64_t channels;            // of a GEMM row: in_channels, or `fold` time steps of them side by side
+  int64_t channels_padded;     // to whole steps
+  int64_t row_step;            // time = (q * row_scale + j * dilation + first(p)) * row_step - pad_left + c / in_channels
+  int64_t row_scale;
+  int64_t taps, dilation, pad_left;  // of the GEMM; an upsampling takes its phases' taps
+  int64_t conv_taps, conv_stride, conv_dilation, conv_left, conv_right;  // of the op, for the length of its output
+  UpsamplePhases phases;       // stride 0: no upsampling
+  int64_t residual_shift;
+  int64_t residual_valid;      // 1: residual steps past the input's length count as zero; 0: they follow y
+  Activation activation;
+  // The tiling, by plan().
+  int64_t tile_items, tile_rows;  // a tile covers tile_rows rows of each of tile_items clips
+  int64_t row_tiles;              // per group of clips
+  int64_t column_tiles;           // per phase
+  int64_t segment;                // rows in shared memory per clip
+  int ranges;                     // parts of the reduction that are summed apart and then added in order
+  int row_buffers;
+  bool spread;                    // a block per range
+  bool per_tap;                   // rows are loaded again for every tap
+  bool vectors, vector_store;
+};
+
+struct ConvGemmPlan {
+  ConvGemmParams params;
+  Grid grid;
+  int64_t smem_bytes = 0;
+  int64_t partial_floats = 0;  // what params.partial must hold
+  int64_t tiles = 0;           // what params.counters must hold, zeroed; both only where partial_floats > 0
+  void (*start)(const CudaContext&, const ConvGemmPlan&) = nullptr;
+};
+
+// Fills in the tiling of params, whose shape and data stand already. Throws std::runtime_error where the device can't
+// run it.
+ConvGemmPlan plan_conv_gemm(const CudaContext& context, DType dtype, const ConvGemmParams& params);
+
+// An op's own plan, defined in <op>.cu; weights as its CUDA packer makes them, bias and alpha [C] float32 or null.
+ConvGemmPlan plan_snake_conv1d_cuda(const CudaContext& context, const SnakeConv1dParams& params);
+
+}  // namespace dcx

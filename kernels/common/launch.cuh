@@ -1,0 +1,57 @@
+// Starting a kernel. A kernel is a struct with Params (plain data), kThreads, kMinBlocks (blocks that should fit on a
+// multiprocessor), kNeedsSm80, and static void run(const Params&, unsigned char* smem); run_kernel<K> is its __global__
+// function. Without nvcc, launch runs the blocks on the CPU (tests/simt).
+#pragma once
+#include <stddef.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda_context.h"
+#include "device.cuh"
+
+namespace dcx {
+
+#ifdef __CUDACC__
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <class K>
+__global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) run_kernel(const __grid_constant__ typename K::Params p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  if constexpr (!K::kNeedsSm80) K::run(p, smem);
+#else
+  K::run(p, smem);
+#endif
+}
+
+template <class K>
+void launch(const CudaContext& context, const typename K::Params& p, Grid grid, int64_t smem_bytes) {
+  if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
+  constexpr int kDevices = 64;
+  static int raised[kDevices] = {};  // a race sets the same attribute twice, which is harmless
+  if (smem_bytes > 48 * 1024 && (context.device >= kDevices || raised[context.device] < context.shared_bytes)) {
+    check_cuda(cudaFuncSetAttribute(run_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, context.shared_bytes),
+               "shared memory");
+    if (context.device < kDevices) raised[context.device] = context.shared_bytes;
+  }
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  run_kernel<K><<<blocks, K::kThreads, static_cast<size_t>(smem_bytes), static_cast<cudaStream_t>(context.stream)>>>(p);
+  check_cuda(cudaGetLastError(), "kernel launch");
+}
+
+#else
+
+template <class K>
+void launch(const CudaContext& context, const typename K::Params& p, Grid grid, int64_t smem_bytes) {
+  if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
+  if (smem_bytes > context.shared_bytes) throw std::runtime_error("more shared memory than a block may ask for");
+  simt::run_grid<K>(p, grid.x, grid.y, grid.z, smem_bytes);
+}
+
+#endif  // __CUDACC__
+
+}  // namespace dcx

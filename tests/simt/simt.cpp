@@ -1,0 +1,378 @@
+#include "../../kernels/common/device.cuh"
+
+#include <cxxabi.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucontext.h>
+
+#include <memory>
+#include <random>
+#include <set>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define SIMT_ASAN 1
+#endif
+
+namespace simt {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool landed;
+};
+
+enum class State { kReady, kAtBarrier, kInWarp, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  void* fake_stack = nullptr;
+  State state = State::kReady;
+  Position position;
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Copy> open;
+  const char* operation = nullptr;
+  void* argument = nullptr;
+};
+
+struct Scheduler {
+  std::mt19937_64 random{1};
+  std::set<std::string> ran;
+  std::string kernel;
+  std::vector<Fiber> fibers;
+  ucontext_t home;
+  const void* home_stack = nullptr;
+  size_t home_stack_bytes = 0;
+  void* home_fake_stack = nullptr;
+  Fiber* current = nullptr;
+  void (*run)(void*, unsigned char*) = nullptr;
+  void* run_context = nullptr;
+  unsigned char* smem = nullptr;
+};
+Scheduler& scheduler() {
+  static Scheduler instance;
+  return instance;
+}
+
+void leave_fiber(bool for_good) {
+  Scheduler& s = scheduler();
+  Fiber& self = *s.current;
+#ifdef SIMT_ASAN
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &self.fake_stack, s.home_stack, s.home_stack_bytes);
+#endif
+  swapcontext(&self.context, &s.home);
+#ifdef SIMT_ASAN
+  __sanitizer_finish_switch_fiber(self.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void enter_fiber(Fiber& fiber) {
+  Scheduler& s = scheduler();
+  s.current = &fiber;
+#ifdef SIMT_ASAN
+  __sanitizer_start_switch_fiber(&s.home_fake_stack, fiber.stack.get(), kStackBytes);
+#endif
+  swapcontext(&s.home, &fiber.context);
+#ifdef SIMT_ASAN
+  __sanitizer_finish_switch_fiber(s.home_fake_stack, nullptr, nullptr);
+#endif
+  s.current = nullptr;
+}
+
+void fiber_main() {
+  Scheduler& s = scheduler();
+#ifdef SIMT_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &s.home_stack, &s.home_stack_bytes);
+#endif
+  s.run(s.run_context, s.smem);
+  s.current->state = State::kDone;
+  leave_fiber(true);
+}
+
+void land(Copy& copy) {
+  if (copy.landed) return;
+  copy.landed = true;
+  if (copy.from != nullptr)
+    memcpy(copy.to, copy.from, copy.bytes);
+  else
+    memset(copy.to, 0, copy.bytes);
+}
+
+// Lets everyone past the barrier once all threads that still run are there.
+bool release_barrier() {
+  bool any = false;
+  for (const Fiber& fiber : scheduler().fibers) {
+    if (fiber.state != State::kAtBarrier && fiber.state != State::kDone) return false;
+    any |= fiber.state == State::kAtBarrier;
+  }
+  for (Fiber& fiber : scheduler().fibers) {
+    if (fiber.state == State::kDone) fail("a thread ended while others wait at a barrier");
+    fiber.state = State::kReady;
+  }
+  return any;
+}
+
+void run_block(int threads) {
+  Scheduler& s = scheduler();
+  std::vector<int> ready;
+  for (;;) {
+    ready.clear();
+    bool all_done = true;
+    for (int i = 0; i < threads; ++i) {
+      if (s.fibers[static_cast<size_t>(i)].state == State::kReady) ready.push_back(i);
+      all_done &= s.fibers[static_cast<size_t>(i)].state == State::kDone;
+    }
+    if (all_done) return;
+    if (ready.empty()) {
+      if (!release_barrier()) fail("threads wait for each other at different places");
+      continue;
+    }
+    // Everyone that can run runs once before the next look: cheap, and the order is still random.
+    for (size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[s.random() % i]);
+    for (int i : ready)
+      if (s.fibers[static_cast<size_t>(i)].state == State::kReady) enter_fiber(s.fibers[static_cast<size_t>(i)]);
+  }
+}
+
+}  // namespace
+
+void set_seed(uint64_t seed) { scheduler().random.seed(seed); }
+
+std::string kernels_that_ran() {
+  std::string text;
+  for (const std::string& name : scheduler().ran) text += name + "\n";
+  return text;
+}
+
+const Position& position() { return scheduler().current->position; }
+
+void fail(const std::string& what) {
+  const Scheduler& s = scheduler();
+  fprintf(stderr, "simt: %s: %s", s.kernel.c_str(), what.c_str());
+  if (s.current != nullptr)
+    fprintf(stderr, " (thread %d of block %ld, %ld, %ld)", s.current->position.thread,
+            static_cast<long>(s.current->position.block[0]), static_cast<long>(s.current->position.block[1]),
+            static_cast<long>(s.current->position.block[2]));
+  fprintf(stderr, "\n");
+  fflush(stderr);
+  _Exit(3);
+}
+
+void barrier() {
+  scheduler().current->state = State::kAtBarrier;
+  leave_fiber(false);
+}
+
+void warp_together(const char* name, void* argument, void (*all)(void* const (&arguments)[32])) {
+  Scheduler& s = scheduler();
+  Fiber& self = *s.current;
+  self.operation = name;
+  self.argument = argument;
+  self.state = State::kInWarp;
+  Fiber* warp = &s.fibers[static_cast<size_t>(self.position.thread / 32 * 32)];
+  void* arguments[32];
+  bool complete = true;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (warp[lane].state == State::kDone) fail(std::string("a lane ended before ") + name);
+    if (warp[lane].state != State::kInWarp) {
+      complete = false;
+      break;
+    }
+    if (strcmp(warp[lane].operation, name) != 0)
+      fail(std::string("one lane is at ") + name + ", another at " + warp[lane].operation);
+    arguments[lane] = warp[lane].argument;
+  }
+  if (!complete) {
+    leave_fiber(false);
+    return;
+  }
+  all(arguments);
+  for (int lane = 0; lane < 32; ++lane) warp[lane].state = State::kReady;
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  Scheduler& s = scheduler();
+  Copy copy{to, from, bytes, false};
+  if (s.random() % 2 != 0) land(copy);
+  s.current->open.push_back(copy);
+}
+
+void commit_copies() {
+  Fiber& self = *scheduler().current;
+  self.groups.push_back(std::move(self.open));
+  self.open.clear();
+}
+
+void wait_copies(int pending) {
+  Fiber& self = *scheduler().current;
+  while (self.groups.size() > static_cast<size_t>(pending)) {
+    for (Copy& copy : self.groups.front()) land(copy);
+    self.groups.erase(self.groups.begin());
+  }
+}
+
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row must be aligned to 16 bytes");
+  LoadMatrix mine{row, transposed, r};
+  warp_together(transposed ? "ldmatrix.trans" : "ldmatrix", &mine, [](void* const (&all)[32]) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const LoadMatrix& own = *static_cast<const LoadMatrix*>(all[lane]);
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint32_t word = 0;
+        for (int i = 0; i < 2; ++i) {
+          const int line = own.transposed ? 2 * (lane % 4) + i : lane / 4;
+          const int column = own.transposed ? lane / 4 : 2 * (lane % 4) + i;
+          const auto* source = static_cast<const LoadMatrix*>(all[matrix * 8 + line])->row;
+          uint16_t bits;
+          memcpy(&bits, static_cast<const char*>(source) + 2 * column, 2);
+          word |= static_cast<uint32_t>(bits) << (16 * i);
+        }
+        own.result[matrix] = word;
+      }
+    }
+  });
+}
+
+namespace {
+
+// Column of the k-th value that lane quarter t holds: pairs lie side by side and again 8 later, singles 4 later.
+int column_of(int t, int k, bool pairs) { return pairs ? 2 * t + k % 2 + k / 2 * 8 : t + 4 * k; }
+
+void multiply_all(void* const (&all)[32], bool pairs) {
+  float a[16][16], b[16][8];
+  const int per_lane = static_cast<const Product*>(all[0])->per_lane;
+  const int depth = 4 * per_lane;
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& own = *static_cast<const Product*>(all[lane]);
+    for (int k = 0; k < per_lane; ++k) {
+      const int column = column_of(lane % 4, k, pairs);
+      a[lane / 4][column] = own.a[k];
+      a[lane / 4 + 8][column] = own.a[per_lane + k];
+      b[column][lane / 4] = own.b[k];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& own = *static_cast<const Product*>(all[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+      double sum = static_cast<double>(own.d[i]);
+      for (int k = 0; k < depth; ++k) sum += static_cast<double>(a[row][k]) * static_cast<double>(b[k][column]);
+      own.d[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_fragments(Product& mine, bool pairs) {
+  if (pairs)
+    warp_together("mma", &mine, [](void* const (&all)[32]) { multiply_all(all, true); });
+  else
+    warp_together("mma.tf32", &mine, [](void* const (&all)[32]) { multiply_all(all, false); });
+}
+
+void run_blocks(const std::type_info& kernel, int threads, int64_t x, int64_t y, int64_t z, size_t smem_bytes,
+                void (*run)(void*, unsigned char*), void* context) {
+  Scheduler& s = scheduler();
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(kernel.name(), nullptr, nullptr, &status),
+                                                    free);
+  s.kernel = name.get();
+  if (threads % 32 != 0) fail("threads must be a multiple of 32");
+  if (y > 65535 || z > 65535) fail("a grid is at most 65535 in y and z");
+  s.ran.insert(s.kernel);
+  if (s.fibers.size() < static_cast<size_t>(threads)) s.fibers = std::vector<Fiber>(static_cast<size_t>(threads));
+  s.fibers.resize(static_cast<size_t>(threads));
+  s.run = run;
+  s.run_context = context;
+
+  std::vector<int64_t> order(static_cast<size_t>(x * y * z));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[s.random() % i]);
+  for (int64_t block : order) {
+    const std::unique_ptr<unsigned char, void (*)(void*)> smem(
+        static_cast<unsigned char*>(aligned_alloc(128, (smem_bytes + 127) / 128 * 128 + 128)), free);
+    // Exactly the bytes asked for: what lies behind them is not the kernel's.
+    s.smem = smem.get();
+    memset(s.smem, 0xff, smem_bytes);
+#ifdef SIMT_ASAN
+    __asan_poison_memory_region(s.smem + smem_bytes, (smem_bytes + 127) / 128 * 128 + 128 - smem_bytes);
+#endif
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = s.fibers[static_cast<size_t>(i)];
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = &s.home;
+      makecontext(&fiber.context, fiber_main, 0);
+      fiber.state = State::kReady;
+      fiber.position = Position{i, {block % x, block / x % y, block / x / y}};
+      fiber.groups.clear();
+      fiber.open.clear();
+    }
+    run_block(threads);
+    for (Fiber& fiber : s.fibers)
+      for (const std::vector<Copy>& group : fiber.groups)
+        if (!group.empty()) fail("a thread ended with asynchronous copies under way");
+#ifdef SIMT_ASAN
+    __asan_unpoison_memory_region(s.smem, (smem_bytes + 127) / 128 * 128 + 128);
+#endif
+  }
+}
+
+}  // namespace simt
+
+namespace dcx {
+
+uint32_t ballot(bool value) {
+  struct Vote {
+    bool value;
+    uint32_t result;
+  } mine{value, 0};
+  simt::warp_together("ballot", &mine, [](void* const (&all)[32]) {
+    uint32_t result = 0;
+    for (int lane = 0; lane < 32; ++lane)
+      result |= static_cast<uint32_t>(static_cast<const Vote*>(all[lane])->value) << lane;
+    for (void* lane : all) static_cast<Vote*>(lane)->result = result;
+  });
+  return mine.result;
+}
+
+void cp_async16(void* shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
+    simt::fail("cp.async: both addresses must be aligned to 16 bytes");
+  simt::copy_later(shared, valid ? global : nullptr, 16);
+}
+
+void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  const auto round = [](float x) {  // to 10 bits of mantissa, ties away from zero
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x == x) bits = (bits + 0x1000u) & ~0x1fffu;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  };
+  const float rows[4] = {round(a[0]), round(a[2]), round(a[1]), round(a[3])};
+  const float columns[2] = {round(b0), round(b1)};
+  simt::Product mine{d, rows, columns, 2};
+  simt::multiply_fragments(mine, false);
+}
+
+uint32_t atomic_add(uint32_t* p, uint32_t value) {
+  const uint32_t old = *p;
+  *p = old + value;
+  return old;
+}
+void atomic_min(int64_t* p, int64_t value) {
+  if (value < *p) *p = value;
+}
+
+}  // namespace dcx
