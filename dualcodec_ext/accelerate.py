@@ -17,7 +17,8 @@ def accelerate(
 ) -> DualCodec:
     """Return a `DualCodec` that runs compiled kernels on the parameters of `model`.
 
-    The parameters are shared, not copied: training or loading into either object is seen by both.
+    The parameters are shared, not copied: training or loading into either object is seen by both
+    (`load_state_dict(assign=True)` ends that, as it gives the one it is called on parameters of its own).
 
     Args:
         model: `dualcodec.DualCodec`, `dualcodec_ext.reference.DualCodec` or `dualcodec_ext.DualCodec`.
@@ -38,6 +39,8 @@ def accelerate(
         raise DualCodecError("accelerate: fast must be False in this version, got True")
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise DualCodecError(f"accelerate: dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+    if isinstance(model, DualCodec):
+        model._check_parameters()
     settings = dict(model.settings) if isinstance(model, reference.DualCodec) else _read_settings(model)
     try:
         with torch.device("meta"):
@@ -49,7 +52,18 @@ def accelerate(
     fast_model._compute_dtype = dtype
     if release:
         fast_model.release()
+        _forget_weights(model)
     return fast_model
+
+
+def _forget_weights(model: nn.Module) -> None:
+    """Free what a model keeps besides its parameters, once those are freed."""
+    if isinstance(model, DualCodec):
+        model._engine_state, model._freed = None, True
+    for module in model.modules():
+        # torch.nn.utils.weight_norm leaves the last product of g and v on the module, as large as v.
+        if "weight_v" in module._parameters and isinstance(getattr(module, "weight", None), torch.Tensor):
+            setattr(module, "weight", None)  # noqa: B010, to mypy it is a Tensor or a Module
 
 
 def _share_parameters(source: nn.Module, target: nn.Module) -> None:

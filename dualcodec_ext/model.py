@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import reference
 from .errors import DualCodecError
 from .ops import _common
 
 _ENGINE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_building = threading.Lock()  # threads that meet at a model's first call wait for one engine
+_packed_models: weakref.WeakSet[DualCodec] = weakref.WeakSet()
 
 
 class DualCodec(reference.DualCodec):
@@ -22,8 +27,8 @@ class DualCodec(reference.DualCodec):
     Takes the reference's keyword arguments and loads its checkpoints. In eval mode those three methods go through an
     engine that holds folded, packed weights; it is built at the first call and again whenever a parameter has
     changed: `load_state_dict`, `.to`, optimiser steps and other in-place edits are seen. An edit through `.data` is
-    not: call `repack()` after one. In train mode, on a device without kernels, and under
-    `backend("reference")`, the reference runs.
+    not, nor one in place of a model that was made under `inference_mode`: call `repack()` after one. In train mode, on
+    a device without kernels, and under `backend("reference")`, the reference runs.
 
     Numerics: float32 accumulation (float64 in float64 models); codes are searched in float32. The same input gives
         the same bits alone and in any batch, with any number of threads.
@@ -33,7 +38,8 @@ class DualCodec(reference.DualCodec):
         super().__init__(*args, **settings)
         self._engine_state: tuple[Any, Any] | None = None
         self._compute_dtype: torch.dtype | None = None
-        self._released = False
+        self._released = False  # only the engine is left
+        self._freed = False  # the parameters are gone
 
     # Construction ---------------------------------------------------------------------------------------------------
 
@@ -91,12 +97,16 @@ class DualCodec(reference.DualCodec):
         return self._compute_dtype or next(self.parameters()).dtype
 
     def repack(self) -> None:
-        """Forget the packed weights. Needed after edits through `.data`, which PyTorch does not count."""
+        """Forget the packed weights.
+
+        Needed after edits that PyTorch does not count: those through `.data`, and in-place ones of a model that was
+        made under `inference_mode`.
+        """
         if not self._released:
             self._engine_state = None
 
     def _fingerprint(self) -> tuple[Any, ...]:
-        # An inference tensor has no version counter, and can't be edited outside inference_mode either.
+        # An inference tensor has no version counter: repack()'s docstring says what follows.
         return (
             self.compute_dtype,
             tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()),
@@ -109,16 +119,26 @@ class DualCodec(reference.DualCodec):
                 raise DualCodecError("DualCodec: the reference needs the parameters, which release=True has freed")
             return self._engine_state[1] if self._engine_state else None
         parameter = next(self.parameters())
+        self._freed = self._freed or parameter.numel() == 0  # through another object that shares them
+        self._check_parameters()
         dtype = self.compute_dtype
         if dtype not in _ENGINE_DTYPES or _common.choose_backend(parameter.device, dtype) == "reference":
             return None
-        fingerprint = self._fingerprint()
-        if self._engine_state is None or self._engine_state[0] != fingerprint:
+        fingerprint, state = self._fingerprint(), self._engine_state
+        if state is None or state[0] != fingerprint:
             from .engine import Engine
 
-            self._engine_state = None  # the old weights go before the new ones come
-            self._engine_state = (fingerprint, Engine(self, dtype))
-        return self._engine_state[1]
+            with _building:
+                state = self._engine_state
+                if state is None or state[0] != fingerprint:
+                    self._engine_state = state = None  # the old weights go before the new ones come
+                    self._engine_state = state = (fingerprint, Engine(self, dtype))
+                    _packed_models.add(self)
+        return state[1]
+
+    def _check_parameters(self) -> None:
+        if self._freed:
+            raise DualCodecError("DualCodec: this needs the parameters, which release=True has freed")
 
     def release(self) -> None:
         """Pack the weights and free the parameters; the model then encodes and decodes, and nothing else."""
@@ -129,7 +149,7 @@ class DualCodec(reference.DualCodec):
                 "DualCodec.release: the engine must be able to run here; dx.doctor() says why it is not"
             )
         self._compute_dtype = self.compute_dtype
-        self._released = True
+        self._released = self._freed = True
         for parameter in self.parameters():
             parameter.data = parameter.data.new_empty(0)
 
@@ -139,9 +159,22 @@ class DualCodec(reference.DualCodec):
         return {**self.__dict__, "_engine_state": None}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        if self._released:
-            raise DualCodecError("DualCodec: state_dict needs the parameters, which release=True has freed")
+        self._check_parameters()
         return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._check_parameters()
+        self.repack()  # of a model made under inference_mode the copies are not counted
+        super()._load_from_state_dict(*args)
+
+    def train(self, mode: bool = True) -> DualCodec:
+        if mode:
+            self._check_parameters()
+        return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_parameters()
+        return super().forward(*args, **kwargs)
 
     # What the reference's public methods call once their arguments are checked ----------------------------------------
 
@@ -168,6 +201,18 @@ class DualCodec(reference.DualCodec):
         if engine is None:
             return super()._decode(semantic_codes, acoustic_codes, frame_lengths)
         return engine.decode(semantic_codes, acoustic_codes, frame_lengths)
+
+
+def _repack_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # PyTorch does not count a fused step as an edit of the parameters.
+    groups = [group for group in optimizer.param_groups if group.get("fused")]
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    for model in list(_packed_models) if stepped else []:
+        if any(id(parameter) in stepped for parameter in model.parameters()):
+            model.repack()
+
+
+register_optimizer_step_post_hook(_repack_after_step)
 
 
 def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -246,11 +249,12 @@ def test_repacks_when_parameters_change() -> None:
     assert not torch.equal(decoded(fast), second)
 
 
-def test_an_optimiser_step_is_seen() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimiser_step_is_seen(fused: bool) -> None:
     _, fast = tiny()
     first = decoded(fast)
     audio, feat = inputs(fast, 4)
-    optimiser = torch.optim.SGD(fast.parameters(), lr=0.1)
+    optimiser = torch.optim.SGD(fast.parameters(), lr=0.1, fused=fused)
     fast.train()
     fast(audio, semantic_repr=feat, bypass_quantize_rate=0.0)[0].x.square().mean().backward()
     optimiser.step()
@@ -292,6 +296,33 @@ def test_inference_mode() -> None:
         inside = decoded(model)
     assert torch.equal(decoded(model), inside)
     assert torch.equal(decoded(tiny()[1]), inside)
+    other = testing.seeded_model(seed=7)
+    with torch.inference_mode():
+        torch.nn.ModuleList([model]).load_state_dict({f"0.{k}": v for k, v in other.state_dict().items()})
+        torch.testing.assert_close(decoded(model), decoded(other), rtol=0, atol=2e-5)
+
+
+def test_threads_that_meet_at_the_first_call_pack_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualcodec_ext import engine
+
+    _, fast = tiny()
+    made, meet = [], threading.Barrier(4)
+
+    class Slow(engine.Engine):
+        def __init__(self, *args: Any) -> None:
+            made.append(self)
+            time.sleep(0.05 * len(made))
+            super().__init__(*args)
+
+    def first_call() -> Tensor:
+        meet.wait()
+        return decoded(fast)
+
+    monkeypatch.setattr(engine, "Engine", Slow)
+    with ThreadPoolExecutor(4) as pool:
+        results = [task.result() for task in [pool.submit(first_call) for _ in range(4)]]
+    assert len(made) == 1
+    assert all(torch.equal(result, decoded(tiny()[1])) for result in results)
 
 
 def test_release_frees_the_parameters() -> None:
@@ -302,11 +333,32 @@ def test_release_frees_the_parameters() -> None:
     assert torch.equal(decoded(slim), expected)
     audio, feat = inputs(slim, 5)
     assert slim.encode(audio, semantic_repr=feat)[1].shape == (1, 3, 5)
-    for call in (slim.state_dict, lambda: copy.deepcopy(slim), lambda: pickle.dumps(slim)):
+    calls = (
+        slim.state_dict,
+        lambda: copy.deepcopy(slim),
+        lambda: pickle.dumps(slim),
+        lambda: slim(audio, semantic_repr=feat),
+        slim.train,
+        lambda: slim.load_state_dict(fast.state_dict()),
+        lambda: dx.accelerate(slim),
+    )
+    for call in calls:
         with pytest.raises(dx.DualCodecError, match=r"released|release=True"):
             call()
     with dx.backend("reference"), pytest.raises(dx.DualCodecError, match="release=True has freed"):
         decoded(slim)
+
+
+def test_release_of_a_drop_in() -> None:
+    model = dx.accelerate(testing.seeded_model())
+    expected = decoded(model)
+    slim = dx.accelerate(model, release=True)
+    assert torch.equal(decoded(slim), expected)
+    assert model._engine_state is None
+    audio, feat = inputs(slim, 5)
+    for call in (lambda: decoded(model), lambda: model(audio, semantic_repr=feat), model.state_dict):
+        with pytest.raises(dx.DualCodecError, match="release=True has freed"):
+            call()
 
 
 def test_reference_backend_is_the_reference() -> None:
@@ -353,6 +405,13 @@ def test_accelerates_the_pypi_package(changes: dict[str, Any]) -> None:
         mine = fast.encode(audio, semantic_repr=feat)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     torch.testing.assert_close(fast.decode_from_codes(*mine), peer.decode_from_codes(*theirs), rtol=0, atol=2e-5)
+    expected = fast.decode_from_codes(*mine)
+    slim = dx.accelerate(peer, release=True)
+    assert torch.equal(slim.decode_from_codes(*mine), expected)
+    with pytest.raises(dx.DualCodecError, match="release=True has freed"):
+        fast.decode_from_codes(*mine)
+    left = [name for name, module in peer.named_modules() if getattr(module, "weight", None) is not None]
+    assert all(peer.get_submodule(name).weight.numel() == 0 for name in left), "weight_norm's products are freed too"
 
 
 def test_accelerate_errors() -> None:
