@@ -117,6 +117,7 @@ def test_lengths() -> None:
         ({"bias": torch.zeros(8)}, r"bias must be \[C\] = \[9\], got \[8\]"),
         ({"ln_weight": torch.zeros(8)}, r"ln_weight must be \[C\] = \[9\], got \[8\]"),
         ({"ln_weight": None}, "ln_bias must come with ln_weight, got ln_bias alone"),
+        ({"weight": None}, "weight must be a tensor, got NoneType"),
         ({"padding": (0, 0, 0)}, "padding must be two integers"),
         ({"lengths": torch.zeros(2, dtype=torch.int32)}, "lengths must be int64, got Int"),
     ],

@@ -285,6 +285,8 @@ def test_folded_weight_is_folded_in_float64():
         ({"audio_data": None}, "audio_data must be .* float, got NoneType"),
         ({"sample_rate": 16000}, "sample_rate must be the model's 24000 Hz, got 16000"),
         ({"num_quantizers": 0}, "num_quantizers must be at least 1, got 0"),
+        ({"num_quantizers": 2.0}, "num_quantizers must be an integer, got 2.0"),
+        ({"semantic_repr": [[0.0]]}, r"semantic_repr must be \[B, 20, F\], got list"),
         ({"audio_data": torch.zeros(2, 1, 240)}, r"ceil\(240 / 30\) = 8 frames or up to 2 fewer, got 9"),
         ({"audio_data": torch.zeros(2, 1, 331)}, r"ceil\(331 / 30\) = 12 frames or up to 2 fewer, got 9"),
         ({"lengths": torch.tensor([3, 400])}, r"lengths must be in \[0, 270\], got \[3, 400\]"),

@@ -122,6 +122,8 @@ def test_lengths() -> None:
             {"bias2": torch.zeros(5, dtype=torch.int32)},
             "bias2 must be float32, float64, bfloat16 or float16, got Int",
         ),
+        ({"x": [[0.0]]}, "x must be a tensor, got list"),
+        ({"dilation": 1.0}, "dilation must be an integer, got 1.0"),
         ({"dilation": 0}, "dilation must be at least 1, got 0"),
         ({"padding": (0, -3)}, "padding must be two non-negative integers"),
         ({"lengths": torch.tensor([0, -1])}, r"lengths\[1\] must be in 0..40, got -1"),

@@ -152,6 +152,7 @@ def test_a_code_out_of_range_is_named(value: int) -> None:
             {"addend": torch.zeros(2, 20, 29)},
             r"addend must be \[B, C, F\] = \[2, 20, 30\], got \[2, 20, 29\]",
         ),
+        ({"codes": [[[0]]]}, "codes must be a tensor, got list"),
         ({"lengths": torch.tensor([31, 0])}, r"lengths\[0\] must be in 0..30, got 31"),
         ({"packed": torch.zeros(3)}, "packed must be a contiguous Float tensor of"),
     ],

@@ -161,6 +161,8 @@ def test_lengths() -> None:
         ({"weight": torch.zeros(0, 5, 3)}, r"weight must not be empty, got \[0, 5, 3\]"),
         ({"bias": torch.zeros(6)}, r"bias must be \[C\] = \[7\], got \[6\]"),
         ({"alpha": torch.zeros(6)}, r"alpha must be \[C\] = \[5\], got \[6\]"),
+        ({"alpha": 1.0}, "alpha must be a tensor, got float"),
+        ({"stride": 1.0}, "stride must be an integer, got 1.0"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"dilation": 0}, "dilation must be at least 1, got 0"),
         ({"padding": (-1, 0)}, "padding must be two non-negative integers"),

@@ -149,6 +149,8 @@ def test_lengths(mode: str) -> None:
         ),
         ({"weight": torch.zeros(5, 6, 7), "mode": "repeat"}, r"weight must be \[Cout, Cin, 2 \* stride\]"),
         ({"bias": torch.zeros(6)}, r"bias must be \[C\] = \[5\], got \[6\]"),
+        ({"alpha": None}, "alpha must be a tensor, got NoneType"),
+        ({"stride": True}, "stride must be an integer, got True"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"mode": "linear"}, "mode must be 'transposed' or 'repeat', got 'linear'"),
         ({"padding": (-1, 0)}, "padding must be two non-negative integers"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, conv_steps, empty_signal, register, runs_reference
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, register, runs_reference
 
 
 def causal_dwconv1d(
@@ -46,6 +46,8 @@ def causal_dwconv1d(
 
     Source: kernels/causal_dwconv1d; defined by `reference.causal_dwconv1d_ref`.
     """
+    optional = {"bias": bias, "ln_weight": ln_weight, "ln_bias": ln_bias, "lengths": lengths}
+    check_types("causal_dwconv1d", {"x": x, "weight": weight}, optional)
     pair = [weight.shape[-1] - 1, 0] if padding is None else check_pair("causal_dwconv1d", padding)
     if runs_reference("causal_dwconv1d", x):
         weight, bias, ln_weight, ln_bias = as_dtype(x.dtype, weight, bias, ln_weight, ln_bias)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, conv_steps, empty_signal, register, runs_reference
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, register, runs_reference
 
 
 def residual_unit(
@@ -55,6 +55,9 @@ def residual_unit(
 
     Source: kernels/residual_unit; defined by `reference.residual_unit_ref`.
     """
+    needed = {"x": x, "alpha1": alpha1, "weight1": weight1, "alpha2": alpha2, "weight2": weight2}
+    optional = {"bias1": bias1, "bias2": bias2, "lengths": lengths}
+    check_types("residual_unit", needed, optional, dilation=dilation)
     reach = 6 * dilation
     if padding is None:
         pair = [reach, 0] if causal else [reach // 2, reach // 2]

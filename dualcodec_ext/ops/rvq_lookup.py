@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.ops import mask_past_lengths
-from ._common import empty_signal, register, runs_reference
+from ._common import check_types, empty_signal, register, runs_reference
 
 
 def rvq_lookup(
@@ -47,6 +47,8 @@ def rvq_lookup(
 
     Source: kernels/rvq_lookup; defined by `reference.rvq_lookup_ref`.
     """
+    needed = {"codes": codes, "codebooks": codebooks, "out_weight": out_weight, "out_bias": out_bias}
+    check_types("rvq_lookup", needed, {"addend": addend, "lengths": lengths})
     like = out_weight if addend is None else addend
     if runs_reference("rvq_lookup", like, packed):
         return reference.rvq_lookup_ref(codes, codebooks, out_weight, out_bias, addend, lengths)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import empty_signal, register, runs_reference
+from ._common import check_types, empty_signal, register, runs_reference
 
 
 def rvq_search(
@@ -53,7 +53,11 @@ def rvq_search(
 
     Source: kernels/rvq_search; defined by `reference.rvq_search_ref`.
     """
+    needed = {"z": z, "in_weight": in_weight, "in_bias": in_bias, "codebooks": codebooks}
+    needed |= {"out_weight": out_weight, "out_bias": out_bias}
+    check_types("rvq_search", needed, {"lengths": lengths})
     stages = codebooks.shape[0] if num_quantizers is None else num_quantizers
+    check_types("rvq_search", {}, {}, num_quantizers=stages)
     if runs_reference("rvq_search", z, packed):
         return reference.rvq_search_ref(
             z,

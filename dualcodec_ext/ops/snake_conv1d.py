@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, conv_steps, empty_signal, register, runs_reference
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, register, runs_reference
 
 
 def snake_conv1d(
@@ -53,6 +53,8 @@ def snake_conv1d(
 
     Source: kernels/snake_conv1d; defined by `reference.snake_conv1d_ref`.
     """
+    optional = {"bias": bias, "alpha": alpha, "residual": residual, "lengths": lengths}
+    check_types("snake_conv1d", {"x": x, "weight": weight}, optional, stride=stride, dilation=dilation)
     pair = check_pair("snake_conv1d", padding)
     if runs_reference("snake_conv1d", x, packed):
         weight, bias, alpha, residual = as_dtype(x.dtype, weight, bias, alpha, residual)

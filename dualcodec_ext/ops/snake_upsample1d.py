@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, empty_signal, register, runs_reference, steps_or_none
+from ._common import as_dtype, check_pair, check_types, empty_signal, register, runs_reference, steps_or_none
 
 
 def snake_upsample1d(
@@ -49,6 +49,8 @@ def snake_upsample1d(
 
     Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_ref`.
     """
+    optional = {"bias": bias, "lengths": lengths}
+    check_types("snake_upsample1d", {"x": x, "alpha": alpha, "weight": weight}, optional, stride=stride)
     pair = check_pair("snake_upsample1d", padding)
     if runs_reference("snake_upsample1d", x, packed):
         alpha, weight, bias = as_dtype(x.dtype, alpha, weight, bias)

@@ -8,6 +8,7 @@ beyond s) q + s -> dac.decoder -> audio
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,10 @@ class DualCodec(nn.Module):
         decoder_dim: channels behind the decoder's first convolution; halved at every rate.
         decoder_rates: its upsampling strides; their product must be the hop as well.
         n_codebooks: stages of the acoustic quantiser.
-        codebook_size: entries of each acoustic codebook.
-        semantic_codebook_size: entries of the semantic codebook.
-        codebook_dim: code space of the acoustic stages, one number or one per stage.
-        semantic_codebook_dim: code space of the semantic codebook.
+        codebook_size: entries of each acoustic codebook, up to 65536.
+        semantic_codebook_size: entries of the semantic codebook, up to 65536.
+        codebook_dim: code space of the acoustic stages, up to 64, one number or one per stage.
+        semantic_codebook_dim: code space of the semantic codebook, up to 64.
         quantizer_dropout: fraction of the batch whose number of acoustic stages is drawn at random in
             training.
         sample_rate: Hz.
@@ -164,8 +165,8 @@ class DualCodec(nn.Module):
         name = "DualCodec.encode"
         if self.training:
             raise RuntimeError(f"{name}: the model must be in eval mode, got training mode: call .eval()")
-        if num_quantizers is not None and num_quantizers < 1:
-            raise ValueError(f"{name}: num_quantizers must be at least 1, got {num_quantizers}")
+        if num_quantizers is not None:
+            num_quantizers = check_count(f"{name}: num_quantizers", num_quantizers)
         feat = self._check_features(name, semantic_repr)
         if num_quantizers == 1 and lengths is None:
             return self._encode(None, feat, 1, None, None)
@@ -331,8 +332,9 @@ class DualCodec(nn.Module):
 
     def _check_features(self, name: str, feat: Tensor | None) -> Tensor:
         width = self.settings["semantic_dim"]
-        if feat is None:
-            raise ValueError(f"{name}: semantic_repr must be [B, {width}, F], got None")
+        if not isinstance(feat, Tensor):
+            got = None if feat is None else type(feat).__name__
+            raise ValueError(f"{name}: semantic_repr must be [B, {width}, F], got {got}")
         if feat.dim() != 3 or feat.shape[1] != width or not feat.is_floating_point():
             raise ValueError(
                 f"{name}: semantic_repr must be [B, {width}, F] float, got {list(feat.shape)} {feat.dtype}"
@@ -346,6 +348,15 @@ class DualCodec(nn.Module):
         if audio.dim() != 3 or audio.shape[:2] != (feat.shape[0], 1) or not audio.is_floating_point():
             raise ValueError(f"{wanted}, got {list(audio.shape)} {audio.dtype}")
         self.dac.check_framing(audio.shape[-1], feat.shape[-1])
+
+
+def check_count(what: str, count: Any) -> int:
+    """Return count as an int; raise one line unless it is an integer from 1."""
+    if isinstance(count, bool) or not hasattr(count, "__index__"):
+        raise ValueError(f"{what} must be an integer, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{what} must be at least 1, got {count}")
+    return int(count)
 
 
 def check_lengths(name: str, lengths: Tensor, x: Tensor) -> None:

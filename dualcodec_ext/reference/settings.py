@@ -7,6 +7,9 @@ from typing import Any
 # What the distillation head ends in, whatever the settings: the width of w2v-BERT 2.0.
 DISTILL_TARGET_DIM = 1024
 DISTILL_LAYERS = 5
+# What `rvq_search` holds; codes are stored as uint16.
+MOST_ENTRIES = 65536
+MOST_CODE_DIMS = 64
 
 _POSITIVE_INTS = (
     "encoder_dim",
@@ -25,7 +28,14 @@ _POSITIVE_INTS = (
 _FLAGS = ("decode_semantic_for_codec", "is_causal", "look_ahead", "causal_encoder", "distill")
 
 
-def _positive_int(name: str, value: Any, minimum: int = 1) -> int:
+_MOST = {
+    "codebook_size": MOST_ENTRIES,
+    "semantic_codebook_size": MOST_ENTRIES,
+    "semantic_codebook_dim": MOST_CODE_DIMS,
+}
+
+
+def _positive_int(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -34,6 +44,8 @@ def _positive_int(name: str, value: Any, minimum: int = 1) -> int:
         raise TypeError(f"DualCodec: {name} must be an integer, got {value!r}") from None
     if number < minimum:
         raise ValueError(f"DualCodec: {name} must be at least {minimum}, got {number}")
+    if maximum is not None and number > maximum:
+        raise ValueError(f"DualCodec: {name} must be at most {maximum}, got {number}")
     return number
 
 
@@ -51,7 +63,7 @@ def _rates(name: str, value: Any) -> tuple[int, ...]:
 
 def _codebook_dim(value: Any, n_codebooks: int) -> int | tuple[int, ...]:
     if hasattr(value, "__index__") and not isinstance(value, bool):
-        return _positive_int("codebook_dim", value)
+        return _positive_int("codebook_dim", value, maximum=MOST_CODE_DIMS)
     try:
         if isinstance(value, str | bytes):
             raise TypeError
@@ -60,7 +72,7 @@ def _codebook_dim(value: Any, n_codebooks: int) -> int | tuple[int, ...]:
         raise TypeError(f"DualCodec: codebook_dim must be an integer or a list of them, got {value!r}") from None
     if len(items) != n_codebooks:
         raise ValueError(f"DualCodec: codebook_dim must hold n_codebooks={n_codebooks} entries, got {len(items)}")
-    return tuple(_positive_int(f"codebook_dim[{i}]", item) for i, item in enumerate(items))
+    return tuple(_positive_int(f"codebook_dim[{i}]", item, maximum=MOST_CODE_DIMS) for i, item in enumerate(items))
 
 
 def _dropout(value: Any) -> bool | float:
@@ -90,7 +102,7 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     out = dict(settings)
     for name in _POSITIVE_INTS:
-        out[name] = _positive_int(name, out[name])
+        out[name] = _positive_int(name, out[name], maximum=_MOST.get(name))
     out["convnext_layers"] = _positive_int("convnext_layers", out["convnext_layers"], minimum=0)
     for name in _FLAGS:
         if not isinstance(out[name], bool):
