@@ -5,6 +5,15 @@
 #include "../kernels/common/gemm_pack.h"
 #include "../kernels/snake_upsample1d/params.h"
 #include "checks.h"
+#ifdef DCX_WITH_CUDA
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+
+#include <vector>
+
+#include "../kernels/common/conv_geometry.h"
+#include "cuda.h"
+#endif
 
 namespace dcx {
 namespace {
@@ -28,23 +37,28 @@ std::pair<int64_t, int64_t> weight_channels(const char* op, const at::Tensor& we
   return repeat ? std::pair(weight.size(1), weight.size(0)) : std::pair(weight.size(0), weight.size(1));
 }
 
-// Taps that fall on the same frame are added in double before rounding.
+// One phase's taps, [taps][Cin][Cout] in double: taps of the kernel that fall on the same frame are added there.
+at::Tensor fold_phase(const at::Tensor& weight, const UpsamplePhases& phases, int64_t phase) {
+  const bool repeat = phases.mode == UpsampleMode::kRepeat;
+  const at::Tensor wide = (repeat ? weight.permute({2, 1, 0}) : weight.permute({2, 0, 1})).detach().to(at::kDouble);
+  at::Tensor folded = at::zeros({phases.taps(phase), wide.size(1), wide.size(2)}, wide.options());
+  for (int64_t k = 0; k < 2 * phases.stride; ++k) {
+    const int64_t frame = phases.frame_of_tap(phase, k);
+    if (frame >= 0) folded.select(0, frame).add_(wide.select(0, k));
+  }
+  return folded;
+}
+
 template <class T>
 at::Tensor pack_as(const at::Tensor& weight, const UpsamplePhases& phases) {
   const auto [in_channels, out_channels] = weight_channels("pack_upsample1d", weight, phases);
-  const bool repeat = phases.mode == UpsampleMode::kRepeat;
-  const at::Tensor wide = (repeat ? weight.permute({2, 1, 0}) : weight.permute({2, 0, 1})).detach().to(at::kDouble);
   const int64_t out_ld = round_up(out_channels, kColumnUnit);
   at::Tensor packed = at::empty({phases.total_taps() * in_channels * out_ld},
                                 weight.options().dtype(c10::CppTypeToScalarType<T>::value));
   T* out = packed.mutable_data_ptr<T>();
   for (int64_t phase = 0; phase < phases.stride; ++phase) {
     const int64_t taps = phases.taps(phase);
-    at::Tensor folded = at::zeros({taps, in_channels, out_channels}, wide.options());
-    for (int64_t k = 0; k < 2 * phases.stride; ++k) {
-      const int64_t frame = phases.frame_of_tap(phase, k);
-      if (frame >= 0) folded.select(0, frame).add_(wide.select(0, k));
-    }
+    const at::Tensor folded = fold_phase(weight, phases, phase);
     pack_panels(out, folded.const_data_ptr<double>(), taps, in_channels, out_channels, in_channels * out_channels,
                 out_channels, int64_t{1});
     out += taps * in_channels * out_ld;
@@ -58,13 +72,9 @@ at::Tensor pack_upsample1d_cpu(const at::Tensor& weight, int64_t stride, c10::st
   return weight.scalar_type() == at::kDouble ? pack_as<double>(weight, phases) : pack_as<float>(weight, phases);
 }
 
-at::Tensor snake_upsample1d_cpu(const at::Tensor& x,         // [B, Cin, T] f32|f64|bf16|f16
-                                const at::Tensor& alpha,     // [Cin]
-                                const at::Tensor& weight,    // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
-                                const OptionalTensor& bias,  // [Cout]
-                                int64_t stride, c10::string_view mode, at::IntArrayRef padding,
-                                const OptionalTensor& lengths,  // [B] i64
-                                const OptionalTensor& packed) {
+// Checks every argument and fills in what does not depend on the device.
+SnakeUpsample1dParams check_snake_upsample1d(const at::Tensor& x, const at::Tensor& weight, int64_t stride,
+                                             c10::string_view mode, at::IntArrayRef padding) {
   const char* op = "snake_upsample1d";
   check_signal(op, "x", x);
   SnakeUpsample1dParams p{};
@@ -77,16 +87,27 @@ at::Tensor snake_upsample1d_cpu(const at::Tensor& x,         // [B, Cin, T] f32|
   p.in_steps = x.size(2);
   p.out_channels = out_channels;
   p.out_steps = p.phases.output_steps(p.in_steps);
-
-  const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
-  const at::Tensor alpha_values = small_vector(op, "alpha", alpha, in_channels, x);
-  const at::Tensor bias_values = padded_bias(op, "bias", bias, out_channels, x);
-  const at::Tensor panels = packed_or(
-      op, packed, p.phases.total_taps() * in_channels * round_up(out_channels, kColumnUnit), x,
-      [&] { return pack_upsample1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), stride, mode, padding); });
-  at::Tensor y = empty_signal(p.batch, out_channels, p.out_steps, x.options(), is_channels_last(x));
-  if (y.numel() == 0) return y;
   p.x = view_of(x);
+  return p;
+}
+
+at::Tensor snake_upsample1d_cpu(const at::Tensor& x,         // [B, Cin, T] f32|f64|bf16|f16
+                                const at::Tensor& alpha,     // [Cin]
+                                const at::Tensor& weight,    // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
+                                const OptionalTensor& bias,  // [Cout]
+                                int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                                const OptionalTensor& lengths,  // [B] i64
+                                const OptionalTensor& packed) {
+  const char* op = "snake_upsample1d";
+  SnakeUpsample1dParams p = check_snake_upsample1d(x, weight, stride, mode, padding);
+  const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
+  const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
+  const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
+  const at::Tensor panels = packed_or(
+      op, packed, p.phases.total_taps() * p.in_channels * round_up(p.out_channels, kColumnUnit), x,
+      [&] { return pack_upsample1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), stride, mode, padding); });
+  at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
+  if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight = panels.const_data_ptr();
   p.bias = bias_values.const_data_ptr();
@@ -96,6 +117,51 @@ at::Tensor snake_upsample1d_cpu(const at::Tensor& x,         // [B, Cin, T] f32|
   return y;
 }
 
+#ifdef DCX_WITH_CUDA
+
+// [every phase's taps][round_up(Cin, 32)][round_up(Cout, 16)] in the weight's dtype.
+at::Tensor pack_upsample1d_cuda(const at::Tensor& weight, int64_t stride, c10::string_view mode,
+                                at::IntArrayRef padding) {
+  const UpsamplePhases phases = parse_phases("pack_upsample1d", stride, mode, padding);
+  const auto [in_channels, out_channels] = weight_channels("pack_upsample1d", weight, phases);
+  check_cuda_dtype("pack_upsample1d", "weight", weight);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  std::vector<at::Tensor> taps;
+  for (int64_t phase = 0; phase < stride; ++phase) taps.push_back(fold_phase(weight, phases, phase));
+  return at::constant_pad_nd(at::cat(taps), {0, round_up(out_channels, kColumnUnit) - out_channels, 0,
+                                             round_up(in_channels, kChannelUnit) - in_channels})
+      .to(weight.scalar_type());
+}
+
+at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
+                                 const OptionalTensor& bias, int64_t stride, c10::string_view mode,
+                                 at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed) {
+  const char* op = "snake_upsample1d";
+  SnakeUpsample1dParams p = check_snake_upsample1d(x, weight, stride, mode, padding);
+  check_cuda_dtype(op, "x", x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.in_steps, x);
+  const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
+  const at::Tensor bias_values = small_vector(op, "bias", bias, p.out_channels, x);
+  const at::Tensor values = cuda_packed_or(
+      op, packed,
+      p.phases.total_taps() * round_up(p.in_channels, kChannelUnit) * round_up(p.out_channels, kColumnUnit), x,
+      [&] { return pack_upsample1d_cuda(weight.to(x.scalar_type()), stride, mode, padding); });
+  at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
+  if (y.numel() == 0) return y;
+  p.y = view_of(y);
+  p.weight = values.const_data_ptr();
+  p.bias = data_or_null<float>(bias_values);
+  p.alpha = data_or_null<float>(alpha_values);
+  p.lengths = data_or_null<int64_t>(length_values);
+  const CudaContext context = cuda_context();
+  ConvGemmPlan plan = plan_snake_upsample1d_cuda(context, p);
+  start_plan(context, plan, x);
+  return y;
+}
+
+#endif  // DCX_WITH_CUDA
+
 }  // namespace
 }  // namespace dcx
 
@@ -103,3 +169,10 @@ TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
   m.impl("pack_upsample1d", dcx::pack_upsample1d_cpu);
   m.impl("snake_upsample1d", dcx::snake_upsample1d_cpu);
 }
+
+#ifdef DCX_WITH_CUDA
+TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
+  m.impl("pack_upsample1d", dcx::pack_upsample1d_cuda);
+  m.impl("snake_upsample1d", dcx::snake_upsample1d_cuda);
+}
+#endif

@@ -77,6 +77,8 @@ def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[i
         columns, channels = weight.shape[0], weight.shape[1]
         firsts = [phase - padding[0] for phase in range(stride)]  # the repeated sample under a phase's first tap
         taps = sum((first + 2 * stride - 1) // stride - first // stride + 1 for first in firsts)
+    if weight.is_cuda:
+        return weight.new_empty(taps, _channels(channels), _columns(columns))
     return _packed(weight, taps * channels * _columns(columns))
 
 

@@ -1,7 +1,7 @@
 // The problem that conv_gemm.cuh solves, and the plan of how; plain C++, for the host side of every op that uses it.
 #pragma once
 #include "../snake_conv1d/params.h"
-#include "../snake_upsample1d/phases.h"
+#include "../snake_upsample1d/params.h"
 #include "cuda_context.h"
 
 namespace dcx {
@@ -67,5 +67,6 @@ ConvGemmPlan plan_conv_gemm(const CudaContext& context, DType dtype, const ConvG
 
 // An op's own plan, defined in <op>.cu; weights as its CUDA packer makes them, bias and alpha [C] float32 or null.
 ConvGemmPlan plan_snake_conv1d_cuda(const CudaContext& context, const SnakeConv1dParams& params);
+ConvGemmPlan plan_snake_upsample1d_cuda(const CudaContext& context, const SnakeUpsample1dParams& params);
 
 }  // namespace dcx
