@@ -30,10 +30,14 @@ class HubName(NamedTuple):
 
     @classmethod
     def parse(cls, source: str | Path) -> HubName | None:
-        """Read `hf://owner/name[@revision][/path]` or `owner/name`; None if neither, or if it is there locally."""
+        """Read `hf://owner/name[@revision][/path]` or `owner/name`; None if neither, or if it is a local path.
+
+        Without hf:// a name that ends in .safetensors is a file, there or missing: `ckpts/x.safetensors`.
+        """
         text = str(source)
         explicit = text.startswith("hf://")
-        if not explicit and (isinstance(source, Path) or Path(text).expanduser().exists()):
+        local = isinstance(source, Path) or text.endswith(".safetensors") or Path(text).expanduser().exists()
+        if local and not explicit:
             return None
         # Without hf:// a path inside can't be told from a local one.
         body = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?"

@@ -216,6 +216,7 @@ def test_info_reads_codes_weights_and_audio(speech: Path, small: str, tmp_path: 
         (["decode", "IN", "-o", "out"], "IN"),
         (["info", "none"], "none"),
         (["verify", "--weights", "none.safetensors"], "none.safetensors"),
+        (["verify", "--weights", "ckpts/none.safetensors"], "ckpts/none.safetensors must be a directory or a safe"),
         (["encode", "IN"], "--output"),
         (["encode", "IN", "-o", "out", "--dtype", "int8"], "int8"),
         (["play", "IN"], "play"),

@@ -263,6 +263,7 @@ def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.find_directory("hf://facebook/w2v-bert-2.0", ["*.json"])
     with pytest.raises(dx.DualCodecError, match=r"a hub path must be hf://owner/name, got hf://codec$"):
         hub.find_checkpoint("hf://codec", "12hz_v1")
+    assert hub.HubName.parse("ckpts/missing.safetensors") is None  # a mistyped file, and no repository
     assert hub.HubName.parse("./owner/name") is hub.HubName.parse("a/b/c") is hub.HubName.parse("/a/b") is None
     assert hub.HubName.parse("hf://a/b@v1/c/d.safetensors") == ("a/b", "c/d.safetensors", "v1")
 
