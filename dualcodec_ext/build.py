@@ -150,7 +150,9 @@ def _misfit() -> str | None:
     """What speaks against loading the module that lies here; None when nothing does."""
     import torch
 
-    if not any((_PACKAGE / f"_C{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
+    modules = [_PACKAGE / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    module = next((path for path in modules if path.is_file()), None)
+    if module is None:
         others = sorted(path.name for path in _PACKAGE.glob("_C.*") if path.suffix in (".so", ".pyd"))
         if others:
             python = f"{platform.python_implementation()} {platform.python_version()}"
@@ -162,10 +164,23 @@ def _misfit() -> str | None:
     built = str(record.get("torch"))
     if not _pair(built) or _pair(built) != _pair(torch.__version__):
         return f"the compiled module was built for torch {built}, and this is torch {torch.__version__}"
+    if _cut_short(module):
+        return f"the compiled module ({module.name}) is cut short"
     cuda, here = record.get("cuda"), torch.version.cuda
     if cuda is not None and (here is None or _pair(cuda)[:1] != _pair(here)[:1]):
         return f"the compiled module was built for CUDA {cuda}, and this torch has {here or 'none'}"
     return None
+
+
+def _cut_short(module: Path) -> bool:
+    """Whether an ELF file ends before its table of sections, which comes last: loading it would kill the process."""
+    with open(module, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # not 64-bit, little-endian
+        return False  # which the loader refuses in words
+    table = int.from_bytes(header[40:48], "little")
+    size, count = (int.from_bytes(header[i : i + 2], "little") for i in (58, 60))
+    return module.stat().st_size < table + size * count
 
 
 def _pair(version: str) -> tuple[int, ...]:

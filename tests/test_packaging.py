@@ -261,6 +261,18 @@ def test_broken_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "can't be loaded (undefined symbol: _ZN3c10): rebuild it" in build.unavailable_reason()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs an ELF module")
+@pytest.mark.parametrize("kept", [0.999, 0.1])
+def test_module_cut_short_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
+    """A disk that filled up leaves one, and loading it ends the process with SIGBUS."""
+    whole = (ROOT / f"dualcodec_ext/_C{SUFFIX}").read_bytes()
+    (folder / f"_C{SUFFIX}").write_bytes(whole)
+    assert build._misfit() is None
+    (folder / f"_C{SUFFIX}").write_bytes(whole[: int(kept * len(whole))])
+    monkeypatch.setattr(build.importlib, "import_module", lambda name: pytest.fail("it was loaded"))
+    assert build.load_module() is None and "is cut short: rebuild it" in build.unavailable_reason()
+
+
 def test_module_can_be_disabled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUALCODEC_EXT_DISABLE_MODULE", "1")
     assert build.load_module() is None and "DUALCODEC_EXT_DISABLE_MODULE" in build.unavailable_reason()
