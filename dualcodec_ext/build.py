@@ -12,6 +12,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
@@ -139,11 +140,18 @@ def _load() -> tuple[ModuleType | None, Problem | None]:
     what = _misfit()
     if what is None:
         try:
-            return importlib.import_module("dualcodec_ext._C"), None
+            return _told_of_isa(importlib.import_module("dualcodec_ext._C")), None
         except Exception as error:  # whatever the loader raises, the reference can still run
             why = " ".join(str(error).split()) or type(error).__name__
             what = f"the compiled module can't be loaded ({why})"
     return None, Problem(what, _REBUILD)
+
+
+def _told_of_isa(module: ModuleType) -> ModuleType:
+    why = module.active_isa_error()
+    if why:
+        logging.getLogger("dualcodec_ext").warning("%s: %s runs instead", why, module.active_isa())
+    return module
 
 
 def _misfit() -> str | None:
@@ -261,6 +269,11 @@ def _problems(info: dict[str, Any]) -> list[Problem]:
         reason = info["backends"]["cuda"]
         if reason:
             problems.append(Problem(f"the GPU is not used: {reason}", f"with DUALCODEC_EXT_CUDA=1, {_REBUILD}"))
+    asked = os.environ.get("DUALCODEC_EXT_BACKEND") or "auto"
+    known = {"auto": "", **info["backends"]}
+    why = known.get(asked, f"it must be one of {', '.join(known)}")
+    if why and asked != "auto":
+        problems.append(Problem(f"DUALCODEC_EXT_BACKEND={asked} can't be met: {why}", "unset DUALCODEC_EXT_BACKEND"))
     for name in _CORE:
         if importlib.util.find_spec(name) is None:
             problems.append(Problem(f"{name} is not installed", f"pip install {name}"))

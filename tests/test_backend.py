@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -258,7 +259,18 @@ def test_isa_from_the_environment(name: str) -> None:
 
 def test_an_unknown_isa_is_told() -> None:
     code = "import dualcodec_ext as dx; print(dx.build.load_module().active_isa_error())"
-    assert "must be generic, avx2 or avx512, got sse9" in run_python(code, DUALCODEC_EXT_ISA="sse9").stdout
+    done = run_python(code, DUALCODEC_EXT_ISA="sse9")
+    assert "must be generic, avx2 or avx512, got sse9" in done.stdout
+    assert re.fullmatch(r".*got sse9: (generic|avx2|avx512) runs instead\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", ["nope", "cuda"])
+def test_doctor_tells_of_a_backend_that_cannot_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not dx.build_info()["backends"].get(name, "unknown"):
+        pytest.skip(f"{name} can run here")
+    monkeypatch.setenv("DUALCODEC_EXT_BACKEND", name)
+    report = dx.doctor()
+    assert f"PROBLEM: DUALCODEC_EXT_BACKEND={name} can't be met" in str(report) and not report.healthy
 
 
 def test_brgemm_gives_the_same_within_rounding() -> None:
