@@ -96,6 +96,11 @@ class DualCodec(reference.DualCodec):
         """The dtype of activations and audio: that of the parameters, unless `accelerate` was given another one."""
         return self._compute_dtype or next(self.parameters()).dtype
 
+    def prepare(self) -> None:
+        """Pack the weights now rather than at the first call; nothing where the reference is to run."""
+        if not self.training:
+            self._engine()
+
     def repack(self) -> None:
         """Forget the packed weights.
 

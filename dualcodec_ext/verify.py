@@ -161,6 +161,7 @@ def run_verify(options: ModelOptions, audio: Path | None, as_json: bool) -> int:
     path = find_weights(options.weights, name, config)
     samples, what = _speech(audio, config.sample_rate)
     facts = [f"model: {name}", f"weights: {one_line(path)} ({file_digest(path)})", f"audio: {one_line(what)}"]
+    _need_safetensors(path)
     checks, more = _run_checks(path, options, config, samples)
     facts += more
     passed = all(check.passed is not False for check in checks)
@@ -171,6 +172,17 @@ def run_verify(options: ModelOptions, audio: Path | None, as_json: bool) -> int:
     else:
         print("\n".join([*facts, *map(str, checks), verdict]))
     return 0 if passed else 1
+
+
+def _need_safetensors(path: Path) -> None:
+    """A file that can't be read is an error; a verdict is about what is in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise DualCodecError(f"--weights: {path} must be a readable safetensors file: {error}") from error
 
 
 def _run_checks(path: Path, options: ModelOptions, config: Any, samples: Tensor) -> tuple[list[Check], list[str]]:

@@ -175,6 +175,25 @@ def test_a_batch_goes_on_and_lists_what_failed(tmp_path: Path, small: str, capsy
     assert "notes.txt" not in err
 
 
+def test_missing_weights_are_one_error_for_a_batch(speech: Path, small: str, tmp_path: Path, capsys: Any) -> None:
+    codes = tmp_path / "codes"
+    run(capsys, "encode", speech, wave(tmp_path / "b.wav", 24000, 5000), "-o", codes, "--model", small)
+    code, _, err = run(capsys, "decode", codes, "-o", tmp_path / "out", "--weights", tmp_path / "none.safetensors")
+    assert code == 2 and err.splitlines() == [
+        f"dualcodec-ext: error: --weights: {tmp_path}/none.safetensors: no such file or folder"
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backend_that_cannot_run_is_one_plain_line(
+    speech: Path, small: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUALCODEC_EXT_BACKEND", "nope")
+    code, _, err = run(capsys, "encode", speech, "-o", tmp_path / "out", "--model", small)
+    assert code == 2 and "dualcodec-ext: error: DUALCODEC_EXT_BACKEND must be one of auto," in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_json(speech: Path, small: str, tmp_path: Path, capsys: Any) -> None:
     code, out, _ = run(capsys, "encode", speech, tmp_path / "none.wav", "-o", tmp_path, "--model", small, "--json")
     document = json.loads(out)
@@ -217,6 +236,7 @@ def test_info_reads_codes_weights_and_audio(speech: Path, small: str, tmp_path: 
         (["info", "none"], "none"),
         (["verify", "--weights", "none.safetensors"], "none.safetensors"),
         (["verify", "--weights", "ckpts/none.safetensors"], "ckpts/none.safetensors must be a directory or a safe"),
+        (["verify", "--weights", "IN"], "IN must be a readable safetensors file"),
         (["encode", "IN"], "--output"),
         (["encode", "IN", "-o", "out", "--dtype", "int8"], "int8"),
         (["play", "IN"], "play"),
@@ -233,8 +253,7 @@ def test_errors_are_one_line_and_leave_nothing(
     assert code == 2 and not out
     assert text.replace("IN", str(speech)) in err and "Traceback" not in err
     assert len(err.strip().splitlines()) <= 2  # the line, and in a batch the count of failures
-    after = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert sorted(p.name for p in after) == before and speech.read_bytes() == content
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before and speech.read_bytes() == content
 
 
 def test_a_full_disk(speech: Path, small: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from dualcodec_ext.audio import fit_length, resample, resampled_length
 from dualcodec_ext.codes import CodeFile, is_seeded
 from dualcodec_ext.config import DualCodecConfig
 from dualcodec_ext.errors import DualCodecError
+from dualcodec_ext.hub import HubName
 
 if TYPE_CHECKING:
     from dualcodec_ext.audio import Samples
@@ -150,8 +151,11 @@ class CodecCache:
         self._codec: Codec | None = None
         self._wanted = None if options.model is None else load_config(options.model)
         configure_torch(options)
-        if options.weights is not None and self._wanted is not None:
-            find_weights(options.weights, *self._wanted)  # a missing file is one error, not one per code file
+        if options.weights is not None:  # a missing file is one error, not one per code file
+            if self._wanted is not None:
+                find_weights(options.weights, *self._wanted)
+            elif not Path(options.weights).expanduser().exists() and HubName.parse(options.weights) is None:
+                raise DualCodecError(f"--weights: {options.weights}: no such file or folder")
 
     def for_codes(self, codes: CodeFile) -> Codec:
         """Gives the codec for these codes.
@@ -227,6 +231,7 @@ def open_model(name: str, config: DualCodecConfig, options: ModelOptions, seed: 
         model.load_checkpoint(path)
         weights = file_digest(path)
     model = model.to(device=options.device, dtype=getattr(torch, options.dtype)).eval()
+    model.prepare()  # now, or the first file's speed would be that of packing
     return Codec(name, config, model, weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -95,6 +96,7 @@ def run_encode(
         return report.finish()
     _refuse_as_folder(folder)
     codec = _opened(options, report, quantizers)
+    fresh = not folder.exists()
     _make(folder)
 
     def work(job: tuple[Found, Path]) -> tuple[dict[str, Any], str]:
@@ -114,6 +116,8 @@ def run_encode(
         return result, f"{found.path} -> {target}: {_code_line(codes)}; {_speed(codes, elapsed_s)}"
 
     report.each(jobs, lambda job: str(job[0].path), work)
+    if fresh:
+        _remove_empty(folder)
     return report.finish()
 
 
@@ -152,6 +156,7 @@ def run_decode(
         return report.finish()
     _refuse_as_folder(folder)
     codecs = CodecCache(options, any_weights)
+    fresh = not folder.exists()
     _make(folder)
 
     def work(job: tuple[Found, Path]) -> tuple[dict[str, Any], str]:
@@ -176,6 +181,8 @@ def run_decode(
         return result, f"{line}; {_speed(codes, elapsed_s)}"
 
     report.each(jobs, lambda job: str(job[0].path), work)
+    if fresh:
+        _remove_empty(folder)
     return report.finish()
 
 
@@ -237,6 +244,13 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DualCodecError(f"cannot make the folder {folder}: {reason(error)}") from error
+
+
+def _remove_empty(folder: Path) -> None:
+    """Takes back what a batch made for outputs that never came; a folder with something in it stays."""
+    for path in [*sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True), folder]:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _refuse_as_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from dualcodec_ext._files import reason
+from dualcodec_ext.errors import BackendError
 
 Item = TypeVar("Item")
 PROGRAM = "dualcodec-ext"
@@ -39,7 +40,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         return one_line(f"{name}{reason(error)}")
-    if isinstance(error, ValueError | ImportError) or hasattr(error, "format_message"):
+    if isinstance(error, ValueError | ImportError | BackendError) or hasattr(error, "format_message"):
         message = getattr(error, "format_message", lambda: str(error))()
         return one_line(message) or type(error).__name__
     return one_line(f"{type(error).__name__}: {error}")
