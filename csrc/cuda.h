@@ -36,8 +36,8 @@ inline void check_cuda_dtype(const char* op, const char* name, const at::Tensor&
             name, " must be float32, bfloat16 or float16 on CUDA, got ", t.scalar_type());
 }
 
-// [B] int64 on x's device; undefined when absent. Lengths that lie on the CPU are checked; those on the GPU are not read
-// back, since that would wait for it: kernels clamp them to 0..steps.
+// [B] int64 on x's device; undefined when absent. Lengths that lie on the CPU are checked; those on the GPU are not
+// read back, since that would wait for it: kernels clamp them to 0..steps.
 inline at::Tensor device_lengths(const char* op, const OptionalTensor& lengths, int64_t batch, int64_t steps,
                                  const at::Tensor& x) {
   if (!lengths.has_value() || !lengths->defined()) return at::Tensor();

@@ -72,11 +72,10 @@ at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|
   const at::Tensor bias1_values = padded_bias(op, "bias1", bias1, channels, x);
   const at::Tensor bias2_values = padded_bias(op, "bias2", bias2, channels, x);
   const int64_t pointwise_numel = channels * round_up(channels, kColumnUnit);
-  const at::Tensor panels =
-      packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
-        const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
-        return pack_residual_unit_cpu(weight1.to(dtype), weight2.to(dtype));
-      });
+  const at::Tensor panels = packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
+    const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
+    return pack_residual_unit_cpu(weight1.to(dtype), weight2.to(dtype));
+  });
   at::Tensor y = empty_signal(p.batch, channels, p.out_steps, x.options(), is_channels_last(x));
   if (y.numel() == 0) return y;
   p.x = view_of(x);

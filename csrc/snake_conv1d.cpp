@@ -89,8 +89,9 @@ at::Tensor snake_conv1d_cpu(const at::Tensor& x,          // [B, Cin, T] f32|f64
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
-  const at::Tensor panels = packed_or(op, packed, p.taps * p.in_channels * round_up(p.out_channels, kColumnUnit), x,
-                                      [&] { return pack_conv1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), 1, 1); });
+  const at::Tensor panels =
+      packed_or(op, packed, p.taps * p.in_channels * round_up(p.out_channels, kColumnUnit), x,
+                [&] { return pack_conv1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), 1, 1); });
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight = panels.const_data_ptr();
@@ -114,8 +115,8 @@ at::Tensor pack_conv1d_cuda(const at::Tensor& weight, int64_t stride, int64_t di
   const at::Tensor rows = whole.reshape({columns, channels, geometry.taps, geometry.fold})
                               .permute({2, 3, 1, 0})
                               .reshape({geometry.taps, geometry.channels, columns});
-  return at::constant_pad_nd(rows, {0, round_up(columns, kColumnUnit) - columns, 0,
-                                    geometry.channels_padded() - geometry.channels})
+  return at::constant_pad_nd(
+             rows, {0, round_up(columns, kColumnUnit) - columns, 0, geometry.channels_padded() - geometry.channels})
       .contiguous();
 }
 

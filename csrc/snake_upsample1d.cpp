@@ -144,9 +144,8 @@ at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, c
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   const at::Tensor bias_values = small_vector(op, "bias", bias, p.out_channels, x);
   const at::Tensor values = cuda_packed_or(
-      op, packed,
-      p.phases.total_taps() * round_up(p.in_channels, kChannelUnit) * round_up(p.out_channels, kColumnUnit), x,
-      [&] { return pack_upsample1d_cuda(weight.to(x.scalar_type()), stride, mode, padding); });
+      op, packed, p.phases.total_taps() * round_up(p.in_channels, kChannelUnit) * round_up(p.out_channels, kColumnUnit),
+      x, [&] { return pack_upsample1d_cuda(weight.to(x.scalar_type()), stride, mode, padding); });
   at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
   if (y.numel() == 0) return y;
   p.y = view_of(y);

@@ -1,7 +1,8 @@
 """The inference program: a model's weights, folded and packed once, run on the ops.
 
 Activations are channels-last from the first convolution to the last. Every step maps lengths as it maps samples, so
-that a clip in a padded batch gives what it gives alone.
+that a clip in a padded batch gives what it gives alone; all steps' lengths are worked out on the CPU before the first
+one runs, and go to the device in one copy.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from . import ops, reference
 from .ops import packing
 from .reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d
 
-Signal = tuple[Tensor, Tensor | None]  # [B, C, T] and the lengths [B] of its items (None: all T)
 
-
-def _placeholder(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _placeholder(weight: Tensor) -> Tensor:
     """Return a tensor of the weight's shape and one element's memory: with `packed` given, ops read the shape alone."""
-    return torch.zeros(1, dtype=dtype).expand(*shape)
+    return weight.new_zeros(1).expand(*weight.shape)
 
 
 def _vector(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if parameter is None else parameter.detach().reshape(-1).to(dtype, copy=True)
 
 
-def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Kernels accumulate, and so keep their weights, in float32 for every dtype but float64."""
+def _vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Kernels accumulate, and take biases and the like, in float32 for activations of every dtype but float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _weight_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """CPU kernels keep weights in the accumulation dtype, CUDA's in that of the activations, for tensor cores."""
+    return _vector_dtype(dtype) if device.type == "cpu" else dtype
 
 
 def _inner(conv: nn.Module) -> WNConv1d:
@@ -56,7 +60,7 @@ class ConvStep:
     @classmethod
     def of(
         cls,
-        weight: Tensor,  # [Cout, Cin, K], the accumulation dtype
+        weight: Tensor,  # [Cout, Cin, K], in the dtype to pack
         bias: Tensor | None,
         alpha: Tensor | None = None,
         stride: int = 1,
@@ -64,12 +68,12 @@ class ConvStep:
         padding: tuple[int, int] = (0, 0),
         activation: str = "none",
     ) -> ConvStep:
-        dtype = weight.dtype
+        vectors = _vector_dtype(weight.dtype)
         return cls(
-            _placeholder(weight.shape, dtype),
+            _placeholder(weight),
             packing.pack_conv1d(weight, stride, dilation),
-            _vector(bias, dtype),
-            _vector(alpha, dtype),
+            _vector(bias, vectors),
+            _vector(alpha, vectors),
             stride,
             dilation,
             padding,
@@ -95,9 +99,8 @@ class ConvStep:
             activation,
         )
 
-    def __call__(self, signal: Signal, residual: Tensor | None = None) -> Signal:
-        x, lengths = signal
-        y = ops.snake_conv1d(
+    def __call__(self, x: Tensor, lengths: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        return ops.snake_conv1d(
             x,
             self.weight,
             self.bias,
@@ -110,11 +113,11 @@ class ConvStep:
             lengths=lengths,
             packed=self.packed,
         )
-        if lengths is not None:
-            reach = (self.weight.shape[-1] - 1) * self.dilation + 1
-            steps = torch.div(lengths + sum(self.padding) - reach, self.stride, rounding_mode="floor") + 1
-            lengths = torch.where(lengths > 0, steps.clamp(min=0), 0)
-        return y, lengths
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        reach = (self.weight.shape[-1] - 1) * self.dilation + 1
+        steps = torch.div(lengths + sum(self.padding) - reach, self.stride, rounding_mode="floor") + 1
+        return torch.where(lengths > 0, steps.clamp(min=0), 0)
 
 
 @dataclass
@@ -138,20 +141,19 @@ class UpsampleStep:
             inner, mode, padding = conv, "transposed", conv.padding
         weight = inner.folded_weight(dtype)
         packed = packing.pack_upsample1d(weight, conv.stride, mode, padding)
-        flat = alpha.detach().reshape(-1).to(dtype, copy=True)
+        vectors = _vector_dtype(dtype)
         return cls(
-            flat,
-            _placeholder(weight.shape, dtype),
+            alpha.detach().reshape(-1).to(vectors, copy=True),
+            _placeholder(weight),
             packed,
-            _vector(inner.bias, dtype),
+            _vector(inner.bias, vectors),
             conv.stride,
             mode,
             padding,
         )
 
-    def __call__(self, signal: Signal) -> Signal:
-        x, lengths = signal
-        y = ops.snake_upsample1d(
+    def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return ops.snake_upsample1d(
             x,
             self.alpha,
             self.weight,
@@ -162,13 +164,13 @@ class UpsampleStep:
             lengths=lengths,
             packed=self.packed,
         )
-        if lengths is not None:
-            if self.mode == "repeat":
-                steps = lengths * self.stride + sum(self.padding) - 2 * self.stride + 1
-            else:
-                steps = (lengths + 1) * self.stride - sum(self.padding)
-            lengths = torch.where(lengths > 0, steps.clamp(min=0), 0)
-        return y, lengths
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        if self.mode == "repeat":
+            steps = lengths * self.stride + sum(self.padding) - 2 * self.stride + 1
+        else:
+            steps = (lengths + 1) * self.stride - sum(self.padding)
+        return torch.where(lengths > 0, steps.clamp(min=0), 0)
 
 
 @dataclass
@@ -187,28 +189,30 @@ class ResidualUnitStep:
         inner1, inner2 = _inner(conv1), _inner(conv2)
         weight1, weight2 = inner1.folded_weight(dtype), inner2.folded_weight(dtype)
         packed = packing.pack_residual_unit(weight1, weight2)
-        alpha1, alpha2 = _vector(snake1.alpha, dtype), _vector(snake2.alpha, dtype)
+        vectors = _vector_dtype(dtype)
+        alpha1, alpha2 = _vector(snake1.alpha, vectors), _vector(snake2.alpha, vectors)
         assert alpha1 is not None and alpha2 is not None
         return cls(
             (
                 alpha1,
-                _placeholder(weight1.shape, dtype),
-                _vector(inner1.bias, dtype),
+                _placeholder(weight1),
+                _vector(inner1.bias, vectors),
                 alpha2,
-                _placeholder(weight2.shape, dtype),
-                _vector(inner2.bias, dtype),
+                _placeholder(weight2),
+                _vector(inner2.bias, vectors),
             ),
             packed,
             inner1.dilation,
             isinstance(conv1, CausalConv1d),
         )
 
-    def __call__(self, signal: Signal) -> Signal:
-        x, lengths = signal
-        y = ops.residual_unit(
+    def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return ops.residual_unit(
             x, *self.tensors, dilation=self.dilation, causal=self.causal, lengths=lengths, packed=self.packed
         )
-        return y, lengths
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        return lengths
 
 
 @dataclass
@@ -224,19 +228,19 @@ class ConvNeXtStep:
 
     @classmethod
     def of(cls, block: reference.ConvNeXtBlock, dtype: torch.dtype) -> ConvNeXtStep:
-        depthwise = block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(dtype, copy=True)
+        vectors = _vector_dtype(dtype)
+        depthwise = block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(vectors, copy=True)
         taps = depthwise.shape[1]
         return cls(
             depthwise,
-            _vector(block.dwconv.bias, dtype),
+            _vector(block.dwconv.bias, vectors),
             (taps - 1, 0) if block.is_causal else (taps // 2, taps // 2),
-            (_vector(block.norm.weight, dtype), _vector(block.norm.bias, dtype), block.norm.eps),
+            (_vector(block.norm.weight, vectors), _vector(block.norm.bias, vectors), block.norm.eps),
             ConvStep.of(block.pwconv1.weight.detach().to(dtype)[..., None], block.pwconv1.bias, activation="gelu"),
             ConvStep.of(block.pwconv2.weight.detach().to(dtype)[..., None], block.pwconv2.bias),
         )
 
-    def __call__(self, signal: Signal) -> Signal:
-        x, lengths = signal
+    def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         ln_weight, ln_bias, eps = self.norm
         y = ops.causal_dwconv1d(
             x,
@@ -248,7 +252,10 @@ class ConvNeXtStep:
             eps=eps,
             lengths=lengths,
         )
-        return self.contract(self.expand((y, lengths)), residual=x)
+        return self.contract(self.expand(y, lengths), lengths, residual=x)
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        return lengths
 
 
 @dataclass
@@ -267,10 +274,10 @@ class Quantizer:
         tensors = rvq.op_tensors(dtype)
         packed = packing.pack_rvq(**tensors)
         return cls(
-            in_weight=_placeholder(tensors["in_weight"].shape, dtype),
+            in_weight=_placeholder(tensors["in_weight"]),
             in_bias=tensors["in_bias"],
-            codebooks=_placeholder(tensors["codebooks"].shape, dtype),
-            out_weight=_placeholder(tensors["out_weight"].shape, dtype),
+            codebooks=_placeholder(tensors["codebooks"]),
+            out_weight=_placeholder(tensors["out_weight"]),
             out_bias=tensors["out_bias"],
             packed=packed,
         )
@@ -298,8 +305,8 @@ class Quantizer:
 
     def lookup(self, codes: Tensor, lengths: Tensor | None, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
         if addend is None:  # carries the dtype and the layout of the result
-            addend = torch.zeros(1, dtype=dtype).expand(codes.shape[0], codes.shape[2], self.out_weight.shape[1])
-            addend = addend.contiguous().transpose(1, 2)
+            addend = self.out_bias.new_zeros(codes.shape[0], codes.shape[2], self.out_weight.shape[1], dtype=dtype)
+            addend = addend.transpose(1, 2)
         return ops.rvq_lookup(
             codes,
             self.codebooks,
@@ -315,10 +322,20 @@ class Quantizer:
 Step = ConvStep | UpsampleStep | ResidualUnitStep | ConvNeXtStep
 
 
-def _run(steps: Sequence[Step], signal: Signal) -> Signal:
+def _run(steps: Sequence[Step], x: Tensor, lengths: Sequence[Tensor] | None) -> Tensor:
+    """Run steps on x [B, C, T]; lengths: of what each step is given, or None: all T."""
+    for i, step in enumerate(steps):
+        x = step(x, None if lengths is None else lengths[i])
+    return x
+
+
+def _lengths_through(steps: Sequence[Step], lengths: Tensor) -> list[Tensor]:
+    """Return the lengths [B] of what each step is given, when the first is given `lengths`."""
+    found = []
     for step in steps:
-        signal = step(signal)
-    return signal
+        found.append(lengths)
+        lengths = step.output_lengths(lengths)
+    return found
 
 
 def _program(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Step]:
@@ -355,7 +372,7 @@ class Engine:
 
     Args:
         model: the parameters; they are copied, folded and packed here, and not looked at again.
-        dtype: of the activations, float32, float64, bfloat16 or float16.
+        dtype: of the activations, float32, float64 (CPU alone), bfloat16 or float16.
 
     Numerics: float32 accumulation (float64 for float64); codes are searched in float32 at least. A clip's result
         depends neither on the batch it is in nor on the number of threads.
@@ -363,15 +380,19 @@ class Engine:
 
     def __init__(self, model: reference.DualCodec, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        weights = _weight_dtype(dtype)
+        self.device = next(model.parameters()).device
+        weights, vectors = _weight_dtype(dtype, self.device), _vector_dtype(dtype)
         with torch.no_grad():
             self._semantic_encoder = _program(list(model.convnext_encoder), weights)
             self._semantic_decoder = _program(list(model.convnext_decoder), weights)
-            self._semantic_quantizer = Quantizer.of(model.semantic_vq, weights)
+            self._semantic_quantizer = Quantizer.of(model.semantic_vq, vectors)
             self._acoustic_encoder = _program(list(model.dac.encoder.block), weights)
-            self._acoustic_quantizer = Quantizer.of(model.dac.quantizer, weights)
+            self._acoustic_quantizer = Quantizer.of(model.dac.quantizer, vectors)
             self._decoder = _program(list(model.dac.decoder.model), weights)
         self._decode_semantic = model.decode_semantic_for_codec
+        self.hop_samples = model.dac.hop_length
+        self.semantic_entries = self._semantic_quantizer.codebooks.shape[1]
+        self.acoustic_entries = self._acoustic_quantizer.codebooks.shape[1]
 
     def weight_bytes(self) -> int:
         """Return the memory of the packed weights, in bytes."""
@@ -392,41 +413,90 @@ class Engine:
         return sum(seen.values())
 
     def _channels_last(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
+        x = x.to(device=self.device, dtype=self.dtype)
         channels, steps = x.shape[1:]
         if channels == 1:  # same memory; only the stride tells the ops which layout to go on in
             return x.contiguous().as_strided(x.shape, (steps, 1, 1))
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
-    def semantic_codes(
-        self, semantic_repr: Tensor, frame_lengths: Tensor | None, return_latent: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Quantise features [B, semantic_dim, F] to codes [B, 1, F] and, on request, the latent to subtract."""
-        x, lengths = _run(self._semantic_encoder, (self._channels_last(semantic_repr), frame_lengths))
-        codes, latent = self._semantic_quantizer.search(x, lengths, return_quantized=return_latent)
-        if latent is not None and self._decode_semantic:
-            latent = _run(self._semantic_decoder, (latent, lengths))[0]
-        return codes, latent
+    def encode_lengths(self, frame_lengths: Tensor, sample_lengths: Tensor | None) -> Tensor:
+        """Return the lengths [rows, B] that `encode` needs, on the CPU, from those of its inputs on the CPU."""
+        rows = [frame_lengths, *_lengths_through(self._semantic_encoder, frame_lengths)]
+        if sample_lengths is not None:
+            rows += _lengths_through(self._semantic_decoder, frame_lengths)
+            rows += _lengths_through(self._acoustic_encoder, sample_lengths)
+        return torch.stack(rows)
 
-    def acoustic_codes(
+    def encode(
         self,
-        audio: Tensor,
-        semantic_latent: Tensor,
+        audio: Tensor | None,
+        semantic_repr: Tensor,
         num_quantizers: int | None,
-        sample_lengths: Tensor | None,
-        frame_lengths: Tensor | None,
-    ) -> Tensor:
-        """Quantise audio [B, 1, S], S a multiple of the hop, less the latent [B, C, F], to codes [B, q, F]."""
-        z, _ = _run(self._acoustic_encoder, (self._channels_last(audio), sample_lengths))
-        frames = semantic_latent.shape[-1]
-        residual = z[..., :frames] - semantic_latent
-        return self._acoustic_quantizer.search(residual, frame_lengths, num_quantizers)[0]
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Turn features, and audio where acoustic codes are wanted, into codes.
 
-    def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
-        """Turn codes [B, 1, F] and [B, q, F] (or None) into audio [B, 1, S']."""
-        latent = self._semantic_quantizer.lookup(semantic_codes, frame_lengths, None, self.dtype)
+        Args:
+            audio: [B, 1, S] with S a multiple of the hop; None: semantic codes alone.
+            semantic_repr: [B, semantic_dim, F].
+            num_quantizers: acoustic codebooks to use, None: all.
+            lengths: `encode_lengths`, on this engine's device; None: none is shorter.
+
+        Returns:
+            Codes [B, 1, F] and [B, q, F] or None.
+        """
+        rows: list[Tensor] | None = None if lengths is None else list(lengths)
+        frames = rows.pop(0) if rows else None
+
+        def take(steps: Sequence[Step]) -> list[Tensor] | None:
+            return None if rows is None else [rows.pop(0) for _ in steps]
+
+        x = self._channels_last(semantic_repr)
+        x = _run(self._semantic_encoder, x, take(self._semantic_encoder))
+        codes, latent = self._semantic_quantizer.search(x, frames, return_quantized=audio is not None)
+        if audio is None or latent is None:
+            return codes, None
+        through = take(self._semantic_decoder)
         if self._decode_semantic:
-            latent = _run(self._semantic_decoder, (latent, frame_lengths))[0]
+            latent = _run(self._semantic_decoder, latent, through)
+        z = _run(self._acoustic_encoder, self._channels_last(audio), take(self._acoustic_encoder))
+        residual = z[..., : latent.shape[-1]] - latent
+        return codes, self._acoustic_quantizer.search(residual, frames, num_quantizers)[0]
+
+    def decode_lengths(self, frame_lengths: Tensor) -> Tensor:
+        """Return the lengths [rows, B] that `decode` needs, on the CPU, from those of the codes on the CPU."""
+        through = (_lengths_through(steps, frame_lengths) for steps in (self._semantic_decoder, self._decoder))
+        return torch.stack([frame_lengths, *(row for rows in through for row in rows)])
+
+    def decoded_samples(self, frames: int) -> int:
+        """Return the samples that decoding `frames` frames gives."""
+        lengths = torch.tensor([frames])
+        for step in self._decoder:
+            lengths = step.output_lengths(lengths)
+        return int(lengths)
+
+    def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """Turn codes into audio.
+
+        Args:
+            semantic_codes: [B, 1, F].
+            acoustic_codes: [B, q, F] or None.
+            lengths: `decode_lengths`, on this engine's device; None: none is shorter.
+
+        Returns:
+            Audio [B, 1, S'].
+        """
+        semantic_codes = semantic_codes.to(self.device)
+        acoustic_codes = None if acoustic_codes is None else acoustic_codes.to(self.device)
+        frames: Tensor | None = None
+        semantic: list[Tensor] | None = None
+        decoder: list[Tensor] | None = None
+        if lengths is not None:
+            frames, rows = lengths[0], list(lengths[1:])
+            semantic, decoder = rows[: len(self._semantic_decoder)], rows[len(self._semantic_decoder) :]
+        latent = self._semantic_quantizer.lookup(semantic_codes, frames, None, self.dtype)
+        if self._decode_semantic:
+            latent = _run(self._semantic_decoder, latent, semantic)
         if acoustic_codes is not None:
-            latent = self._acoustic_quantizer.lookup(acoustic_codes, frame_lengths, latent, self.dtype)
-        return _run(self._decoder, (latent, frame_lengths))[0]
+            latent = self._acoustic_quantizer.lookup(acoustic_codes, frames, latent, self.dtype)
+        return _run(self._decoder, latent, decoder)

@@ -120,9 +120,11 @@ class DualCodec(reference.DualCodec):
     def _engine(self) -> Any | None:
         """Return the engine to run on, or None when the reference is to run."""
         if self._released:
-            if _common.choose_backend(torch.device("cpu"), self.compute_dtype) == "reference":
+            graphs = self._engine_state[1] if self._engine_state else None
+            device = torch.device("cpu") if graphs is None else graphs.engine.device
+            if _common.choose_backend(device, self.compute_dtype) == "reference":
                 raise DualCodecError("DualCodec: the reference needs the parameters, which release=True has freed")
-            return self._engine_state[1] if self._engine_state else None
+            return graphs
         parameter = next(self.parameters())
         self._freed = self._freed or parameter.numel() == 0  # through another object that shares them
         self._check_parameters()
@@ -132,12 +134,13 @@ class DualCodec(reference.DualCodec):
         fingerprint, state = self._fingerprint(), self._engine_state
         if state is None or state[0] != fingerprint:
             from .engine import Engine
+            from .graphs import Graphs
 
             with _building:
                 state = self._engine_state
                 if state is None or state[0] != fingerprint:
                     self._engine_state = state = None  # the old weights go before the new ones come
-                    self._engine_state = state = (fingerprint, Engine(self, dtype))
+                    self._engine_state = state = (fingerprint, Graphs(Engine(self, dtype)))
                     _packed_models.add(self)
         return state[1]
 
@@ -194,18 +197,18 @@ class DualCodec(reference.DualCodec):
         engine = self._engine()
         if engine is None:
             return super()._encode(audio, feat, num_quantizers, sample_lengths, frame_lengths)
-        acoustic = audio is not None and num_quantizers != 1
-        codes, latent = engine.semantic_codes(feat, frame_lengths, return_latent=acoustic)
-        if not acoustic:
-            return codes, None
+        if num_quantizers == 1:
+            audio = None
         stages = None if num_quantizers is None else num_quantizers - 1
-        return codes, engine.acoustic_codes(audio, latent, stages, sample_lengths, frame_lengths)
+        frames = None if frame_lengths is None else frame_lengths.cpu()
+        samples = None if audio is None or sample_lengths is None else sample_lengths.cpu()
+        return engine.encode(audio, feat, stages, frames, samples)
 
     def _decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
         engine = self._engine()
         if engine is None:
             return super()._decode(semantic_codes, acoustic_codes, frame_lengths)
-        return engine.decode(semantic_codes, acoustic_codes, frame_lengths)
+        return engine.decode(semantic_codes, acoustic_codes, None if frame_lengths is None else frame_lengths.cpu())
 
 
 def _repack_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

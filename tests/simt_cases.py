@@ -56,7 +56,9 @@ def _run(command: Sequence[str]) -> str:
 
 def write_case(path: Path, tensors: Mapping[str, Tensor | int | None]) -> None:
     """Write tensors by name; a number becomes an int64 of one element, None is left out."""
-    values = {k: torch.tensor([v]) if isinstance(v, int) else v.contiguous() for k, v in tensors.items() if v is not None}
+    values = {
+        k: torch.tensor([v]) if isinstance(v, int) else v.contiguous() for k, v in tensors.items() if v is not None
+    }
     with open(path, "wb") as out:
         for name, value in values.items():
             shape = " ".join(str(n) for n in value.shape)
@@ -77,8 +79,10 @@ def read_case(path: Path) -> dict[str, Tensor]:
         count = torch.Size(sizes).numel()
         size = count * _DTYPES[dtype].itemsize
         chunk = bytearray(data[at : at + size])
-        found[name] = torch.frombuffer(chunk, dtype=_DTYPES[dtype]).reshape(sizes) if count else torch.empty(
-            sizes, dtype=_DTYPES[dtype]
+        found[name] = (
+            torch.frombuffer(chunk, dtype=_DTYPES[dtype]).reshape(sizes)
+            if count
+            else torch.empty(sizes, dtype=_DTYPES[dtype])
         )
         at += size
     return found
@@ -88,9 +92,9 @@ class Failed(Exception):
     """The program stopped: a sanitizer's or the emulator's report."""
 
 
-def run(program: Path, folder: Path, cases: Iterable[Mapping[str, Tensor | int | None]], seed: int = 1) -> tuple[
-    list[dict[str, Tensor]], set[str]
-]:
+def run(
+    program: Path, folder: Path, cases: Iterable[Mapping[str, Tensor | int | None]], seed: int = 1
+) -> tuple[list[dict[str, Tensor]], set[str]]:
     """Run a program on cases; returns the outputs of each, and the names of the kernels that ran."""
     paths = []
     for i, case in enumerate(cases):

@@ -233,7 +233,7 @@ def test_packed_weights_are_about_as_large_as_the_weights() -> None:
     _, fast = tiny(encoder_dim=32, decoder_dim=256)
     decoded(fast)
     parameters = sum(p.numel() * 4 for p in fast.parameters())
-    assert fast._engine_state[1].weight_bytes() < 1.6 * parameters
+    assert fast._engine_state[1].engine.weight_bytes() < 1.6 * parameters
 
 
 # from_pretrained

@@ -1,8 +1,8 @@
 // y[b, q S + p, n] = finish(sum over taps j and channels c of act(x[b, time(q, j, c), c]) W[p, j, c, n]): every
-// convolution, upsampling and linear layer as one implicit GEMM. A block owns kRows rows (time steps of one clip, or all
-// the steps of several short ones) by kColumns columns of one phase; it walks the channels in steps of 32 and, inside a
-// step, the taps, which are row offsets into one tile of snaked rows in shared memory. float32 sums. Rows of x are copied
-// 16 bytes at a time where its layout allows it (Params::vectors), else value by value.
+// convolution, upsampling and linear layer as one implicit GEMM. A block owns kRows rows (time steps of one clip, or
+// all the steps of several short ones) by kColumns columns of one phase; it walks the channels in steps of 32 and,
+// inside a step, the taps, which are row offsets into one tile of snaked rows in shared memory. float32 sums. Rows of x
+// are copied 16 bytes at a time where its layout allows it (Params::vectors), else value by value.
 #pragma once
 #include <math.h>
 
@@ -54,9 +54,9 @@ struct ConvGemm {
   static DCX_DEVICE int64_t out_valid(const Params& p, int64_t b) {
     if (p.lengths == nullptr) return p.out_steps;
     const int64_t steps = in_valid(p, b);
-    return p.phases.stride > 0 ? p.phases.output_steps(steps)
-                               : conv_output_steps(steps, p.conv_taps, p.conv_stride, p.conv_dilation, p.conv_left,
-                                                   p.conv_right);
+    return p.phases.stride > 0
+               ? p.phases.output_steps(steps)
+               : conv_output_steps(steps, p.conv_taps, p.conv_stride, p.conv_dilation, p.conv_left, p.conv_right);
   }
 
   static DCX_DEVICE Place place(const Params& p) {
@@ -188,19 +188,20 @@ struct ConvGemm {
       if (item >= p.tile_items || b >= p.batch || q >= p.rows || t >= p.out_steps || column >= p.columns) continue;
       const bool counts = t < out_valid(p, b);
       const int64_t source = t + p.residual_shift;
-      const bool adds = residual != nullptr && counts &&
-                        (p.residual_valid == 0 || (source >= 0 && source < in_valid(p, b)));
+      const bool adds =
+          residual != nullptr && counts && (p.residual_valid == 0 || (source >= 0 && source < in_valid(p, b)));
       T* to = y + b * p.y.stride_b + t * p.y.stride_t + column * p.y.stride_c;
-      const T* extra = adds ? residual + b * p.residual.stride_b + source * p.residual.stride_t +
-                                  column * p.residual.stride_c
-                            : nullptr;
+      const T* extra =
+          adds ? residual + b * p.residual.stride_b + source * p.residual.stride_t + column * p.residual.stride_c
+               : nullptr;
       Vector16<T> out;
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v) {
         const int64_t n = column + v;
         float value = 0.0f;
         if (counts && n < p.columns) {
-          value = finish_activation(sums[row * kSumLd + offset + v] + (p.bias != nullptr ? p.bias[n] : 0.0f), p.activation);
+          value =
+              finish_activation(sums[row * kSumLd + offset + v] + (p.bias != nullptr ? p.bias[n] : 0.0f), p.activation);
           if (p.out_alpha != nullptr) value = snake(value, p.out_alpha[n], snake_inverse(p.out_alpha[n]));
           if (adds) value += to_float(extra[v * p.residual.stride_c]);
         }

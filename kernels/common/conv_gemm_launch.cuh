@@ -1,5 +1,6 @@
-// The choice of conv_gemm.cuh's tile; defines plan_conv_gemm, so that one unit alone includes it. The choice changes no bit of the result: which sums are taken apart
-// (ranges) follows from the layer alone, tiles and blocks only decide who takes them.
+// The choice of conv_gemm.cuh's tile; defines plan_conv_gemm, so that one unit alone includes it. The choice changes no
+// bit of the result: which sums are taken apart (ranges) follows from the layer alone, tiles and blocks only decide who
+// takes them.
 #pragma once
 #include "conv_gemm.cuh"
 #include "conv_geometry.h"

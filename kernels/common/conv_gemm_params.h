@@ -17,28 +17,28 @@ inline Signal signal_of(const TensorView& view) {
 }
 
 struct ConvGemmParams {
-  Signal x;                    // [B, in_steps, in_channels]
-  Signal y;                    // [B, out_steps, columns], written
-  Signal residual;             // [B, ., columns], data null: none; y[t] += residual[t + residual_shift]
-  const void* weight;          // [every phase's taps][channels_padded][columns_padded] of the element type, zero-padded
-  const float* bias;           // [columns], null: none
-  const float* alpha;          // [in_channels], null: no Snake
-  const float* out_alpha;      // [columns]: Snake on the output, before the residual; null: none
-  const int64_t* lengths;      // [B], null: in_steps each
-  float* partial;              // one tile's sums per block, where ranges run in blocks of their own
-  uint32_t* counters;          // [tiles], zeros
+  Signal x;                // [B, in_steps, in_channels]
+  Signal y;                // [B, out_steps, columns], written
+  Signal residual;         // [B, ., columns], data null: none; y[t] += residual[t + residual_shift]
+  const void* weight;      // [every phase's taps][channels_padded][columns_padded] of the element type, zero-padded
+  const float* bias;       // [columns], null: none
+  const float* alpha;      // [in_channels], null: no Snake
+  const float* out_alpha;  // [columns]: Snake on the output, before the residual; null: none
+  const int64_t* lengths;  // [B], null: in_steps each
+  float* partial;          // one tile's sums per block, where ranges run in blocks of their own
+  uint32_t* counters;      // [tiles], zeros
   int64_t batch, in_steps, in_channels, columns, columns_padded;
-  int64_t out_steps;           // of the op
-  int64_t rows;                // q's range in one clip
-  int64_t channels;            // of a GEMM row: in_channels, or `fold` time steps of them side by side
-  int64_t channels_padded;     // to whole steps
-  int64_t row_step;            // time = (q * row_scale + j * dilation + first(p)) * row_step - pad_left + c / in_channels
+  int64_t out_steps;        // of the op
+  int64_t rows;             // q's range in one clip
+  int64_t channels;         // of a GEMM row: in_channels, or `fold` time steps of them side by side
+  int64_t channels_padded;  // to whole steps
+  int64_t row_step;         // time = (q * row_scale + j * dilation + first(p)) * row_step - pad_left + c / in_channels
   int64_t row_scale;
   int64_t taps, dilation, pad_left;  // of the GEMM; an upsampling takes its phases' taps
   int64_t conv_taps, conv_stride, conv_dilation, conv_left, conv_right;  // of the op, for the length of its output
-  UpsamplePhases phases;       // stride 0: no upsampling
+  UpsamplePhases phases;                                                 // stride 0: no upsampling
   int64_t residual_shift;
-  int64_t residual_valid;      // 1: residual steps past the input's length count as zero; 0: they follow y
+  int64_t residual_valid;  // 1: residual steps past the input's length count as zero; 0: they follow y
   Activation activation;
   // The tiling, by plan().
   int64_t tile_items, tile_rows;  // a tile covers tile_rows rows of each of tile_items clips
@@ -47,8 +47,8 @@ struct ConvGemmParams {
   int64_t segment;                // rows in shared memory per clip
   int ranges;                     // parts of the reduction that are summed apart and then added in order
   int row_buffers;
-  bool spread;                    // a block per range
-  bool per_tap;                   // rows are loaded again for every tap
+  bool spread;   // a block per range
+  bool per_tap;  // rows are loaded again for every tap
   bool vectors, vector_store;
 };
 

@@ -16,8 +16,8 @@ struct ConvGeometry {
   DCX_HOST_DEVICE int64_t channels_padded() const { return round_up(channels, kChannelUnit); }
 };
 
-// A strided convolution reads rows of `stride` steps, so that its rows lie side by side too; one of few inputs reads all
-// its taps as one row.
+// A strided convolution reads rows of `stride` steps, so that its rows lie side by side too; one of few inputs reads
+// all its taps as one row.
 inline ConvGeometry conv_geometry(int64_t in_channels, int64_t taps, int64_t stride, int64_t dilation) {
   if (taps == 1) return {1, 1, stride, 1, in_channels};
   if (dilation == 1 && in_channels * taps <= 2 * kChannelUnit) return {taps, 1, stride, 1, in_channels * taps};

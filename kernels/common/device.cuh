@@ -1,7 +1,7 @@
 // The device side's vocabulary: storage types, warp and block primitives, asynchronous copies, tensor-core products.
 // nvcc compiles it to PTX. A host compiler gets the same names from tests/simt/simt.h, which runs a block's threads as
-// fibers, so that every .cuh runs on a CPU under sanitizers. Kernels therefore use these wrappers alone, take all shared
-// memory from the pointer that run() is given, and keep every wrapper that names a warp convergent.
+// fibers, so that every .cuh runs on a CPU under sanitizers. Kernels therefore use these wrappers alone, take all
+// shared memory from the pointer that run() is given, and keep every wrapper that names a warp convergent.
 #pragma once
 #include <stdint.h>
 
@@ -154,14 +154,12 @@ DCX_DEVICE void mma_16x8x16<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_
 template <>
 DCX_DEVICE void mma_16x8x16<f16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0));
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[2]), "r"(a[3]), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[2]), "r"(a[3]), "r"(b1));
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
@@ -200,6 +198,8 @@ DCX_DEVICE void thread_fence() { __threadfence(); }
 // A load that other blocks' fenced stores are visible to.
 DCX_DEVICE float load_coherent(const float* p) { return __ldcg(p); }
 DCX_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DCX_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
+DCX_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 DCX_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 DCX_DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 

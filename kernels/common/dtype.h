@@ -22,7 +22,9 @@ struct TensorView {
   int64_t stride_t = 0;
 };
 
-DCX_HOST_DEVICE inline int64_t element_size(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
+DCX_HOST_DEVICE inline int64_t element_size(DType dtype) {
+  return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
+}
 
 // Channel counts are padded to this many columns in packed weights and scratch tiles: one AVX-512 register of floats,
 // so that no kernel needs a masked column.
@@ -30,7 +32,6 @@ constexpr int64_t kColumnUnit = 16;
 
 DCX_HOST_DEVICE inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 DCX_HOST_DEVICE inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
-
 
 template <class T>
 DCX_HOST_DEVICE inline T minimum(T a, T b) {

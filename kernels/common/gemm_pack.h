@@ -8,7 +8,9 @@ namespace dcx {
 
 constexpr int64_t kMaxPanelWidth = 48;
 
-DCX_HOST_DEVICE inline int64_t panel_count(int64_t columns) { return ceil_div(round_up(columns, kColumnUnit), kMaxPanelWidth); }
+DCX_HOST_DEVICE inline int64_t panel_count(int64_t columns) {
+  return ceil_div(round_up(columns, kColumnUnit), kMaxPanelWidth);
+}
 
 // First column of panel i; panel i ends where panel i + 1 starts.
 DCX_HOST_DEVICE inline int64_t panel_begin(int64_t columns, int64_t i) {

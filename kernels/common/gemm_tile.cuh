@@ -50,9 +50,9 @@ struct HalfTile {
         ldmatrix_x4_trans(b, own_weights + k * kWeightPitch<kColumns> + n * 16);
         DCX_UNROLL
         for (int m = 0; m < kM; ++m) {
-          float(&block)[8] = *reinterpret_cast<float(*)[8]>(sums + (m * kN + n) * 8);
-          mma_16x8x16<T>(*reinterpret_cast<float(*)[4]>(block), a[m], b[0], b[1]);
-          mma_16x8x16<T>(*reinterpret_cast<float(*)[4]>(block + 4), a[m], b[2], b[3]);
+          float (&block)[8] = *reinterpret_cast<float (*)[8]>(sums + (m * kN + n) * 8);
+          mma_16x8x16<T>(*reinterpret_cast<float (*)[4]>(block), a[m], b[0], b[1]);
+          mma_16x8x16<T>(*reinterpret_cast<float (*)[4]>(block + 4), a[m], b[2], b[3]);
         }
       }
     }
@@ -61,10 +61,8 @@ struct HalfTile {
   static DCX_DEVICE void store(const float (&sums)[kSums], float* out) {
     const int lane = thread_index() % kWarp;
     DCX_UNROLL
-    for (int m = 0; m < kM; ++m)
-      DCX_UNROLL
-    for (int n = 0; n < kN * 2; ++n)
-      DCX_UNROLL
+    for (int m = 0; m < kM; ++m) DCX_UNROLL
+    for (int n = 0; n < kN * 2; ++n) DCX_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = first_row() + m * 16 + half * 8 + lane / 4;
       float* to = out + row * kSumPitch<kColumns> + first_column() + n * 8 + lane % 4 * 2;
@@ -110,7 +108,7 @@ struct Tf32Tile {
         const float* b = weights + (k + lane % 4) * kWeightPitch<kColumns> + first_column() + n * 8 + lane / 4;
         DCX_UNROLL
         for (int m = 0; m < kM; ++m)
-          mma_16x8x8_tf32(*reinterpret_cast<float(*)[4]>(sums + (m * kN + n) * 4), a[m], b[0],
+          mma_16x8x8_tf32(*reinterpret_cast<float (*)[4]>(sums + (m * kN + n) * 4), a[m], b[0],
                           b[4 * kWeightPitch<kColumns>]);
       }
     }
@@ -119,10 +117,8 @@ struct Tf32Tile {
   static DCX_DEVICE void store(const float (&sums)[kSums], float* out) {
     const int lane = thread_index() % kWarp;
     DCX_UNROLL
-    for (int m = 0; m < kM; ++m)
-      DCX_UNROLL
-    for (int n = 0; n < kN; ++n)
-      DCX_UNROLL
+    for (int m = 0; m < kM; ++m) DCX_UNROLL
+    for (int n = 0; n < kN; ++n) DCX_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = first_row() + m * 16 + half * 8 + lane / 4;
       float* to = out + row * kSumPitch<kColumns> + first_column() + n * 8 + lane % 4 * 2;
@@ -158,18 +154,15 @@ struct FloatTile {
       for (int r = 0; r < kRowPointers; ++r) {
         const Vector16<float> a = *reinterpret_cast<const Vector16<float>*>(rows + offsets[r] + k);
         DCX_UNROLL
-        for (int i = 0; i < 4; ++i)
-          DCX_UNROLL
-        for (int n = 0; n < 4; ++n)
-          sums[r * 4 + n] = fused_multiply_add(a.values[i], b[i].values[n], sums[r * 4 + n]);
+        for (int i = 0; i < 4; ++i) DCX_UNROLL
+        for (int n = 0; n < 4; ++n) sums[r * 4 + n] = fused_multiply_add(a.values[i], b[i].values[n], sums[r * 4 + n]);
       }
     }
   }
 
   static DCX_DEVICE void store(const float (&sums)[kSums], float* out) {
     DCX_UNROLL
-    for (int r = 0; r < kRowPointers; ++r)
-      DCX_UNROLL
+    for (int r = 0; r < kRowPointers; ++r) DCX_UNROLL
     for (int n = 0; n < 4; ++n) out[pointer_row(r) * kSumPitch<kColumns> + first_column() + n] = sums[r * 4 + n];
   }
 };

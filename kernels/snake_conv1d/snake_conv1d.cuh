@@ -29,10 +29,9 @@ struct NarrowConv {
     const T* packed = static_cast<const T*>(p.weight);
     const int64_t b = block_x() / p.row_tiles, q0 = block_x() % p.row_tiles * kThreads;
     const int64_t in_steps = p.lengths != nullptr ? maximum(int64_t{0}, minimum(p.lengths[b], p.in_steps)) : p.in_steps;
-    const int64_t out_steps =
-        p.lengths != nullptr
-            ? conv_output_steps(in_steps, p.conv_taps, p.conv_stride, p.conv_dilation, p.conv_left, p.conv_right)
-            : p.out_steps;
+    const int64_t out_steps = p.lengths != nullptr ? conv_output_steps(in_steps, p.conv_taps, p.conv_stride,
+                                                                       p.conv_dilation, p.conv_left, p.conv_right)
+                                                   : p.out_steps;
     const int64_t q = q0 + thread_index();
     float sums[kNarrowOutputs] = {};
     for (int64_t c0 = 0; c0 < p.channels; c0 += kDepth) {

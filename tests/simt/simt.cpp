@@ -221,7 +221,7 @@ void wait_copies(int pending) {
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row must be aligned to 16 bytes");
   LoadMatrix mine{row, transposed, r};
-  warp_together(transposed ? "ldmatrix.trans" : "ldmatrix", &mine, [](void* const (&all)[32]) {
+  warp_together(transposed ? "ldmatrix.trans" : "ldmatrix", &mine, [](void* const(&all)[32]) {
     for (int lane = 0; lane < 32; ++lane) {
       const LoadMatrix& own = *static_cast<const LoadMatrix*>(all[lane]);
       for (int matrix = 0; matrix < 4; ++matrix) {
@@ -273,9 +273,9 @@ void multiply_all(void* const (&all)[32], bool pairs) {
 
 void multiply_fragments(Product& mine, bool pairs) {
   if (pairs)
-    warp_together("mma", &mine, [](void* const (&all)[32]) { multiply_all(all, true); });
+    warp_together("mma", &mine, [](void* const(&all)[32]) { multiply_all(all, true); });
   else
-    warp_together("mma.tf32", &mine, [](void* const (&all)[32]) { multiply_all(all, false); });
+    warp_together("mma.tf32", &mine, [](void* const(&all)[32]) { multiply_all(all, false); });
 }
 
 void run_blocks(const std::type_info& kernel, int threads, int64_t x, int64_t y, int64_t z, size_t smem_bytes,
@@ -336,7 +336,7 @@ uint32_t ballot(bool value) {
     bool value;
     uint32_t result;
   } mine{value, 0};
-  simt::warp_together("ballot", &mine, [](void* const (&all)[32]) {
+  simt::warp_together("ballot", &mine, [](void* const(&all)[32]) {
     uint32_t result = 0;
     for (int lane = 0; lane < 32; ++lane)
       result |= static_cast<uint32_t>(static_cast<const Vote*>(all[lane])->value) << lane;

@@ -59,7 +59,7 @@ struct Exchange {
 template <class T>
 T exchange(const char* name, T value, int from) {
   Exchange<T> mine{value, from, value};
-  warp_together(name, &mine, [](void* const (&all)[32]) {
+  warp_together(name, &mine, [](void* const(&all)[32]) {
     for (void* lane : all) {
       auto* own = static_cast<Exchange<T>*>(lane);
       own->result = static_cast<const Exchange<T>*>(all[own->from & 31])->value;
@@ -75,7 +75,8 @@ struct LoadMatrix {
 };
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
 
-// A product of fragments that lie as the hardware has them: K = 16 with two 16-bit values in a word, or K = 8 of floats.
+// A product of fragments that lie as the hardware has them: K = 16 with two 16-bit values in a word, or K = 8 of
+// floats.
 struct Product {
   float* d;        // 4
   const float* a;  // [rows g, g + 8][its columns], unpacked: see the callers
@@ -127,7 +128,9 @@ inline int64_t block_y() { return simt::position().block[1]; }
 inline int64_t block_z() { return simt::position().block[2]; }
 
 inline void sync_threads() { simt::barrier(); }
-inline void sync_warp() { simt::warp_together("sync_warp", nullptr, [](void* const (&)[32]) {}); }
+inline void sync_warp() {
+  simt::warp_together("sync_warp", nullptr, [](void* const(&)[32]) {});
+}
 template <class T>
 inline T shuffle(T value, int lane) {
   return simt::exchange("shuffle", value, lane);
@@ -164,6 +167,14 @@ void atomic_min(int64_t* p, int64_t value);
 inline void thread_fence() {}
 inline float load_coherent(const float* p) { return *p; }
 inline float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+inline uint64_t bits_of(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return bits;
+}
+inline uint64_t multiply_high(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline float infinity() { return INFINITY; }
 inline float not_a_number() { return NAN; }
 

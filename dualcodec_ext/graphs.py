@@ -1,0 +1,262 @@
+"""CUDA graphs: whole decodes and encodes, recorded once per (batch, frames) bucket and replayed.
+
+A short call is bound by starting its forty-odd kernels one by one; a graph starts them at once. Frames are rounded up
+to a bucket, and lengths keep what lies behind a clip's end from mattering, so that a replay gives the bits of the
+eager engine.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .engine import Engine
+from .errors import DualCodecError
+
+MAX_FRAMES = 2048  # of a bucket; a longer call is bound by its work, not by its launches
+_CAP = "DUALCODEC_EXT_GRAPH_MIB"
+_DEFAULT_CAP_MIB = 4096
+
+
+def bucket_frames(frames: int) -> int | None:
+    """Return the frames that a call of `frames` is rounded up to; None: it runs without a graph."""
+    if frames <= 16:
+        return frames or None
+    if frames > MAX_FRAMES:
+        return None
+    unit = 8 if frames <= 256 else 64
+    return -(-frames // unit) * unit
+
+
+def memory_cap_bytes() -> int:
+    """Return how much memory a model's graphs may hold: DUALCODEC_EXT_GRAPH_MIB, by default 4096; 0 turns them off."""
+    text = os.environ.get(_CAP, "").strip() or str(_DEFAULT_CAP_MIB)
+    if not text.isdecimal():
+        raise DualCodecError(f"{_CAP} must be a number of MiB, got {text!r}")
+    return int(text) * 2**20
+
+
+Run = Callable[[], tuple[Tensor, ...]]
+
+
+class Recorder(Protocol):
+    """Turns a function on fixed tensors into one that can be repeated cheaply."""
+
+    def record(self, run: Run) -> tuple[Callable[[], Any], tuple[Tensor, ...], int]:
+        """Return (replay, the tensors that a replay fills, bytes that the recording holds)."""
+        ...
+
+
+class CudaRecorder:
+    """Records with torch.cuda.CUDAGraph, each recording in memory of its own, so that it can be dropped alone."""
+
+    def record(self, run: Run) -> tuple[Callable[[], Any], tuple[Tensor, ...], int]:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            run()  # what a first call sets up may not happen inside a recording
+        current.wait_stream(side)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run()
+        return graph.replay, outputs, max(0, torch.cuda.memory_reserved() - before)
+
+
+@dataclass
+class _Recording:
+    inputs: dict[str, Tensor]
+    replay: Callable[[], Any]
+    outputs: tuple[Tensor, ...]
+    bytes: int
+    lengths: tuple[Any, ...] | None = None  # what inputs["lengths"] holds now
+    free: Any = None  # the event behind the last use
+
+
+@dataclass
+class Graphs:
+    """Runs an engine through recordings: the second call of a bucket records, later ones replay.
+
+    Args:
+        engine: what is recorded.
+        recorder: how; None: CudaRecorder on CUDA, not at all elsewhere.
+        cap_bytes: memory that all recordings may hold; the ones used longest ago are dropped for new ones.
+    """
+
+    engine: Engine
+    recorder: Recorder | None = None
+    cap_bytes: int = field(default_factory=memory_cap_bytes)
+
+    def __post_init__(self) -> None:
+        if self.recorder is None and self.engine.device.type == "cuda":
+            self.recorder = CudaRecorder()
+        self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
+        self._seen: set[Any] = set()
+        self._too_large: set[Any] = set()
+        self._lock = threading.Lock()
+
+    def held_bytes(self) -> int:
+        """Return the memory that the recordings hold."""
+        return sum(recording.bytes for recording in self._recordings.values())
+
+    def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
+        """As `Engine.decode`, with the codes' own lengths [B] on the CPU or None."""
+        batch, _, frames = semantic_codes.shape
+        stages = 0 if acoustic_codes is None else acoustic_codes.shape[1]
+        wide = bucket_frames(frames)
+        key = ("decode", batch, wide, stages)
+        with self._lock:
+            recording = self._find(key, lambda: self._record_decode(batch, wide or 0, stages))
+            if recording is not None:
+                self._fill(recording, "semantic", semantic_codes)
+                if acoustic_codes is not None:
+                    self._fill(recording, "acoustic", acoustic_codes)
+                own = [frames] * batch if frame_lengths is None else frame_lengths.tolist()
+                self._fill_lengths(recording, (tuple(own),), self.engine.decode_lengths)
+                audio, lowest, highest = self._replay(recording)
+                samples = self.engine.decoded_samples(frames)
+                audio = audio[..., :samples].clone()
+                extremes = torch.stack([lowest, highest]).clone()
+                self._release(recording)
+        if recording is None:
+            lengths = None if frame_lengths is None else self.engine.decode_lengths(frame_lengths)
+            return self.engine.decode(semantic_codes, acoustic_codes, self._to_device(lengths))
+        if self._out_of_range(extremes, stages):
+            # Names the code, on the codes as they came; padding that nobody looks at may hold anything.
+            lengths = None if frame_lengths is None else self.engine.decode_lengths(frame_lengths)
+            return self.engine.decode(semantic_codes, acoustic_codes, self._to_device(lengths))
+        return audio
+
+    def encode(
+        self,
+        audio: Tensor | None,
+        semantic_repr: Tensor,
+        num_quantizers: int | None,
+        frame_lengths: Tensor | None,
+        sample_lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Engine.encode`, with the inputs' own lengths [B] on the CPU or None."""
+        batch, _, frames = semantic_repr.shape
+        hop = self.engine.hop_samples
+        longest = frames if audio is None else max(frames, audio.shape[-1] // hop)
+        wide = bucket_frames(longest)
+        key = ("encode", batch, wide, audio is not None, num_quantizers)
+        with self._lock:
+            recording = self._find(
+                key, lambda: self._record_encode(batch, wide or 0, audio is not None, num_quantizers, semantic_repr)
+            )
+            if recording is not None:
+                self._fill(recording, "features", semantic_repr)
+                own = [frames] * batch if frame_lengths is None else frame_lengths.tolist()
+                samples: list[int] | None = None
+                if audio is not None:
+                    self._fill(recording, "audio", audio)
+                    samples = [audio.shape[-1]] * batch if sample_lengths is None else sample_lengths.tolist()
+                lengths = (tuple(own), None if samples is None else tuple(samples))
+                self._fill_lengths(recording, lengths, self.engine.encode_lengths)
+                codes = [c[..., :frames].clone() for c in self._replay(recording)]
+                self._release(recording)
+                return codes[0], codes[1] if len(codes) > 1 else None
+        rows = None if frame_lengths is None else self.engine.encode_lengths(frame_lengths, sample_lengths)
+        return self.engine.encode(audio, semantic_repr, num_quantizers, self._to_device(rows))
+
+    def _to_device(self, rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows.to(self.engine.device)
+
+    def _find(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
+        """Return the bucket's recording, made now where this is its second call; None: run without one."""
+        _, batch, wide = key[:3]
+        if self.recorder is None or not batch or wide is None or self.cap_bytes == 0 or key in self._too_large:
+            return None
+        if self.engine.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        if key in self._recordings:
+            self._recordings.move_to_end(key)
+        elif key not in self._seen:
+            self._seen.add(key)
+            return None
+        else:
+            recording = record()
+            if recording.bytes > self.cap_bytes:
+                self._too_large.add(key)
+                return None
+            while self._recordings and self.held_bytes() + recording.bytes > self.cap_bytes:
+                self._recordings.popitem(last=False)
+            self._recordings[key] = recording
+        found = self._recordings[key]
+        if found.free is not None:
+            found.free.wait()  # on the current stream: the last use may have been on another one
+        return found
+
+    def _release(self, recording: _Recording) -> None:
+        if self.engine.device.type == "cuda":
+            recording.free = torch.cuda.Event()
+            recording.free.record()
+
+    def _replay(self, recording: _Recording) -> tuple[Tensor, ...]:
+        recording.replay()
+        return recording.outputs
+
+    def _fill(self, recording: _Recording, name: str, value: Tensor) -> None:
+        recording.inputs[name][..., : value.shape[-1]].copy_(value)
+
+    def _fill_lengths(
+        self, recording: _Recording, lengths: tuple[Sequence[int] | None, ...], rows: Callable[..., Tensor]
+    ) -> None:
+        if recording.lengths != lengths:
+            tensors = [None if n is None else torch.tensor(n, dtype=torch.int64) for n in lengths]
+            recording.inputs["lengths"].copy_(rows(*tensors))
+            recording.lengths = lengths
+
+    def _record(self, inputs: dict[str, Tensor], run: Run) -> _Recording:
+        assert self.recorder is not None
+        with torch.no_grad():
+            replay, outputs, held = self.recorder.record(run)
+        held += sum(x.numel() * x.element_size() for x in inputs.values())
+        return _Recording(inputs, replay, outputs, held)
+
+    def _record_decode(self, batch: int, frames: int, stages: int) -> _Recording:
+        engine, device = self.engine, self.engine.device
+        inputs = {"semantic": torch.zeros(batch, 1, frames, dtype=torch.int64, device=device)}
+        if stages:
+            inputs["acoustic"] = torch.zeros(batch, stages, frames, dtype=torch.int64, device=device)
+        inputs["lengths"] = engine.decode_lengths(torch.full((batch,), frames)).to(device)
+
+        def run() -> tuple[Tensor, ...]:
+            codes = [inputs["semantic"], *([inputs["acoustic"]] if stages else [])]
+            extremes = [torch.aminmax(c) for c in codes]
+            audio = engine.decode(inputs["semantic"], inputs.get("acoustic"), inputs["lengths"])
+            return audio, torch.stack([e.min for e in extremes]), torch.stack([e.max for e in extremes])
+
+        return self._record(inputs, run)
+
+    def _record_encode(
+        self, batch: int, frames: int, acoustic: bool, num_quantizers: int | None, like: Tensor
+    ) -> _Recording:
+        engine, device = self.engine, self.engine.device
+        inputs = {"features": torch.zeros(batch, like.shape[1], frames, dtype=engine.dtype, device=device)}
+        full = torch.full((batch,), frames)
+        if acoustic:
+            samples = frames * engine.hop_samples
+            inputs["audio"] = torch.zeros(batch, 1, samples, dtype=engine.dtype, device=device)
+        inputs["lengths"] = engine.encode_lengths(full, full * engine.hop_samples if acoustic else None).to(device)
+
+        def run() -> tuple[Tensor, ...]:
+            codes = engine.encode(inputs.get("audio"), inputs["features"], num_quantizers, inputs["lengths"])
+            return tuple(c for c in codes if c is not None)
+
+        return self._record(inputs, run)
+
+    def _out_of_range(self, extremes: Tensor, stages: int) -> bool:
+        """Whether a code lies outside its codebook; waits for the replay."""
+        limits = [self.engine.semantic_entries, *([self.engine.acoustic_entries] if stages else [])]
+        lowest, highest = extremes.tolist()
+        return any(low < 0 or high >= n for low, high, n in zip(lowest, highest, limits, strict=True))

@@ -1,0 +1,160 @@
+"""Buckets of recorded decodes and encodes: the same bits as the eager engine, within the memory cap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dualcodec_ext as dx
+from dualcodec_ext import testing
+from dualcodec_ext.engine import Engine
+from dualcodec_ext.graphs import MAX_FRAMES, CudaRecorder, Graphs, bucket_frames, memory_cap_bytes
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Repeating:
+    """Records on the CPU: a replay runs the function again into the tensors of the first run."""
+
+    def __init__(self, held: int = 1000) -> None:
+        self.recorded, self.held = 0, held
+
+    def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], Any], tuple[Tensor, ...], int]:
+        self.recorded += 1
+        outputs = run()
+
+        def replay() -> None:
+            for to, value in zip(outputs, run(), strict=True):
+                to.copy_(value)
+
+        return replay, outputs, self.held
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(testing.seeded_model(), torch.float32)
+
+
+def codes_for(engine: Engine, batch: int, frames: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    semantic = torch.randint(engine.semantic_entries, (batch, 1, frames), generator=g)
+    return semantic, torch.randint(engine.acoustic_entries, (batch, 2, frames), generator=g)
+
+
+def test_buckets() -> None:
+    assert [bucket_frames(n) for n in (0, 1, 16, 17, 24, 125, 256, 257, MAX_FRAMES, MAX_FRAMES + 1)] == [
+        None, 1, 16, 24, 24, 128, 256, 320, MAX_FRAMES, None
+    ]  # fmt: skip
+    for n in range(1, MAX_FRAMES + 1):
+        assert n <= (bucket_frames(n) or 0) <= n + max(7, n // 4)
+
+
+def test_decode_in_a_bucket_has_the_engines_bits(engine: Engine) -> None:
+    recorder = Repeating()
+    graphs = Graphs(engine, recorder, 10**9)
+    for batch, frames, lengths in ((2, 19, None), (2, 24, None), (2, 20, [20, 7]), (2, 17, [0, 17]), (1, 3, None)):
+        semantic, acoustic = codes_for(engine, batch, frames)
+        own = None if lengths is None else torch.tensor(lengths)
+        rows = None if own is None else engine.decode_lengths(own)
+        for stages in (2, 1, 0):
+            some = acoustic[:, :stages] if stages else None
+            wanted = engine.decode(semantic, some, rows)
+            for _ in range(3):
+                got = graphs.decode(semantic, some, own)
+                assert got.shape == wanted.shape and torch.equal(got, wanted)
+    # The one bucket of 17 to 24 frames and that of 3 frames, each with three numbers of stages.
+    assert recorder.recorded == 6
+
+
+def test_encode_in_a_bucket_has_the_engines_bits(engine: Engine) -> None:
+    recorder = Repeating()
+    graphs = Graphs(engine, recorder, 10**9)
+    hop = engine.hop_samples
+    for frames, feature_frames in ((19, 19), (20, 18), (17, 17)):
+        g = torch.Generator().manual_seed(frames)
+        audio = torch.randn(2, 1, frames * hop, generator=g) * 0.3
+        features = torch.randn(2, testing.TINY["semantic_dim"], feature_frames, generator=g)
+        for quantizers in (None, 1):
+            wanted = engine.encode(audio, features, quantizers, None)
+            for _ in range(3):
+                got = graphs.encode(audio, features, quantizers, None, None)
+                assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+        alone = graphs.encode(None, features, None, None, None)
+        assert torch.equal(alone[0], wanted[0]) and alone[1] is None
+        own = torch.tensor([feature_frames, 5])
+        rows = engine.encode_lengths(own, own * hop)
+        wanted = engine.encode(audio, features, None, rows)
+        got = graphs.encode(audio, features, None, own, own * hop)
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    assert recorder.recorded == 3
+
+
+def test_results_are_the_callers_own(engine: Engine) -> None:
+    graphs = Graphs(engine, Repeating(), 10**9)
+    first, second = codes_for(engine, 1, 5, seed=1), codes_for(engine, 1, 5, seed=2)
+    graphs.decode(*first, None)
+    kept = graphs.decode(*first, None)
+    before = kept.clone()
+    graphs.decode(*second, None)
+    assert torch.equal(kept, before)
+
+
+def test_codes_out_of_range_raise_from_a_replay_too(engine: Engine) -> None:
+    graphs = Graphs(engine, Repeating(), 10**9)
+    semantic, acoustic = codes_for(engine, 1, 6)
+    for _ in range(3):
+        graphs.decode(semantic, acoustic, None)
+    wrong = acoustic.clone()
+    wrong[0, 1, 4] = engine.acoustic_entries
+    with pytest.raises(ValueError, match=r"rvq_lookup: codes must be in \[0, \d+\), got \d+ at .* stage 1, frame 4"):
+        graphs.decode(semantic, wrong, None)
+    # Behind an item's end nobody looks at the codes.
+    cut = torch.tensor([4])
+    assert torch.equal(graphs.decode(semantic, wrong, cut), engine.decode(semantic, wrong, engine.decode_lengths(cut)))
+    graphs.decode(semantic, acoustic, None)
+
+
+def test_the_cap_drops_what_was_used_longest_ago(engine: Engine) -> None:
+    recorder = Repeating(held=1000)
+    graphs = Graphs(engine, recorder, 4000)
+    for frames in (1, 2, 3, 4):
+        for _ in range(2):
+            graphs.decode(*codes_for(engine, 1, frames), None)
+    assert recorder.recorded == 4 and 2000 < graphs.held_bytes() <= 4000
+    graphs.decode(*codes_for(engine, 1, 4), None)
+    assert recorder.recorded == 4
+    graphs.decode(*codes_for(engine, 1, 1), None)  # dropped before, recorded again
+    assert recorder.recorded == 5
+    large = Graphs(engine, Repeating(held=9000), 5000)
+    for _ in range(3):
+        large.decode(*codes_for(engine, 1, 2), None)
+    assert large.held_bytes() == 0 and large.recorder.recorded == 1  # type: ignore[attr-defined]
+    off = Graphs(engine, Repeating(), 0)
+    for _ in range(3):
+        off.decode(*codes_for(engine, 1, 2), None)
+    assert off.recorder.recorded == 0  # type: ignore[attr-defined]
+
+
+def test_the_caps_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALCODEC_EXT_GRAPH_MIB", "7")
+    assert memory_cap_bytes() == 7 * 2**20
+    monkeypatch.setenv("DUALCODEC_EXT_GRAPH_MIB", "lots")
+    with pytest.raises(dx.DualCodecError, match="DUALCODEC_EXT_GRAPH_MIB must be a number of MiB, got 'lots'"):
+        memory_cap_bytes()
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_cuda_graphs_have_the_eager_bits(dtype: torch.dtype) -> None:
+    model = testing.seeded_model().cuda()
+    engine = Engine(model, dtype)
+    graphs = Graphs(engine, CudaRecorder(), 2**30)
+    for batch, frames in ((1, 1), (3, 20), (1, 125)):
+        codes = [c.cuda() for c in codes_for(engine, batch, frames)]
+        wanted = engine.decode(*codes, None)
+        for _ in range(3):
+            assert torch.equal(graphs.decode(*codes, None), wanted)
