@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -196,7 +198,8 @@ def find_directory(source: str | Path, patterns: list[str]) -> Path:
     client = _client(hub)
     wanted = [f"{hub.inside}/{pattern}".lstrip("/") for pattern in patterns]
     try:
-        root = client.snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted)
+        with _quiet():
+            root = client.snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted)
     except Exception as error:  # the client's own, its HTTP library's, the disk's
         _refuse_download(hub, "", error)
     return Path(root) / hub.inside
@@ -255,10 +258,23 @@ def _client(hub: HubName) -> Any:
     return huggingface_hub
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the client's lines about its retries: what came of them is told in one line of ours."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _fetch(hub: HubName, file: str) -> Path:
     client = _client(hub)
     try:
-        return Path(client.hf_hub_download(hub.repo, file, revision=hub.revision))
+        with _quiet():
+            return Path(client.hf_hub_download(hub.repo, file, revision=hub.revision))
     except Exception as error:  # the client's own, its HTTP library's, the disk's
         _refuse_download(hub, file, error)
 
@@ -266,7 +282,8 @@ def _fetch(hub: HubName, file: str) -> Path:
 def _fetch_if_there(hub: HubName, file: str) -> Path | None:
     client = _client(hub)
     try:
-        return Path(client.hf_hub_download(hub.repo, file, revision=hub.revision))
+        with _quiet():
+            return Path(client.hf_hub_download(hub.repo, file, revision=hub.revision))
     except Exception as error:
         # To the client being offline is a kind of "no such entry", yet it says nothing about the repository.
         errors = client.utils

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from pathlib import Path
@@ -249,10 +250,12 @@ def test_a_local_source_says_which_model_it_is(tmp_path: Path) -> None:
         hub.find_checkpoint(str(missing), "12hz_v1")
 
 
-def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     client = pytest.importorskip("huggingface_hub")
+    theirs = logging.getLogger("huggingface_hub.utils._http")
 
     def offline(*args: Any, **options: Any) -> str:
+        theirs.warning("retrying in 1 s")
         raise client.utils.LocalEntryNotFoundError("no network\nand no cache")
 
     monkeypatch.setattr(client, "hf_hub_download", offline)
@@ -261,6 +264,8 @@ def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "snapshot_download", offline)
     with pytest.raises(dx.DualCodecError, match=r"facebook/w2v-bert-2\.0 could not be fetched .*: no network"):
         hub.find_directory("hf://facebook/w2v-bert-2.0", ["*.json"])
+    assert not caplog.records
+    theirs.warning("told again")
     with pytest.raises(dx.DualCodecError, match=r"a hub path must be hf://owner/name, got hf://codec$"):
         hub.find_checkpoint("hf://codec", "12hz_v1")
     assert hub.HubName.parse("ckpts/missing.safetensors") is None  # a mistyped file, and no repository
