@@ -11,6 +11,12 @@ PEER := dualcodec==0.4.2 einops easydict
 CMAKE := $(shell command -v cmake || echo $(abspath $(BIN))/cmake)
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
+# A torch with CUDA, to build and check the CUDA code with; it needs nvcc of the same major version, and no GPU.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+CUDA_ARCHS ?= 8.0;9.0a
+ALL_CUDA_ARCHS := 7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX
+
 PACKAGING := setup.py pyproject.toml dualcodec_ext/_version.py
 SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
 CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp -name '*.cpp' -o -name '*.h')
@@ -19,7 +25,7 @@ CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp -name '*
 extra = $(BIN)/python -c "import sys, tomllib; \
   print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]], sep='\n')" $(1)
 
-.PHONY: build demo test pytest ctest neon bench lint wheel sdist clean
+.PHONY: build demo test pytest ctest cuda cuda-archs neon bench lint wheel sdist clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -36,6 +42,17 @@ ctest: $(CMAKE) $(VENV)/.torch
 	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null
 	$(CMAKE) --build build/cmake -j $(JOBS)
 	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure
+
+# The CUDA code, built for CUDA_ARCHS with a CUDA torch in an environment of its own and checked there without a GPU:
+# it imports, registers, keeps its registers and spills nothing, and every kernel has run on the CPU.
+cuda: $(CUDA_VENV)/.torch $(VENV)/.test
+	DUALCODEC_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHS)' \
+	  $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+	$(CUDA_VENV)/bin/pytest -q tests/test_cuda_module.py tests/test_layering.py
+
+# As `cuda`, for every architecture.
+cuda-archs:
+	$(MAKE) cuda CUDA_ARCHS='$(ALL_CUDA_ARCHS)'
 
 # The kernels for 64-bit Arm, by a cross compiler, their tests under QEMU: Debian's g++-aarch64-linux-gnu and qemu-user.
 ARM := aarch64-linux-gnu-g++ -std=c++20 -O2 -ffp-contract=off -Wall -Wextra -DDCX_ISA=0 -static -Ikernels
@@ -66,7 +83,7 @@ sdist: $(VENV)/.torch
 	$(BIN)/python -m build --sdist --no-isolation --skip-dependency-check
 
 clean:
-	rm -rf build dist $(VENV) dualcodec_ext/_C*.so dualcodec_ext/_build_record.json *.egg-info
+	rm -rf build dist $(VENV) $(CUDA_VENV) dualcodec_ext/_C*.so dualcodec_ext/_build_record.json *.egg-info
 
 $(VENV)/.python:
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
@@ -91,6 +108,12 @@ $(VENV)/.test: $(VENV)/.installed
 	$(call extra,test) > $@.txt
 	$(PIP) install -q -r $@.txt
 	$(PIP) install -q --no-deps $(PEER) || echo "the PyPI package could not be had: the tests that compare with it are skipped"
+	touch $@
+
+$(CUDA_VENV)/.torch: $(VENV)/.test
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install -q $(CUDA_TORCH) 'setuptools>=77' ninja numpy
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install -q pytest hypothesis safetensors
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml

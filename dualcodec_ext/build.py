@@ -291,6 +291,8 @@ def _describe(info: dict[str, Any]) -> list[str]:
         lines.append(f"  built for torch {built['torch']} by {built.get('compiler')}{commit}")
         archs = "none" if built.get("cuda") is None else f"{built['cuda']} for {', '.join(built['cuda_archs'])}"
         lines.append(f"  CUDA code: {archs}")
+        if "7.5" in (built.get("cuda_archs") or []):
+            lines.append("  7.5: float32 and float16 kernels alone, those GPUs have no bfloat16 tensor cores")
     for name, facts in info["cpu"].items():
         state = "ready" if facts["detected"] else "this CPU lacks it"
         if not facts["compiled"]:

@@ -1,0 +1,134 @@
+"""The built CUDA code, without a GPU: it imports and registers, its kernels keep their budgets, its fakes fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import dualcodec_ext as dx
+from dualcodec_ext import build, testing
+
+MODULE = build.load_module()
+BUILT = (build.build_record() or {}).get("cuda")
+pytestmark = pytest.mark.skipif(MODULE is None or BUILT is None, reason="the compiled module has no CUDA code")
+
+OPS = ("rvq_search", "rvq_lookup", "causal_dwconv1d", "snake_conv1d", "snake_upsample1d", "residual_unit")
+PACKERS = ("pack_conv1d", "pack_residual_unit", "pack_rvq", "pack_upsample1d")
+# Registers per thread: 65,536 are shared by a multiprocessor's threads, and a thread has 255 at most. A kernel that
+# outgrows its row would run with fewer blocks at a time than its launch bounds promise, or spill.
+REGISTERS = (
+    (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 128.*true", 240),  # 256 threads, one block
+    (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 128", 184),
+    (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 96", 160),
+    (r"", 168),  # three blocks of 128 threads
+)
+
+
+class Usage(NamedTuple):
+    arch: str
+    kernel: str
+    registers: int
+    stack: int
+    local: int
+
+
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, or of triton's wheel."""
+    found = shutil.which(name)
+    if found is None:
+        nvcc = shutil.which("nvcc")
+        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True) if nvcc else None
+        top = re.search(r"\bTOP=(\S+)", told.stdout + told.stderr) if told else None
+        found = shutil.which(str(Path(top[1], "bin", name))) if top else None
+    if found is None:
+        for folder in sys.path:
+            found = found or shutil.which(str(Path(folder, "triton/backends/nvidia/bin", name)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def usage() -> list[Usage]:
+    tool = cuda_tool("cuobjdump")
+    if tool is None:
+        pytest.skip("cuobjdump was not found")
+    assert MODULE is not None and MODULE.__file__ is not None
+    text = subprocess.run(
+        [tool, "--dump-resource-usage", MODULE.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+    found, arch, kernel = [], "", ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (.*):$", line):
+            kernel = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            found.append(Usage(arch, kernel, *map(int, match.groups())))
+    return [u for u in found if "run_kernel" in u.kernel]
+
+
+def test_kernels_keep_their_budgets(usage: list[Usage]) -> None:
+    assert len({u.kernel for u in usage}) >= 20
+    for used in usage:
+        limit = next(limit for pattern, limit in REGISTERS if re.search(pattern, used.kernel))
+        assert used.registers <= limit, used
+        assert used.stack == 0 and used.local == 0, f"spills: {used}"
+
+
+def test_every_architecture_is_there(usage: list[Usage]) -> None:
+    record = build.build_record()
+    assert record is not None
+    wanted = {"sm_" + arch.partition("+")[0].replace(".", "") for arch in record["cuda_archs"]}
+    assert {u.arch for u in usage} == wanted
+    kernels = {arch: {u.kernel for u in usage if u.arch == arch} for arch in wanted}
+    assert all(names == next(iter(kernels.values())) for names in kernels.values())
+
+
+@pytest.mark.parametrize("op", [*OPS, *PACKERS])
+def test_ops_are_registered_for_cuda(op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dualcodec_ext::{op}", "CUDA")
+
+
+def test_importing_touches_no_gpu() -> None:
+    code = "import torch, dualcodec_ext as dx; dx.ops; print(dx.build_info()['module'] is not None, torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_doctor_tells_of_the_cuda_code() -> None:
+    text = str(dx.doctor())
+    record = build.build_record()
+    assert record is not None and f"CUDA code: {record['cuda']} for {', '.join(record['cuda_archs'])}" in text
+    if "7.5" in record["cuda_archs"]:
+        assert "7.5: float32 and float16 kernels alone" in text
+    if not torch.cuda.is_available():
+        assert "backend cuda: no, torch finds no CUDA device" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"causal_decoder": True, "causal_encoder": True}], ids=["centred", "causal"])
+def test_the_engine_fits_its_ops_fakes(dtype: torch.dtype, changes: dict[str, bool]) -> None:
+    """Packing, encode and decode on fake CUDA tensors: every argument's device, dtype and shape, without a GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dualcodec_ext.engine import Engine
+
+    settings = {**testing.TINY, **changes}
+    with FakeTensorMode(), torch.no_grad(), dx.backend("auto"), torch.device("cuda"):
+        model = dx.reference.DualCodec(**settings).eval()
+        engine = Engine(model, dtype)
+        audio = torch.zeros(2, 1, 12 * engine.hop_samples)
+        features = torch.zeros(2, settings["semantic_dim"], 12)
+        semantic, acoustic = engine.encode(audio, features, None, None)
+        assert acoustic is not None and semantic.device.type == acoustic.device.type == "cuda"
+        assert semantic.shape == (2, 1, 12) and acoustic.shape == (2, settings["n_codebooks"], 12)
+        y = engine.decode(semantic, acoustic, None)
+        assert y.dtype == dtype and y.shape == (2, 1, model.output_samples(12))
