@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
+#include <torch/headeronly/version.h>
 
 #include "../kernels/common/conv_gemm_params.h"
 #include "checks.h"
@@ -18,6 +19,21 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+// Whether torch lets float32 products round to tf32. The older question throws where the newer setting
+// (fp32_precision) was used; a torch that has no other question then means no.
+inline bool tf32_allowed() {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+#else
+  try {
+    return at::globalContext().allowTF32CuBLAS();
+  } catch (const c10::Error&) {
+    return false;
+  }
+#endif
+}
+
 // The current stream and device, and what that device allows. Call it under a CUDAGuard for the tensor's device.
 inline CudaContext cuda_context() {
   CudaContext context;
@@ -27,7 +43,7 @@ inline CudaContext cuda_context() {
                        device_attribute(cudaDevAttrComputeCapabilityMinor, context.device);
   context.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, context.device);
   context.shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, context.device);
-  context.allow_tf32 = at::globalContext().allowTF32CuBLAS();
+  context.allow_tf32 = tf32_allowed();
   return context;
 }
 
