@@ -1,0 +1,161 @@
+"""causal_dwconv1d in Triton."""
+
+import triton
+import triton.language as tl
+
+from ..common.dtype_triton import round_to
+
+_TILE = 4096  # elements a program of 4 warps holds: 32 a thread, which leaves registers for loads and int64 addresses
+_WIDEST = 1024
+
+
+def constants(channels: int, taps: int, norm: bool) -> dict[str, int]:
+    """Return the launch's constexprs, which follow from the layer alone."""
+    block = min(triton.next_power_of_2(channels), _WIDEST if norm else 128)
+    return {
+        "TAPS": taps,
+        "NORM": norm,
+        "BLOCK_T": min(32, _TILE // block),
+        "BLOCK_C": block,
+        "C_BLOCKS": -(-channels // block) if norm else 1,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+
+
+@triton.jit
+def _convolve(
+    x,
+    weight,
+    bias,
+    t,
+    c,
+    channels,
+    valid,
+    x_stride_c,
+    x_stride_t,
+    weight_stride_c,
+    weight_stride_k,
+    HAS_BIAS: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return bias + the taps' sum [BLOCK_T, BLOCK_C]; t [BLOCK_T] is the step under the first tap, c the channels."""
+    inside = c < channels
+    acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    for k in range(TAPS):
+        step = t + k
+        mask = ((step >= 0) & (step < valid))[:, None] & inside[None, :]
+        value = tl.load(x + step[:, None] * x_stride_t + c[None, :] * x_stride_c, mask=mask, other=0.0)
+        w = tl.load(weight + c * weight_stride_c + k * weight_stride_k, mask=inside, other=0.0).to(tl.float32)
+        acc = tl.fma(value.to(tl.float32), tl.broadcast_to(w[None, :], (BLOCK_T, BLOCK_C)), acc)
+    return acc
+
+
+@triton.jit
+def _square_sum(h, mean, c, channels):
+    rest = tl.where((c < channels)[None, :], h - mean[:, None], 0.0)
+    return tl.sum(rest * rest, axis=1)
+
+
+@triton.jit
+def _normalise(h, mean, variance, eps, ln_weight, ln_bias, c, channels, HAS_LN_BIAS: tl.constexpr):
+    inside = c < channels
+    h = (h - mean[:, None]) * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]
+    h *= tl.load(ln_weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_LN_BIAS:
+        h += tl.load(ln_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return h
+
+
+@triton.jit
+def _store(h, y, t, c, channels, out_steps, out_valid, y_stride_c, y_stride_t):
+    h = tl.where((t < out_valid)[:, None], h, 0.0)
+    mask = (t < out_steps)[:, None] & (c < channels)[None, :]
+    tl.store(y + t[:, None] * y_stride_t + c[None, :] * y_stride_c, round_to(h, y.dtype.element_ty), mask=mask)
+
+
+# h[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - left + k]; y = LayerNorm over c of h where NORM, else h.
+# A program owns BLOCK_T steps of a clip: with NORM all channels, in C_BLOCKS blocks that are convolved again for the
+# mean, for the variance of what is left, and for the output; without NORM one block. float32 accumulation, the order
+# of additions follows from channels and taps alone. No alignment is needed; stride 1 on C loads whole lines.
+@triton.jit
+def causal_dwconv1d_kernel(
+    x,  # [B, C, T] f32|f16|bf16
+    y,  # [B, C, T'] as x
+    weight,  # [C, K] f32|f16|bf16
+    bias,  # [C]
+    ln_weight,  # [C]
+    ln_bias,  # [C]
+    lengths,  # [B] i64
+    channels,
+    in_steps,
+    out_steps,
+    tiles,
+    pad_left,
+    extra_steps,
+    eps,
+    x_stride_b,
+    x_stride_c,
+    x_stride_t,
+    y_stride_b,
+    y_stride_c,
+    y_stride_t,
+    weight_stride_c,
+    weight_stride_k,
+    HAS_BIAS: tl.constexpr,
+    HAS_LN_BIAS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    NORM: tl.constexpr,
+    TAPS: tl.constexpr,
+    C_BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    t = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c0 = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = tl.cast(in_steps, tl.int64)
+    out_valid = tl.cast(out_steps, tl.int64)
+    if HAS_LENGTHS:
+        valid = tl.minimum(tl.maximum(tl.load(lengths + b), 0), valid)
+        out_valid = tl.where(valid > 0, valid + extra_steps, 0)
+    x += b * x_stride_b
+    y += b * y_stride_b
+    first = t - pad_left
+    count = tl.cast(channels, tl.float32)
+
+    if not NORM:
+        h = _convolve(x, weight, bias, first, c0, channels, valid, x_stride_c, x_stride_t,
+                      weight_stride_c, weight_stride_k, HAS_BIAS, TAPS, BLOCK_T, BLOCK_C)  # fmt: skip
+        _store(h, y, t, c0, channels, out_steps, out_valid, y_stride_c, y_stride_t)
+    elif C_BLOCKS == 1:
+        h = _convolve(x, weight, bias, first, c0, channels, valid, x_stride_c, x_stride_t,
+                      weight_stride_c, weight_stride_k, HAS_BIAS, TAPS, BLOCK_T, BLOCK_C)  # fmt: skip
+        mean = tl.div_rn(tl.sum(h, axis=1), count)
+        squares = _square_sum(h, mean, c0, channels)
+        h = _normalise(h, mean, tl.div_rn(squares, count), eps, ln_weight, ln_bias, c0, channels, HAS_LN_BIAS)
+        _store(h, y, t, c0, channels, out_steps, out_valid, y_stride_c, y_stride_t)
+    else:
+        total = tl.zeros([BLOCK_T], tl.float32)
+        for i in range(C_BLOCKS):
+            h = _convolve(x, weight, bias, first, c0 + i * BLOCK_C, channels, valid, x_stride_c, x_stride_t,
+                          weight_stride_c, weight_stride_k, HAS_BIAS, TAPS, BLOCK_T, BLOCK_C)  # fmt: skip
+            total += tl.sum(h, axis=1)
+        mean = tl.div_rn(total, count)
+        squares = tl.zeros([BLOCK_T], tl.float32)
+        for i in range(C_BLOCKS):
+            c = c0 + i * BLOCK_C
+            h = _convolve(x, weight, bias, first, c, channels, valid, x_stride_c, x_stride_t,
+                          weight_stride_c, weight_stride_k, HAS_BIAS, TAPS, BLOCK_T, BLOCK_C)  # fmt: skip
+            squares += _square_sum(h, mean, c, channels)
+        variance = tl.div_rn(squares, count)
+        for i in range(C_BLOCKS):
+            c = c0 + i * BLOCK_C
+            h = _convolve(x, weight, bias, first, c, channels, valid, x_stride_c, x_stride_t,
+                          weight_stride_c, weight_stride_k, HAS_BIAS, TAPS, BLOCK_T, BLOCK_C)  # fmt: skip
+            h = _normalise(h, mean, variance, eps, ln_weight, ln_bias, c, channels, HAS_LN_BIAS)
+            _store(h, y, t, c, channels, out_steps, out_valid, y_stride_c, y_stride_t)
