@@ -118,9 +118,10 @@ inline at::Tensor packed_or(const char* op, const OptionalTensor& packed, int64_
                             const Pack& pack) {
   const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
   if (!packed.has_value() || !packed->defined()) return pack().to(dtype);
-  DCX_CHECK(packed->scalar_type() == dtype && packed->is_contiguous() && packed->numel() == numel, op,
-            ": packed must be a contiguous ", dtype, " tensor of ", numel, " elements as made for this weight, got ",
-            packed->scalar_type(), " ", shape_text(*packed));
+  // Other families pack with other layouts and more dims.
+  const bool fits = packed->dim() == 1 && packed->numel() == numel && packed->is_contiguous();
+  DCX_CHECK(fits && packed->scalar_type() == dtype, op, ": packed must be a contiguous ", dtype, " tensor of ", numel,
+            " elements as made for this weight, got ", packed->scalar_type(), " ", shape_text(*packed));
   return *packed;
 }
 

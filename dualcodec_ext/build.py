@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -26,6 +27,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _RECORD = "_build_record.json"
 _DISABLE = "DUALCODEC_EXT_DISABLE_MODULE"
 _REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
+_OLDEST_TRITON = (3, 6)
 _CORE = ("numpy", "safetensors", "soundfile", "soxr", "typer", "tqdm")
 _EXTRAS = {
     "semantic": ("transformers", "w2v-BERT features"),
@@ -216,7 +218,7 @@ def _backends(record: dict[str, Any] | None) -> dict[str, str]:
     return {
         "cpu": unavailable_reason(),
         "cuda": unavailable_reason() or _no_cuda_code(record) or no_gpu,
-        "triton": _no_triton() or no_gpu,
+        "triton": _no_triton() or ("" if triton_interprets() else no_gpu),
         "reference": "",
     }
 
@@ -242,10 +244,22 @@ def _arch_runs(arch: str, capability: str) -> bool:
     return built <= here and (match[3] is not None or built[0] == here[0])
 
 
+def triton_interprets() -> bool:
+    """Return whether Triton kernels run in its interpreter: on the CPU, on tensors of any device, and slowly."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 def _no_triton() -> str:
     if not _kernels_hold("*/*_triton.py"):
         return "this version has no Triton kernels"
-    return "" if importlib.util.find_spec("triton") is not None else "triton is not installed"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""  # torch brings it under another name for some platforms
+    oldest = ".".join(map(str, _OLDEST_TRITON))
+    return "" if _pair(version) >= _OLDEST_TRITON else f"triton is {version}, and {oldest} or newer is needed"
 
 
 def _kernels_hold(pattern: str) -> bool:
@@ -300,6 +314,8 @@ def _describe(info: dict[str, Any]) -> list[str]:
         lines.append(f"instruction set {name}: {'in use' if name == info['active_isa'] else state}")
     gpu = "none" if device is None else f"{device['name']}, capability {device['capability']}"
     lines.append(f"GPU: {gpu}")
+    if triton_interprets():
+        lines.append("TRITON_INTERPRET is set: Triton kernels are interpreted on the CPU")
     lines += [f"backend {name}: {'no, ' + why if why else 'can run'}" for name, why in info["backends"].items()]
     for extra, (package, use) in _EXTRAS.items():
         missing = importlib.util.find_spec(package) is None

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import reference
 from .errors import DualCodecError
 from .ops import _common
+from .ops._choice import ENGINE
 
 _ENGINE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _building = threading.Lock()  # threads that meet at a model's first call wait for one engine
@@ -122,14 +123,14 @@ class DualCodec(reference.DualCodec):
         if self._released:
             graphs = self._engine_state[1] if self._engine_state else None
             device = torch.device("cpu") if graphs is None else graphs.engine.device
-            if _common.choose_backend(device, self.compute_dtype) == "reference":
+            if _common.choose_backend(device, self.compute_dtype, ENGINE) == "reference":
                 raise DualCodecError("DualCodec: the reference needs the parameters, which release=True has freed")
             return graphs
         parameter = next(self.parameters())
         self._freed = self._freed or parameter.numel() == 0  # through another object that shares them
         self._check_parameters()
         dtype = self.compute_dtype
-        if dtype not in _ENGINE_DTYPES or _common.choose_backend(parameter.device, dtype) == "reference":
+        if dtype not in _ENGINE_DTYPES or _common.choose_backend(parameter.device, dtype, ENGINE) == "reference":
             return None
         fingerprint, state = self._fingerprint(), self._engine_state
         if state is None or state[0] != fingerprint:

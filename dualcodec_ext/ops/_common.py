@@ -15,12 +15,11 @@ from torch import Tensor
 
 from .. import build
 from ..errors import BackendError, DualCodecError
+from . import _choice, _library
 
 logger = logging.getLogger("dualcodec_ext")
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 _asked: contextvars.ContextVar[str] = contextvars.ContextVar("dualcodec_ext_backend")
 
 
@@ -86,29 +85,69 @@ def _tell_once(level: int, message: str) -> None:
         logger.log(level, message)
 
 
-def _resolve(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    name = asked or _check_name(os.environ.get("DUALCODEC_EXT_BACKEND") or "auto", "DUALCODEC_EXT_BACKEND")
-    if name == "reference":
-        return name
-    if name != "auto":
-        reason = unavailable(name)
+def _devices(name: str) -> tuple[str, ...]:
+    """Return the kinds of device whose tensors a backend takes."""
+    if name == "triton":
+        return ("cuda", "cpu") if build.triton_interprets() else ("cuda",)
+    return (name,)
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype, op: str) -> str:
+    """Return why a backend can't run an op on such tensors, in one line; empty when it can."""
+    reason = unavailable(name)
+    if reason:
+        return f"backend {name!r} can't run here: {reason}"
+    if device.type not in _devices(name):
+        return f"backend {name!r} needs tensors on {' or '.join(_devices(name))}, got {device}"
+    if name == "triton" and op not in _choice.TRITON_OPS:
+        return f"backend 'triton' has no kernel for {op}, only for {', '.join(_choice.TRITON_OPS)}"
+    if dtype not in _choice.DTYPES[name]:
+        return f"backend {name!r} has no kernels for {dtype}"
+    return ""
+
+
+def _automatic(device: torch.device, dtype: torch.dtype, op: str, steps: int | None) -> str:
+    if device.type == "cpu":
+        reason = unavailable("cpu")
         if reason:
-            raise BackendError(f"backend {name!r} can't run here: {reason}")
-        kind = "cuda" if name == "triton" else name
-        if device.type != kind:
-            raise BackendError(f"backend {name!r} needs tensors on {kind}, got {device}")
-        if dtype not in FLOAT_DTYPES:
-            raise BackendError(f"backend {name!r} has no kernels for {dtype}")
-        return name
-    if device.type != "cpu":
+            _tell_once(logging.WARNING, f"the slow reference runs, because the compiled module can't: {reason}")
+            return "reference"
+        _tell_once(logging.INFO, "backend cpu is used")
+        return "cpu"
+    if device.type != "cuda":
         _tell_once(logging.WARNING, f"no kernels for {device.type} in this version: the reference runs there")
         return "reference"
-    reason = unavailable("cpu")
-    if reason:
-        _tell_once(logging.WARNING, f"the slow reference runs, because the compiled module can't: {reason}")
-        return "reference"
-    _tell_once(logging.INFO, "backend cpu is used")
-    return "cpu"
+    reasons = []
+    for row in _choice.AUTO[op]:
+        if row.holds(steps):
+            reason = _refusal(row.backend, device, dtype, op)
+            if not reason:
+                _tell_once(logging.INFO, f"{op}: backend {row.backend} is used on cuda")
+                return row.backend
+            reasons.append(reason)
+    _tell_once(logging.WARNING, f"{op}: the slow reference runs on cuda for {dtype}: {'; '.join(reasons)}")
+    return "reference"
+
+
+def asked_backend() -> str:
+    """Return the backend that the context or the environment asks for."""
+    name = _scope.name
+    return name if isinstance(name, str) else _from_environment()
+
+
+def _from_environment() -> str:
+    return _check_name(os.environ.get("DUALCODEC_EXT_BACKEND") or "auto", "DUALCODEC_EXT_BACKEND")
+
+
+def _resolve(asked: str | None, device: torch.device, dtype: torch.dtype, op: str, steps: int | None) -> str:
+    name = asked or _from_environment()
+    if name == "auto":
+        return _automatic(device, dtype, op, steps)
+    if name != "reference":
+        refusal = _refusal(name, device, dtype, op)
+        if refusal:
+            raise BackendError(refusal)
+    return name
 
 
 # What torch.compiler.assume_constant_result does, without loading torch's compiler at import: the tracer calls
@@ -117,30 +156,40 @@ def _resolve(asked: str | None, device: torch.device, dtype: torch.dtype) -> str
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Return "cpu" or "reference", whichever is to run an op on tensors of this device and dtype.
+def choose_backend(device: torch.device, dtype: torch.dtype, op: str, steps: int | None = None) -> str:
+    """Return "cpu", "cuda", "triton" or "reference", whichever is to run an op on tensors of this device and dtype.
 
-    The compiled ops refuse a dtype that they lack themselves, in one line.
+    Args:
+        device: of the tensors.
+        dtype: of the signal.
+        op: its name, or `_choice.ENGINE` for the inference program as a whole.
+        steps: B * T of the call; None: rows of the `auto` table that hold for some sizes alone are passed over.
 
     Raises:
-        BackendError: the backend asked for by name lacks the device or the dtype, or can't run here.
+        BackendError: the backend asked for by name lacks the device, the dtype or the op, or can't run here.
     """
     name = _scope.name
-    return _resolve(name if isinstance(name, str) else None, device, dtype)
+    return _resolve(name if isinstance(name, str) else None, device, dtype, op, steps)
 
 
-def runs_reference(op: str, like: Tensor, packed: Tensor | None = None) -> bool:
-    """Return whether the reference is to run an op on tensors of the device and dtype of `like`.
+def kernels_for(op: str, like: Tensor, packed: Tensor | None = None, sized: Tensor | None = None) -> Any:
+    """Return the namespace of torch.ops whose kernels are to run an op on tensors like `like`; None: the reference.
+
+    `sized` [B, .., T] tells the call's size where `like` does not.
 
     Raises:
-        DualCodecError: it is, and the weight is packed: the plain one may be a placeholder of the same shape.
+        DualCodecError: the reference is to run, and the weight is packed: the plain one may be a placeholder of the
+            same shape.
         BackendError: as `choose_backend`.
     """
-    if choose_backend(like.device, like.dtype) != "reference":
-        return False
-    if packed is not None:
-        raise DualCodecError(f"{op}: packed must be None where the reference runs, got a packed weight")
-    return True
+    sized = like if sized is None else sized
+    steps = sized.shape[0] * sized.shape[-1] if packed is None and _choice.by_size(op) else None
+    name = choose_backend(like.device, like.dtype, op, steps)
+    if name == "reference":
+        if packed is not None:
+            raise DualCodecError(f"{op}: packed must be None where the reference runs, got a packed weight")
+        return None
+    return torch.ops.dualcodec_ext_triton if name == "triton" else torch.ops.dualcodec_ext
 
 
 def as_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
@@ -157,10 +206,12 @@ def register(
     reference_call: Callable[..., Tensor] | None,
     tensors: Sequence[int],
     packed: int | None = None,
+    triton_fake: Callable[..., Any] | None = None,
 ) -> None:
-    """Register an op's fake and its gradient with torch, where the compiled module has brought its schema.
+    """Register an op's fake and its gradient with torch, in every namespace that has its schema.
 
-    The gradient is that of the reference, recomputed in the accumulation dtype; it can be differentiated again.
+    The compiled module brings the schemas of `dualcodec_ext`; those of `dualcodec_ext_triton` are always there. The
+    gradient is that of the reference, recomputed in the accumulation dtype; it can be differentiated again.
 
     Args:
         name: of the op.
@@ -168,11 +219,11 @@ def register(
         reference_call: the same arguments through plain PyTorch; None: the op refuses gradients.
         tensors: positions of the arguments that may need a gradient.
         packed: position of the packed weight.
+        triton_fake: the Triton family's fake; None: the same.
     """
-    if not _loaded:
-        return
-    qualified = f"dualcodec_ext::{name}"
-    torch.library.register_fake(qualified, fake)
+    fakes = {"dualcodec_ext": fake} if _loaded else {}
+    if name in _library.SCHEMAS:
+        fakes[_library.NAMESPACE] = triton_fake or fake
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if reference_call is None:
@@ -206,7 +257,9 @@ def register(
             result[i] = torch.zeros_like(args[i]) if grad is None else grad
         return tuple(result)
 
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    for namespace, own in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", own)
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup_context)
 
 
 def empty_signal(like: Tensor, channels: int, steps: Any) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, register, runs_reference
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register
 
 
 def causal_dwconv1d(
@@ -49,10 +48,11 @@ def causal_dwconv1d(
     optional = {"bias": bias, "ln_weight": ln_weight, "ln_bias": ln_bias, "lengths": lengths}
     check_types("causal_dwconv1d", {"x": x, "weight": weight}, optional)
     pair = [weight.shape[-1] - 1, 0] if padding is None else check_pair("causal_dwconv1d", padding)
-    if runs_reference("causal_dwconv1d", x):
+    kernels = kernels_for("causal_dwconv1d", x)
+    if kernels is None:
         weight, bias, ln_weight, ln_bias = as_dtype(x.dtype, weight, bias, ln_weight, ln_bias)
         return reference.causal_dwconv1d_ref(x, weight, bias, (pair[0], pair[1]), ln_weight, ln_bias, eps, lengths)
-    return torch.ops.dualcodec_ext.causal_dwconv1d(x, weight, bias, pair, ln_weight, ln_bias, eps, lengths)
+    return kernels.causal_dwconv1d(x, weight, bias, pair, ln_weight, ln_bias, eps, lengths)
 
 
 def _fake(

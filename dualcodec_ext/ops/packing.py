@@ -1,37 +1,52 @@
-"""Packs weights once into the order in which kernels read them; the results are opaque 1-D tensors.
+"""Packs weights once into the order in which kernels read them; the results are opaque.
 
-They need the compiled module. float64 weights pack as float64, all others as float32.
+A packed weight belongs to the family of kernels that is to run. `backend("triton")`, or `auto` where it takes Triton,
+packs for Triton, as two-dimensional tensors; otherwise the compiled module packs, as one-dimensional ones. float64
+weights pack as float64, all others as float32; Triton's upsampling also keeps half precision. The wrong kind is refused
+in one line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._common import register
+from ._common import asked_backend, choose_backend, register
+
+
+def _packers(op: str, weight: Tensor) -> Any:
+    """Return the namespace of torch.ops that packs for the family which is to run an op."""
+    asked = asked_backend()
+    if (asked == "triton" or (asked == "auto" and weight.is_cuda)) and (
+        choose_backend(weight.device, weight.dtype, op) == "triton"
+    ):
+        return torch.ops.dualcodec_ext_triton
+    return torch.ops.dualcodec_ext
 
 
 def pack_conv1d(weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
     """Pack a convolution's weight [Cout, Cin, K] for `snake_conv1d` with the same stride and dilation."""
-    return torch.ops.dualcodec_ext.pack_conv1d(weight.detach(), stride, dilation)
+    return _packers("snake_conv1d", weight).pack_conv1d(weight.detach(), stride, dilation)
 
 
 def pack_residual_unit(weight1: Tensor, weight2: Tensor) -> Tensor:
     """Pack the weights [C, C, 7] and [C, C, 1] of a `residual_unit`."""
-    return torch.ops.dualcodec_ext.pack_residual_unit(weight1.detach(), weight2.detach())
+    return _packers("residual_unit", weight1).pack_residual_unit(weight1.detach(), weight2.detach())
 
 
 def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: tuple[int, int]) -> Tensor:
     """Pack an upsampling's weight, phase by phase, for `snake_upsample1d` with the same stride, mode and padding."""
-    return torch.ops.dualcodec_ext.pack_upsample1d(weight.detach(), stride, mode, list(padding))
+    packers = _packers("snake_upsample1d", weight)
+    return packers.pack_upsample1d(weight.detach(), stride, mode, list(padding))
 
 
 def pack_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
     """Pack a quantiser, shapes as in `rvq_search`, for `rvq_search` and `rvq_lookup`."""
     tensors = (t.detach() for t in (in_weight, in_bias, codebooks, out_weight, out_bias))
-    return torch.ops.dualcodec_ext.pack_rvq(*tensors)
+    return _packers("rvq_search", codebooks).pack_rvq(*tensors)
 
 
 def _columns(count: int) -> int:
@@ -93,7 +108,25 @@ def _fake_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight:
     )
 
 
+def _fake_upsample1d_triton(weight: Tensor, stride: int, mode: str, padding: Sequence[int]) -> Tensor:
+    first, second = weight.shape[:2]
+    rows, columns = (2 * first, stride * second) if mode == "transposed" else (3 * second, stride * first)
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return weight.new_empty(rows, columns, dtype=weight.dtype if half else torch.float32)
+
+
+def _fake_rvq_triton(
+    in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight: Tensor, out_bias: Tensor
+) -> Tensor:
+    # The parts of ops/triton/rvq.py, which imports no triton.
+    from .triton import rvq
+
+    stages, entries, dim = codebooks.shape
+    total = rvq.total(rvq.shapes(stages, entries, dim, out_weight.shape[1]))
+    return codebooks.new_empty(1, total, dtype=torch.float32)
+
+
 register("pack_conv1d", _fake_conv1d, None, tensors=())
 register("pack_residual_unit", _fake_residual_unit, None, tensors=())
-register("pack_upsample1d", _fake_upsample1d, None, tensors=())
-register("pack_rvq", _fake_rvq, None, tensors=())
+register("pack_upsample1d", _fake_upsample1d, None, tensors=(), triton_fake=_fake_upsample1d_triton)
+register("pack_rvq", _fake_rvq, None, tensors=(), triton_fake=_fake_rvq_triton)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, register, runs_reference
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register
 
 
 def residual_unit(
@@ -63,14 +62,15 @@ def residual_unit(
         pair = [reach, 0] if causal else [reach // 2, reach // 2]
     else:
         pair = check_pair("residual_unit", padding)
-    if runs_reference("residual_unit", x, packed):
+    kernels = kernels_for("residual_unit", x, packed)
+    if kernels is None:
         alpha1, weight1, bias1, alpha2, weight2, bias2 = as_dtype(
             x.dtype, alpha1, weight1, bias1, alpha2, weight2, bias2
         )
         return reference.residual_unit_ref(
             x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, (pair[0], pair[1]), causal, lengths
         )
-    return torch.ops.dualcodec_ext.residual_unit(
+    return kernels.residual_unit(
         x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, pair, causal, lengths, packed
     )
 

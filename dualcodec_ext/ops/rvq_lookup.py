@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.ops import mask_past_lengths
-from ._common import check_types, empty_signal, register, runs_reference
+from ._common import check_types, empty_signal, kernels_for, register
 
 
 def rvq_lookup(
@@ -50,11 +50,10 @@ def rvq_lookup(
     needed = {"codes": codes, "codebooks": codebooks, "out_weight": out_weight, "out_bias": out_bias}
     check_types("rvq_lookup", needed, {"addend": addend, "lengths": lengths})
     like = out_weight if addend is None else addend
-    if runs_reference("rvq_lookup", like, packed):
+    kernels = kernels_for("rvq_lookup", like, packed, codes)
+    if kernels is None:
         return reference.rvq_lookup_ref(codes, codebooks, out_weight, out_bias, addend, lengths)
-    return torch.ops.dualcodec_ext.rvq_lookup(
-        codes, codebooks, out_weight, out_bias, addend, lengths, channels_last, packed
-    )
+    return kernels.rvq_lookup(codes, codebooks, out_weight, out_bias, addend, lengths, channels_last, packed)
 
 
 def _fake(

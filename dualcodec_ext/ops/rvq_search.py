@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import check_types, empty_signal, register, runs_reference
+from ._common import check_types, empty_signal, kernels_for, register
 
 
 def rvq_search(
@@ -58,7 +58,8 @@ def rvq_search(
     check_types("rvq_search", needed, {"lengths": lengths})
     stages = codebooks.shape[0] if num_quantizers is None else num_quantizers
     check_types("rvq_search", {}, {}, num_quantizers=stages)
-    if runs_reference("rvq_search", z, packed):
+    kernels = kernels_for("rvq_search", z, packed)
+    if kernels is None:
         return reference.rvq_search_ref(
             z,
             in_weight,
@@ -71,7 +72,7 @@ def rvq_search(
             return_margin=return_margin,
             lengths=lengths,
         )
-    codes, quantized, margin = torch.ops.dualcodec_ext.rvq_search(
+    codes, quantized, margin = kernels.rvq_search(
         z,
         in_weight,
         in_bias,

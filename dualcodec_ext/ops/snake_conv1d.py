@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, register, runs_reference
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register
 
 
 def snake_conv1d(
@@ -56,14 +55,13 @@ def snake_conv1d(
     optional = {"bias": bias, "alpha": alpha, "residual": residual, "lengths": lengths}
     check_types("snake_conv1d", {"x": x, "weight": weight}, optional, stride=stride, dilation=dilation)
     pair = check_pair("snake_conv1d", padding)
-    if runs_reference("snake_conv1d", x, packed):
+    kernels = kernels_for("snake_conv1d", x, packed)
+    if kernels is None:
         weight, bias, alpha, residual = as_dtype(x.dtype, weight, bias, alpha, residual)
         return reference.snake_conv1d_ref(
             x, weight, bias, alpha, stride, dilation, (pair[0], pair[1]), activation, residual, lengths
         )
-    return torch.ops.dualcodec_ext.snake_conv1d(
-        x, weight, bias, alpha, stride, dilation, pair, activation, residual, lengths, packed
-    )
+    return kernels.snake_conv1d(x, weight, bias, alpha, stride, dilation, pair, activation, residual, lengths, packed)
 
 
 def _fake(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, empty_signal, register, runs_reference, steps_or_none
+from ._common import as_dtype, check_pair, check_types, empty_signal, kernels_for, register, steps_or_none
 
 
 def snake_upsample1d(
@@ -52,10 +51,11 @@ def snake_upsample1d(
     optional = {"bias": bias, "lengths": lengths}
     check_types("snake_upsample1d", {"x": x, "alpha": alpha, "weight": weight}, optional, stride=stride)
     pair = check_pair("snake_upsample1d", padding)
-    if runs_reference("snake_upsample1d", x, packed):
+    kernels = kernels_for("snake_upsample1d", x, packed)
+    if kernels is None:
         alpha, weight, bias = as_dtype(x.dtype, alpha, weight, bias)
         return reference.snake_upsample1d_ref(x, alpha, weight, bias, stride, mode, (pair[0], pair[1]), lengths)
-    return torch.ops.dualcodec_ext.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed)
+    return kernels.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed)
 
 
 def _fake(
