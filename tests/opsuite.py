@@ -189,9 +189,9 @@ def check_compiles_dynamic(case: Case, steps: tuple[int, ...] = (40, 3, 0, 1, 9,
                 assert torch.equal(y, expected) and y.stride() == expected.stride(), n
 
 
-def check_opcheck(op: str, *args: Any) -> None:
+def check_opcheck(op: str, *args: Any, namespace: str = "dualcodec_ext") -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(torch.ops.dualcodec_ext, op).default, args, test_utils=tests)
+    torch.library.opcheck(getattr(getattr(torch.ops, namespace), op).default, args, test_utils=tests)
 
 
 def instruction_sets() -> list[Any]:

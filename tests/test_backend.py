@@ -30,7 +30,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def chosen(x: torch.Tensor = X) -> str:
-    return _common.choose_backend(x.device, x.dtype)
+    return _common.choose_backend(x.device, x.dtype, "snake_conv1d")
 
 
 def test_auto_takes_the_compiled_ops() -> None:

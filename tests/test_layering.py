@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dualcodec_ext"
 # Bottom to top; a module imports from its own layer and from those below.
 LAYERS = (
-    ("_version", "errors"),
+    ("_version", "errors", "kernels"),
     ("reference",),
     ("_compare", "_files", "audio", "build", "codes", "config", "hub", "peer", "testing"),
     ("ops",),
@@ -124,6 +124,12 @@ def test_kernels_include_only_what_they_may() -> None:
                 assert (path.parent / name).resolve().is_relative_to(ROOT / "kernels"), f"{path} includes {name}"
             elif path.suffix == ".h" or path in per_isa:
                 assert name in KERNEL_HEADERS, f"{path} includes {name}"
+
+
+def test_triton_kernels_import_triton_and_each_other() -> None:
+    found = [(module, name) for module, path in python_files("kernels").items() for name in imports(path, module)]
+    assert [module for module, _ in found if module.endswith("_triton")]
+    assert not [pair for pair in found if pair[1].split(".")[0] not in ("kernels", "triton")]
 
 
 def test_every_kernel_source_is_listed() -> None:

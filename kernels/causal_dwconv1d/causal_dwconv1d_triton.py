@@ -5,17 +5,19 @@ import triton.language as tl
 
 from ..common.dtype_triton import round_to
 
-_TILE = 4096  # elements a program of 4 warps holds: 32 a thread, which leaves registers for loads and int64 addresses
-_WIDEST = 1024
+_TILE = 4096  # elements that a program of 4 warps holds: 32 a thread leave registers for loads and 64-bit addresses
+_WIDEST = 1024  # channels in one block; more of them go in narrower blocks, whose loop needs registers of its own
 
 
 def constants(channels: int, taps: int, norm: bool) -> dict[str, int]:
     """Return the launch's constexprs, which follow from the layer alone."""
-    block = min(triton.next_power_of_2(channels), _WIDEST if norm else 128)
+    block = min(triton.next_power_of_2(channels), 128)
+    if norm:
+        block = triton.next_power_of_2(channels) if channels <= _WIDEST else _WIDEST // 2
     return {
         "TAPS": taps,
         "NORM": norm,
-        "BLOCK_T": min(32, _TILE // block),
+        "BLOCK_T": min(32, _TILE // block) if not norm or channels <= _WIDEST else 4,
         "BLOCK_C": block,
         "C_BLOCKS": -(-channels // block) if norm else 1,
         "num_warps": 4,

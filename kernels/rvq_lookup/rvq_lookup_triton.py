@@ -13,7 +13,7 @@ def constants(stages: int, entries: int, dim: int, channels: int) -> dict[str, i
         "DIM": dim,
         "CHANNELS": channels,
         "BLOCK_F": 16,
-        "BLOCK_C": min(128, max(16, triton.next_power_of_2(channels))),
+        "BLOCK_C": min(64, max(16, triton.next_power_of_2(channels))),
         "num_warps": 4,
         "enable_fp_fusion": True,
     }

@@ -10,6 +10,8 @@ from ..common.snake_triton import snake
 def constants(mode: str, stride: int, in_channels: int, out_channels: int, wide: bool) -> dict[str, int]:
     """Return the launch's constexprs, which follow from the layer and its dtype (wide: float32) alone."""
     columns = triton.next_power_of_2(stride * out_channels)
+    # ptxas would rather spill a word than give up a second block on an SM.
+    limits = {"num_warps": 4, "num_stages": 2} if wide else {"num_warps": 8, "num_stages": 3, "maxnreg": 255}
     return {
         "UP": stride,
         "FIRST": -1 if mode == "transposed" else 0,
@@ -17,9 +19,8 @@ def constants(mode: str, stride: int, in_channels: int, out_channels: int, wide:
         "BLOCK_M": 64,
         "BLOCK_N": min(64 if wide else 128, max(16, columns)),
         "BLOCK_K": min(16 if wide else 32, max(16, triton.next_power_of_2(in_channels))),
-        "num_warps": 4,
-        "num_stages": 2 if wide else 3,
         "enable_fp_fusion": True,
+        **limits,
     }
 
 

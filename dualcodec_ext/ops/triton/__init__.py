@@ -1,1 +1,1 @@
-"""The host side of the Triton family: checks, allocation, launches. An op's module imports its kernel, and so triton."""
+"""The host side of the Triton family. An op's module imports its kernel, and with it triton."""
