@@ -9,11 +9,13 @@ import importlib
 import importlib.util
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from dualcodec_ext import build
 from dualcodec_ext.ops import _choice
@@ -25,7 +27,24 @@ if build.triton_interprets():
 
 MOST_SHARED = 99 * 1024  # bytes a block may have on every GPU from sm_80 on; sm_86 and sm_89 have the least
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-FLOATS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+HALVES = [torch.bfloat16, torch.float16]
+FLOATS = [torch.float32, *HALVES]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the host side would launch."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,29 +55,38 @@ class Usage:
     shared: int
 
 
-def kernel_module(op: str) -> Any:
-    return importlib.import_module(f"dualcodec_ext.kernels.{op}.{op}_triton")
+def launch_of(monkeypatch: pytest.MonkeyPatch, op: str, *args: Any) -> Launch:
+    """Run an op's host side on tensors of the CPU as far as its launch."""
+    seen: list[Launch] = []
+    host = importlib.import_module("dualcodec_ext.ops.triton._host")
+    monkeypatch.setattr(host, "launch", lambda k, grid, device, *a, **c: seen.append(Launch(k, a, c)))
+    getattr(importlib.import_module(f"dualcodec_ext.ops.triton.{op}"), op)(*args)
+    return seen[0]
 
 
-def compile_kernel(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
-    """Compile as a launch with aligned tensors and general sizes and strides would."""
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """Compile as the launch would: Triton makes ones and None constants, and knows multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {name: constants[name] for name in OPTIONS if name in constants}
-    fixed = {name: value for name, value in constants.items() if name not in OPTIONS}
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in fixed:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = pointers[name]
-            if pointers[name].startswith("*"):
-                attributes[(position,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in launch.constants.items() if name in OPTIONS}
+    fixed = {name: value for name, value in launch.constants.items() if name not in OPTIONS}
+    signature, attributes = dict.fromkeys(fixed, "constexpr"), {}
+    names = [name for name in launch.kernel.arg_names if name not in fixed]
+    for name, value in zip(names, launch.args, strict=True):
+        if isinstance(value, torch.Tensor):
+            signature[name], multiple = POINTERS[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], multiple = "fp32", False
+        elif value is None or value == 1:
+            signature[name], multiple, fixed[name] = "constexpr", False, value
         else:
-            signature[name] = "i64" if "stride" in name else "i32"
-    source = ASTSource(kernel, signature, fixed, attributes)
+            signature[name], multiple = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+        if multiple:
+            attributes[(launch.kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+    ordered = {name: signature[name] for name in launch.kernel.arg_names}
+    source = ASTSource(launch.kernel, ordered, fixed, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -74,123 +102,197 @@ def usage(compiled: Any, folder: Path) -> Usage:
     return Usage(int(found[1]), int(found[2]), int(found[3]), int(compiled.metadata.shared))
 
 
-def check(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int, folder: Path) -> Usage:
-    used = usage(compile_kernel(kernel, pointers, constants, capability), folder)
-    assert (used.stack, used.local) == (0, 0), f"{constants} spills: {used}"
-    assert used.shared <= MOST_SHARED, f"{constants}: {used}"
-    return used
+def check(launch: Launch, capability: int, folder: Path) -> None:
+    used = usage(compile_launch(launch, capability), folder)
+    assert (used.stack, used.local) == (0, 0), f"{launch.constants} spills: {used}"
+    assert used.shared <= MOST_SHARED, f"{launch.constants}: {used}"
+
+
+def signal(batch: int, channels: int, steps: int, dtype: torch.dtype, channels_last: bool = True) -> Tensor:
+    if channels_last:
+        return torch.zeros(batch, steps, channels, dtype=dtype).transpose(1, 2)
+    return torch.zeros(batch, channels, steps, dtype=dtype)
 
 
 capabilities = pytest.mark.parametrize("capability", [80, 90], ids=lambda c: f"sm_{c}")
-dtypes = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys())
+dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+# Sizes of a batch of odd lengths, of one step of one clip (every one of them a constant), and contiguous channels.
+LAYOUTS = {"batch": (3, 37, True), "one step": (1, 1, True), "channels first": (2, 48, False)}
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 # channels, taps, LayerNorm: the codec's blocks and the head's, and more channels than a block holds.
 DWCONV = [(768, 7, True), (1024, 31, True), (768, 7, False), (1536, 31, True), (24, 7, True)]
 
 
+def dwconv(
+    monkeypatch: pytest.MonkeyPatch, channels: int, taps: int, norm: bool, dtype: torch.dtype, layout: Any
+) -> Launch:
+    batch, steps, last = layout
+    vector = torch.ones(channels)
+    lengths = torch.full((batch,), steps) if batch > 1 else None
+    scale, shift = (vector, vector) if norm else (None, None)
+    x = signal(batch, channels, steps, dtype, last)
+    args = (x, torch.ones(channels, taps), vector, [taps - 1, 0], scale, shift, 1e-6, lengths)
+    return launch_of(monkeypatch, "causal_dwconv1d", *args)
+
+
 @capabilities
 @dtypes
 @pytest.mark.parametrize("channels, taps, norm", DWCONV)
-def test_causal_dwconv1d(channels: int, taps: int, norm: bool, dtype: str, capability: int, tmp_path: Path) -> None:
-    module = kernel_module("causal_dwconv1d")
-    weights = dict.fromkeys(("weight", "bias", "ln_weight", "ln_bias"), "*fp32")
-    pointers = {"x": dtype, "y": dtype, **weights, "lengths": "*i64", "eps": "fp32"}
-    flags = {"HAS_BIAS": True, "HAS_LN_BIAS": norm, "HAS_LENGTHS": True}
-    check(module.causal_dwconv1d_kernel, pointers, module.constants(channels, taps, norm) | flags, capability, tmp_path)
+def test_causal_dwconv1d(
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+    taps: int,
+    norm: bool,
+    dtype: torch.dtype,
+    capability: int,
+    tmp_path: Path,
+) -> None:
+    check(dwconv(monkeypatch, channels, taps, norm, dtype, LAYOUTS["batch"]), capability, tmp_path)
+
+
+@layouts
+def test_causal_dwconv1d_layouts(monkeypatch: pytest.MonkeyPatch, layout: Any, tmp_path: Path) -> None:
+    check(dwconv(monkeypatch, 768, 7, True, torch.bfloat16, layout), 90, tmp_path)
+    check(dwconv(monkeypatch, 768, 7, False, torch.float32, layout), 80, tmp_path)
 
 
 # mode, stride, Cin, Cout: the first and the last layer of the presets' decoders, and a layer of few channels.
 UPSAMPLE = [("transposed", 2, 1536, 768), ("repeat", 4, 96, 48), ("transposed", 2, 8, 4)]
-# signal, weight, precision
-KINDS = [
-    ("*fp32", "*fp32", "ieee"),
-    ("*fp32", "*fp32", "tf32"),
-    ("*bf16", "*fp32", "ieee"),
-    ("*bf16", "*bf16", "ieee"),
-    ("*fp16", "*fp32", "ieee"),
-]
+KINDS = {  # signal, weight, tf32
+    "float32": (torch.float32, torch.float32, False),
+    "tf32": (torch.float32, torch.float32, True),
+    "bfloat16": (torch.bfloat16, torch.float32, False),
+    "bfloat16 weights": (torch.bfloat16, torch.bfloat16, False),
+    "float16": (torch.float16, torch.float32, False),
+}
+
+
+def upsample(
+    monkeypatch: pytest.MonkeyPatch, mode: str, stride: int, cin: int, cout: int, kind: str, layout: Any
+) -> Launch:
+    dtype, weights, tf32 = KINDS[kind]
+    batch, steps, last = layout
+    weight = torch.ones(1).expand((cin, cout, 2 * stride) if mode == "transposed" else (cout, cin, 2 * stride))
+    packed = torch.zeros((2 if mode == "transposed" else 3) * cin, stride * cout, dtype=weights)
+    lengths = torch.full((batch,), steps) if batch > 1 else None
+    x = signal(batch, cin, steps, dtype, last)
+    padding = [1, 1] if mode == "transposed" else [2 * stride - 1, 0]
+    args = (x, torch.ones(cin), weight, None, stride, mode, padding, lengths, packed)
+    launch = launch_of(monkeypatch, "snake_upsample1d", *args)
+    assert launch.constants["PRECISION"] == "ieee"
+    return replace(launch, constants=launch.constants | {"PRECISION": "tf32" if tf32 else "ieee"})
 
 
 @capabilities
-@pytest.mark.parametrize("dtype, weight, precision", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode, stride, cin, cout", UPSAMPLE)
 def test_snake_upsample1d(
+    monkeypatch: pytest.MonkeyPatch,
     mode: str,
     stride: int,
     cin: int,
     cout: int,
-    dtype: str,
-    weight: str,
-    precision: str,
+    kind: str,
     capability: int,
     tmp_path: Path,
 ) -> None:
-    module = kernel_module("snake_upsample1d")
-    vectors = dict.fromkeys(("bias", "alpha", "inverse"), "*fp32")
-    pointers = {"x": dtype, "y": dtype, "weight": weight, **vectors, "lengths": "*i64"}
-    flags = {"HAS_LENGTHS": True, "PRECISION": precision}
-    constants = module.constants(mode, stride, cin, cout, dtype == "*fp32") | flags
-    check(module.snake_upsample1d_kernel, pointers, constants, capability, tmp_path)
+    check(upsample(monkeypatch, mode, stride, cin, cout, kind, LAYOUTS["batch"]), capability, tmp_path)
+
+
+@layouts
+def test_snake_upsample1d_layouts(monkeypatch: pytest.MonkeyPatch, layout: Any, tmp_path: Path) -> None:
+    check(upsample(monkeypatch, "repeat", 8, 768, 384, "bfloat16", layout), 90, tmp_path)
+    check(upsample(monkeypatch, "transposed", 5, 192, 96, "float32", layout), 80, tmp_path)
 
 
 # stages, entries, dim, channels: both acoustic quantisers, the semantic one, and wide code spaces.
-QUANTIZERS = [(7, 4096, 8, 1024), (11, 1024, 8, 1024), (1, 16384, 8, 768), (2, 1000, 16, 1024), (16, 65536, 64, 1024)]
+QUANTIZERS = [(7, 4096, 8, 1024), (11, 1024, 8, 1024), (1, 16384, 8, 768), (2, 1000, 16, 1024), (3, 65536, 64, 1024)]
+quantizers = pytest.mark.parametrize("sizes", QUANTIZERS, ids=str)
+
+
+def weights_of(stages: int, entries: int, dim: int, channels: int) -> tuple[list[Tensor], Tensor]:
+    """Placeholders of a quantiser's weights, and a packed tensor of their size."""
+    from dualcodec_ext.ops.triton import rvq
+
+    shapes = (stages, dim, channels), (stages, dim), (stages, entries, dim), (stages, channels, dim), (stages, channels)
+    packed = torch.zeros(1, rvq.total(rvq.shapes(stages, entries, dim, channels)))
+    return [torch.zeros(1).expand(shape) for shape in shapes], packed
+
+
+def search(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int, int], dtype: torch.dtype, everything: bool, layout: Any
+) -> Launch:
+    batch, frames, last = layout
+    weights, packed = weights_of(*sizes)
+    lengths = torch.full((batch,), frames) if everything else None
+    z = signal(batch, sizes[3], frames, dtype, last)
+    return launch_of(monkeypatch, "rvq_search", z, *weights, sizes[0], everything, everything, lengths, packed)
 
 
 @capabilities
 @pytest.mark.parametrize("everything", [True, False], ids=["everything", "codes alone"])
-@pytest.mark.parametrize("sizes", QUANTIZERS, ids=str)
-def test_rvq_search(sizes: tuple[int, int, int, int], everything: bool, capability: int, tmp_path: Path) -> None:
-    module = kernel_module("rvq_search")
-    names = ("in_weight", "in_bias", "cross", "book", "squares", "rows", "out_weight", "out_bias", "margin")
-    flags = dict.fromkeys(("HAS_QUANTIZED", "HAS_MARGIN", "HAS_LENGTHS"), everything)
-    for dtype in FLOATS.values() if sizes == QUANTIZERS[0] else ("*fp32",):
-        pointers = {**dict.fromkeys(names, "*fp32"), "z": dtype, "quantized": dtype, "codes": "*i64", "lengths": "*i64"}
-        check(module.rvq_search_kernel, pointers, module.constants(*sizes) | flags, capability, tmp_path)
+@quantizers
+def test_rvq_search(
+    monkeypatch: pytest.MonkeyPatch, sizes: Any, everything: bool, capability: int, tmp_path: Path
+) -> None:
+    check(search(monkeypatch, sizes, torch.float32, everything, LAYOUTS["batch"]), capability, tmp_path)
+
+
+@layouts
+def test_rvq_search_layouts(monkeypatch: pytest.MonkeyPatch, layout: Any, tmp_path: Path) -> None:
+    check(search(monkeypatch, QUANTIZERS[0], torch.bfloat16, True, layout), 90, tmp_path)
+    check(search(monkeypatch, QUANTIZERS[2], torch.float16, False, layout), 80, tmp_path)
+
+
+def lookup(monkeypatch: pytest.MonkeyPatch, sizes: Any, dtype: torch.dtype, layout: Any) -> Launch:
+    batch, frames, last = layout
+    weights, packed = weights_of(*sizes)
+    lengths = torch.full((batch,), frames) if batch > 1 else None
+    codes = torch.zeros(batch, sizes[0], frames, dtype=torch.int64)
+    addend = signal(batch, sizes[3], frames, dtype, last)
+    return launch_of(monkeypatch, "rvq_lookup", codes, *weights[2:], addend, lengths, False, packed)
 
 
 @capabilities
 @dtypes
-@pytest.mark.parametrize("sizes", [QUANTIZERS[0], QUANTIZERS[-1]], ids=str)
-def test_rvq_lookup(sizes: tuple[int, int, int, int], dtype: str, capability: int, tmp_path: Path) -> None:
-    module = kernel_module("rvq_lookup")
-    parts = dict.fromkeys(("rows", "out_weight", "out_bias"), "*fp32")
-    pointers = {"codes": "*i64", **parts, "addend": dtype, "y": dtype, "lengths": "*i64", "error": "*i64"}
-    flags = {"HAS_ADDEND": True, "HAS_LENGTHS": True}
-    check(module.rvq_lookup_kernel, pointers, module.constants(*sizes) | flags, capability, tmp_path)
+@quantizers
+def test_rvq_lookup(
+    monkeypatch: pytest.MonkeyPatch, sizes: Any, dtype: torch.dtype, capability: int, tmp_path: Path
+) -> None:
+    if dtype == torch.float32 or sizes == QUANTIZERS[0]:
+        check(lookup(monkeypatch, sizes, dtype, LAYOUTS["batch"]), capability, tmp_path)
 
 
-def test_float32_uses_no_tensor_core(tmp_path: Path) -> None:
+@layouts
+def test_rvq_lookup_layouts(monkeypatch: pytest.MonkeyPatch, layout: Any, tmp_path: Path) -> None:
+    check(lookup(monkeypatch, QUANTIZERS[0], torch.bfloat16, layout), 90, tmp_path)
+    check(lookup(monkeypatch, QUANTIZERS[2], torch.float32, layout), 80, tmp_path)
+
+
+def test_float32_uses_no_tensor_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor core has no float32: where float32 is asked for, not one tf32 instruction may appear."""
-    module = kernel_module("snake_upsample1d")
-    vectors = dict.fromkeys(("weight", "bias", "alpha", "inverse", "x", "y"), "*fp32")
     found = {}
-    for precision in ("ieee", "tf32"):
-        constants = module.constants("transposed", 4, 96, 48, True) | {"HAS_LENGTHS": False, "PRECISION": precision}
+    for kind in ("float32", "tf32"):
+        launch = upsample(monkeypatch, "repeat", 4, 96, 48, kind, LAYOUTS["batch"])
         for capability in (80, 90):
-            compiled = compile_kernel(module.snake_upsample1d_kernel, vectors, constants, capability)
-            found[precision, capability] = bool(re.search(r"(mma|wgmma)\S*tf32", compiled.asm["ptx"]))
-    assert found == {("ieee", 80): False, ("ieee", 90): False, ("tf32", 80): True, ("tf32", 90): True}
-    search = kernel_module("rvq_search")
-    names = ("z", "in_weight", "in_bias", "cross", "book", "squares", "rows", "out_weight", "out_bias", "margin")
-    pointers = {**dict.fromkeys((*names, "quantized"), "*fp32"), "codes": "*i64", "lengths": "*i64"}
-    flags = dict.fromkeys(("HAS_QUANTIZED", "HAS_MARGIN", "HAS_LENGTHS"), True)
-    compiled = compile_kernel(search.rvq_search_kernel, pointers, search.constants(*QUANTIZERS[0]) | flags, 90)
-    assert "mma" not in compiled.asm["ptx"]
+            found[kind, capability] = bool(re.search(r"mma\S*tf32", compile_launch(launch, capability).asm["ptx"]))
+    assert found == {("float32", 80): False, ("float32", 90): False, ("tf32", 80): True, ("tf32", 90): True}
+    launch = search(monkeypatch, QUANTIZERS[0], torch.float32, True, LAYOUTS["batch"])
+    assert "mma" not in compile_launch(launch, 90).asm["ptx"]
 
 
-def test_a_spill_is_seen(tmp_path: Path) -> None:
-    module = kernel_module("causal_dwconv1d")
-    weights = dict.fromkeys(("x", "y", "weight", "bias", "ln_weight", "ln_bias"), "*fp32")
-    constants = module.constants(768, 7, True) | {"HAS_BIAS": True, "HAS_LN_BIAS": True, "HAS_LENGTHS": True}
+def test_half_precision_uses_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = upsample(monkeypatch, "transposed", 2, 1536, 768, "bfloat16", LAYOUTS["batch"])
+    assert re.search(r"mma\.sync\S*bf16", compile_launch(launch, 80).asm["ptx"])
+    assert re.search(r"wgmma\S*bf16", compile_launch(launch, 90).asm["ptx"])
+
+
+def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launch = dwconv(monkeypatch, 768, 7, True, torch.float32, LAYOUTS["batch"])
+    starved = replace(launch, constants=launch.constants | {"maxnreg": 32})
     with pytest.raises(AssertionError, match="spills"):
-        check(
-            module.causal_dwconv1d_kernel,
-            {**weights, "lengths": "*i64", "eps": "fp32"},
-            constants | {"maxnreg": 32},
-            80,
-            tmp_path,
-        )
+        check(starved, 80, tmp_path)
 
 
 def test_every_op_of_the_table_is_compiled_here() -> None:

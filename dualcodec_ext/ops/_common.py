@@ -50,7 +50,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto" (the best that can run), "cpu", "cuda", "triton", or "reference" (plain PyTorch).
-            `DUALCODEC_EXT_BACKEND` does the same for a whole process.
+            `DUALCODEC_EXT_BACKEND` does the same for a whole process. "triton" takes CUDA tensors, and with
+            TRITON_INTERPRET=1 in the environment before triton is imported CPU tensors too, slowly.
 
     Raises:
         BackendError: no such backend, or one asked for by name that cannot run here; the reason is given.

@@ -63,8 +63,8 @@ def _gemm_shape(channels: int, taps: int, stride: int, dilation: int, columns: i
     """Return [taps, channels, columns] of a convolution as CUDA's GEMM: kernels/common/conv_geometry.h."""
     fold = 1
     if taps > 1 and dilation == 1:
-        fold = taps if channels * taps <= 64 else stride
-    return -(-taps // fold), _channels(fold * channels), _columns(columns)
+        fold = taps if channels * taps <= 64 else stride if taps % stride == 0 else 1
+    return taps // fold, _channels(fold * channels), _columns(columns)
 
 
 def _packed(like: Tensor, numel: int) -> Tensor:

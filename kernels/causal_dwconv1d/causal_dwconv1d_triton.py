@@ -22,6 +22,7 @@ def constants(channels: int, taps: int, norm: bool) -> dict[str, int]:
         "C_BLOCKS": -(-channels // block) if norm else 1,
         "num_warps": 4,
         "enable_fp_fusion": True,
+        "maxnreg": 255,  # ptxas would rather spill a word than give up another block on an SM
     }
 
 
@@ -52,8 +53,9 @@ def _convolve(
         step = t + k
         mask = ((step >= 0) & (step < valid))[:, None] & inside[None, :]
         value = tl.load(x + step[:, None] * x_stride_t + c[None, :] * x_stride_c, mask=mask, other=0.0)
-        w = tl.load(weight + c * weight_stride_c + k * weight_stride_k, mask=inside, other=0.0).to(tl.float32)
-        acc = tl.fma(value.to(tl.float32), tl.broadcast_to(w[None, :], (BLOCK_T, BLOCK_C)), acc)
+        w = tl.load(weight + c * weight_stride_c + tl.cast(k, tl.int64) * weight_stride_k, mask=inside, other=0.0)
+        w = tl.broadcast_to(w.to(tl.float32)[None, :], (BLOCK_T, BLOCK_C))
+        acc = tl.fma(value.to(tl.float32), w, acc)
     return acc
 
 

@@ -16,6 +16,7 @@ def constants(stages: int, entries: int, dim: int, channels: int) -> dict[str, i
         "BLOCK_C": min(64, max(16, triton.next_power_of_2(channels))),
         "num_warps": 4,
         "enable_fp_fusion": True,
+        "maxnreg": 255,  # ptxas would rather spill a word than give up another block on an SM
     }
 
 
@@ -77,7 +78,7 @@ def rvq_lookup_kernel(
     acc = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
     wrong = tl.zeros([BLOCK_F], tl.int32)
     for i in range(stages):
-        at = codes + b * codes_stride_b + i * codes_stride_q + f * codes_stride_f
+        at = codes + b * codes_stride_b + tl.cast(i, tl.int64) * codes_stride_q + f * codes_stride_f
         code = tl.load(at, mask=looked, other=0).to(tl.int64)
         bad = (code < 0) | (code >= ENTRIES)
         position = (b * stages + i) * frames + f
