@@ -111,7 +111,8 @@ at::Tensor pack_conv1d_cuda(const at::Tensor& weight, int64_t stride, int64_t di
   const c10::cuda::CUDAGuard guard(weight.device());
   const int64_t columns = weight.size(0), channels = weight.size(1), taps = weight.size(2);
   const ConvGeometry geometry = conv_geometry(channels, taps, stride, dilation);
-  const at::Tensor rows = weight.detach().reshape({columns, channels, geometry.taps, geometry.fold})
+  const at::Tensor rows = weight.detach()
+                              .reshape({columns, channels, geometry.taps, geometry.fold})
                               .permute({2, 3, 1, 0})
                               .reshape({geometry.taps, geometry.channels, columns});
   return at::constant_pad_nd(

@@ -21,7 +21,8 @@ struct ConvGeometry {
 inline ConvGeometry conv_geometry(int64_t in_channels, int64_t taps, int64_t stride, int64_t dilation) {
   if (taps == 1) return {1, 1, stride, 1, in_channels};
   if (dilation == 1 && in_channels * taps <= 2 * kChannelUnit) return {taps, 1, stride, 1, in_channels * taps};
-  if (dilation == 1 && stride > 1 && taps % stride == 0) return {stride, taps / stride, stride, 1, in_channels * stride};
+  if (dilation == 1 && stride > 1 && taps % stride == 0)
+    return {stride, taps / stride, stride, 1, in_channels * stride};
   return {1, taps, 1, stride, in_channels};
 }
 
