@@ -19,6 +19,7 @@ LAYERS = (
     ("_compare", "_files", "audio", "build", "codes", "config", "hub", "peer", "testing"),
     ("ops",),
     ("engine",),
+    ("graphs",),
     ("model",),
     ("_w2v_bert", "accelerate", "semantic"),
     ("inference", "streaming"),
