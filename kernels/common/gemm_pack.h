@@ -18,6 +18,12 @@ DCX_HOST_DEVICE inline int64_t panel_begin(int64_t columns, int64_t i) {
   return units * i / panel_count(columns) * kColumnUnit;
 }
 
+// The panel that holds a column.
+DCX_HOST_DEVICE inline int64_t panel_of(int64_t columns, int64_t column) {
+  const int64_t units = round_up(columns, kColumnUnit) / kColumnUnit;
+  return ceil_div((column / kColumnUnit + 1) * panel_count(columns), units) - 1;
+}
+
 // Writes panels of a [taps][channels] x columns matrix given by strides (elements) into out[taps * channels * padded
 // columns].
 template <class Out, class In>

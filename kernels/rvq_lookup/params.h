@@ -1,4 +1,5 @@
 #pragma once
+#include "../common/cuda_context.h"
 #include "../rvq_search/layout.h"
 
 namespace dcx {
@@ -17,5 +18,8 @@ struct RvqLookupParams {
 };
 
 void launch_rvq_lookup_cpu(const RvqLookupParams& params);
+// On the GPU everything is float32 and pointers are the device's, error may be null; packed is aligned to 16 bytes.
+// Frames with a code out of range are NaN there.
+void launch_rvq_lookup_cuda(const CudaContext& context, const RvqLookupParams& params);
 
 }  // namespace dcx

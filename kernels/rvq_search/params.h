@@ -1,4 +1,5 @@
 #pragma once
+#include "../common/cuda_context.h"
 #include "layout.h"
 
 namespace dcx {
@@ -17,5 +18,7 @@ struct RvqSearchParams {
 };
 
 void launch_rvq_search_cpu(const RvqSearchParams& params);
+// On the GPU everything is float32 and pointers are the device's; packed is aligned to 16 bytes.
+void launch_rvq_search_cuda(const CudaContext& context, const RvqSearchParams& params);
 
 }  // namespace dcx

@@ -1,0 +1,133 @@
+// What rvq_search and rvq_lookup share on the device: the frames of a tile, the sum of the stages' output projections,
+// and the store. Both ops add in the same order, so that a code's sum has the same bits in either.
+#pragma once
+#include "../common/device.cuh"
+#include "../common/gemm_pack.h"
+#include "layout.h"
+
+namespace dcx {
+
+// kFrames neighbours in the sequence of all clips' frames: number g is frame g % F of clip g / F.
+template <int kFrames>
+struct alignas(16) FrameTile {
+  int64_t clip[kFrames], step[kFrames];
+  int32_t exists[kFrames];  // the tail's tile has fewer
+  int32_t counts[kFrames];  // lies before its clip's length
+  int32_t broken[kFrames];  // its output is NaN
+
+  DCX_DEVICE void fill(int64_t first, int64_t batch, int64_t frames, const int64_t* lengths) {
+    const int f = thread_index();
+    if (f >= kFrames) return;
+    const int64_t number = first + f;
+    exists[f] = number < batch * frames;
+    clip[f] = exists[f] ? number / frames : 0;
+    step[f] = exists[f] ? number % frames : 0;
+    counts[f] = exists[f] && (lengths == nullptr || step[f] < lengths[clip[f]]);
+    broken[f] = 0;
+  }
+  DCX_DEVICE int64_t offset(const TensorView& view, int f) const {
+    return clip[f] * view.stride_b + step[f] * view.stride_t;
+  }
+};
+
+// Floats from one row of frames in shared memory to the next: rows that lie 4 apart share no bank, so that lanes that
+// run along the rows don't wait for each other.
+template <int kFrames>
+constexpr int kFramePitch = kFrames >= 16 ? kFrames + 4 : kFrames;
+
+// kCount is 1 or a multiple of 4, `from` then aligned to 16 bytes.
+template <int kCount>
+DCX_DEVICE void load_frames(float (&to)[kCount], const float* from) {
+  if constexpr (kCount == 1) {
+    to[0] = from[0];
+  } else {
+    DCX_UNROLL
+    for (int i = 0; i < kCount; i += 4) {
+      const auto four = *reinterpret_cast<const Vector16<float>*>(from + i);
+      DCX_UNROLL
+      for (int k = 0; k < 4; ++k) to[i + k] = four.values[k];
+    }
+  }
+}
+template <int kCount>
+DCX_DEVICE void store_frames(float* to, const float (&from)[kCount]) {
+  if constexpr (kCount == 1) {
+    to[0] = from[0];
+  } else {
+    DCX_UNROLL
+    for (int i = 0; i < kCount; i += 4)
+      *reinterpret_cast<Vector16<float>*>(to + i) = Vector16<float>{{from[i], from[i + 1], from[i + 2], from[i + 3]}};
+  }
+}
+
+// sums[f] = out_bias[column] + sum over stages i < used of V_i[column] . row_i of frame f. rows: [used D][kFrames]. Each
+// stage is summed on its own and then added: one chain over all of Q D rounds more. kDim 0: the layout's.
+template <int kDim, int kFrames>
+DCX_DEVICE void project_out(float (&sums)[kFrames], const float* packed, const RvqLayout& layout, int64_t used,
+                            const float* rows, int64_t column) {
+  const int dim = kDim > 0 ? kDim : static_cast<int>(layout.dim);
+  const int64_t panel = panel_of(layout.channels, column), begin = panel_begin(layout.channels, panel);
+  const int64_t width = panel_begin(layout.channels, panel + 1) - begin;
+  const float* weight = packed + layout.out_panels() + begin * layout.stages * dim + (column - begin);
+  DCX_UNROLL
+  for (int f = 0; f < kFrames; ++f) sums[f] = 0.0f;
+  const auto add = [&](float (&part)[kFrames], float w, const float* row) {
+    float values[kFrames];
+    load_frames(values, row);
+    DCX_UNROLL
+    for (int f = 0; f < kFrames; ++f) part[f] = fused_multiply_add(w, values[f], part[f]);
+  };
+  DCX_NO_UNROLL
+  for (int64_t stage = 0; stage < used; ++stage) {
+    float part[kFrames] = {};
+    if constexpr (kDim > 0) {
+      float w[kDim];
+      DCX_UNROLL
+      for (int d = 0; d < kDim; ++d) w[d] = weight[d * width];
+      DCX_UNROLL
+      for (int d = 0; d < kDim; ++d) add(part, w[d], rows + d * kFrames);
+    } else {
+      for (int d = 0; d < dim; ++d) add(part, weight[d * width], rows + d * kFrames);
+    }
+    weight += dim * width;
+    rows += dim * kFrames;
+    DCX_UNROLL
+    for (int f = 0; f < kFrames; ++f) sums[f] += part[f];
+  }
+  const float bias = packed[layout.out_bias() + (used - 1) * layout.channel_columns() + column];
+  DCX_UNROLL
+  for (int f = 0; f < kFrames; ++f) sums[f] += bias;
+}
+
+// Writes `count` columns from `first` on out of staged [count][kFramePitch], plus addend (data null: none).
+template <class T, int kFrames, int kThreads>
+DCX_DEVICE void store_columns_as(const TensorView& to, const TensorView& addend, const FrameTile<kFrames>& tile,
+                                 const float* staged, int64_t first, int count) {
+  T* y = static_cast<T*>(to.data);
+  const T* extra = static_cast<const T*>(addend.data);
+  const bool along_columns = to.stride_c == 1;
+  for (int i = thread_index(); i < count * kFrames; i += kThreads) {
+    const int f = along_columns ? i / count : i % kFrames, n = along_columns ? i % count : i / kFrames;
+    if (!tile.exists[f]) continue;
+    const int64_t column = first + n;
+    float value = 0.0f;
+    if (tile.counts[f]) {
+      value = staged[n * kFramePitch<kFrames> + f];
+      if (extra != nullptr) value += to_float(extra[tile.offset(addend, f) + column * addend.stride_c]);
+      if (tile.broken[f]) value = not_a_number();
+    }
+    y[tile.offset(to, f) + column * to.stride_c] = from_float<T>(value);
+  }
+}
+template <int kFrames, int kThreads>
+DCX_DEVICE void store_columns(const TensorView& to, const TensorView& addend, const FrameTile<kFrames>& tile,
+                              const float* staged, int64_t first, int count) {
+  if (to.dtype == DType::kF32)
+    store_columns_as<float, kFrames, kThreads>(to, addend, tile, staged, first, count);
+  else if (to.dtype == DType::kBF16)
+    store_columns_as<bf16, kFrames, kThreads>(to, addend, tile, staged, first, count);
+  else
+    store_columns_as<f16, kFrames, kThreads>(to, addend, tile, staged, first, count);
+}
+
+}  // namespace dcx
