@@ -2,6 +2,9 @@
 #pragma once
 #include "../kernels/rvq_search/layout.h"
 #include "checks.h"
+#ifdef DCX_WITH_CUDA
+#include "cuda.h"
+#endif
 
 namespace dcx {
 
@@ -25,9 +28,22 @@ inline RvqLayout check_quantizer(const char* op, const at::Tensor& codebooks, co
   return layout;
 }
 
-// in_weight [Q, D, C] and in_bias [Q, D] may be undefined: lookup needs no input projection.
+// One layout for all devices: computed on the CPU, returned on the codebooks' device. in_weight [Q, D, C] and in_bias
+// [Q, D] may be undefined: lookup needs no input projection.
 at::Tensor pack_quantizer(const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
                           const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,
                           at::ScalarType dtype);
+
+#ifdef DCX_WITH_CUDA
+// packed_or on like's device, aligned as the kernels need it: memory from torch's allocator is, a slice may not be.
+template <class Pack>
+inline at::Tensor cuda_packed_quantizer(const char* op, const OptionalTensor& packed, const RvqLayout& layout,
+                                        const at::Tensor& like, const Pack& pack) {
+  const at::Tensor values = packed_or(op, packed, layout.total(), like, pack);
+  DCX_CHECK(values.device() == like.device(), op, ": packed must be on ", like.device(), " as the input is, got ",
+            values.device());
+  return reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 == 0 ? values : values.clone();
+}
+#endif
 
 }  // namespace dcx

@@ -5,9 +5,59 @@
 #include <limits>
 
 #include "rvq.h"
+#ifdef DCX_WITH_CUDA
+#include <ATen/ops/full.h>
+#endif
 
 namespace dcx {
 namespace {
+
+constexpr int64_t kNoError = std::numeric_limits<int64_t>::max();
+
+// What both devices' calls need besides the parameters.
+struct Lookup {
+  RvqLookupParams p{};
+  at::Tensor like;  // the addend, or out_weight: gives the output's dtype
+  bool has_addend = false;
+  at::Tensor codes;  // int64, contiguous
+};
+
+// Checks every argument but the lengths and the packed weight, and fills in what does not depend on the device.
+Lookup check_rvq_lookup(const at::Tensor& codes, const at::Tensor& codebooks, const at::Tensor& out_weight,
+                        const at::Tensor& out_bias, const OptionalTensor& addend) {
+  const char* op = "rvq_lookup";
+  DCX_CHECK(codes.dim() == 3, op, ": codes must be [B, q, F], got ", shape_text(codes));
+  DCX_CHECK(c10::isIntegralType(codes.scalar_type(), false), op, ": codes must be integers, got ", codes.scalar_type());
+  const RvqLayout layout = check_quantizer(op, codebooks, out_weight, out_bias, codes);
+  DCX_CHECK(codes.size(1) >= 1 && codes.size(1) <= layout.stages, op, ": codes must have 1..", layout.stages,
+            " stages, got ", shape_text(codes));
+  Lookup call;
+  RvqLookupParams& p = call.p;
+  p.layout = layout;
+  p.batch = codes.size(0);
+  p.used = codes.size(1);
+  p.frames = codes.size(2);
+  call.like = out_weight;
+  if (addend.has_value() && addend->defined()) {
+    check_shape(op, "addend", *addend, {p.batch, layout.channels, p.frames}, "[B, C, F]", codes);
+    p.addend = view_of(*addend);
+    call.like = *addend;
+    call.has_addend = true;
+  }
+  return call;
+}
+
+// The output, laid out as the addend is where there is one.
+at::Tensor empty_output(const Lookup& call, bool channels_last) {
+  return empty_signal(call.p.batch, call.p.layout.channels, call.p.frames, call.like.options(),
+                      call.has_addend ? is_channels_last(call.like) : channels_last);
+}
+
+[[noreturn]] void refuse_code(const RvqLookupParams& p, int64_t position, int64_t code) {
+  const int64_t batch = position / (p.used * p.frames), stage = position / p.frames % p.used;
+  DCX_CHECK(false, "rvq_lookup: codes must be in [0, ", p.layout.entries, "), got ", code, " at batch ", batch,
+            ", stage ", stage, ", frame ", position % p.frames);
+}
 
 at::Tensor rvq_lookup_cpu(const at::Tensor& codes,        // [B, q, F] integers, q <= Q
                           const at::Tensor& codebooks,    // [Q, N, D]
@@ -18,47 +68,74 @@ at::Tensor rvq_lookup_cpu(const at::Tensor& codes,        // [B, q, F] integers,
                           bool channels_last,
                           const OptionalTensor& packed) {  // as pack_rvq made it
   const char* op = "rvq_lookup";
-  DCX_CHECK(codes.dim() == 3, op, ": codes must be [B, q, F], got ", shape_text(codes));
-  DCX_CHECK(c10::isIntegralType(codes.scalar_type(), false), op, ": codes must be integers, got ", codes.scalar_type());
-  const RvqLayout layout = check_quantizer(op, codebooks, out_weight, out_bias, codes);
-  DCX_CHECK(codes.size(1) >= 1 && codes.size(1) <= layout.stages, op, ": codes must have 1..", layout.stages,
-            " stages, got ", shape_text(codes));
-
-  RvqLookupParams p{};
-  p.layout = layout;
-  p.batch = codes.size(0);
-  p.used = codes.size(1);
-  p.frames = codes.size(2);
-  const bool has_addend = addend.has_value() && addend->defined();
-  if (has_addend) check_shape(op, "addend", *addend, {p.batch, layout.channels, p.frames}, "[B, C, F]", codes);
-  const at::Tensor& like = has_addend ? *addend : out_weight;
+  Lookup call = check_rvq_lookup(codes, codebooks, out_weight, out_bias, addend);
+  RvqLookupParams& p = call.p;
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.frames);
-  const at::ScalarType dtype = accumulate_dtype(like.scalar_type());
-  const at::Tensor values = packed_or(op, packed, layout.total(), like, [&] {
-    return pack_quantizer(layout, at::Tensor(), at::Tensor(), codebooks, out_weight, out_bias, dtype);
+  const at::ScalarType dtype = accumulate_dtype(call.like.scalar_type());
+  const at::Tensor values = packed_or(op, packed, p.layout.total(), call.like, [&] {
+    return pack_quantizer(p.layout, at::Tensor(), at::Tensor(), codebooks, out_weight, out_bias, dtype);
   });
   const at::Tensor code_values = codes.to(at::kLong).contiguous();
-  at::Tensor y = empty_signal(p.batch, layout.channels, p.frames, like.options(),
-                              has_addend ? is_channels_last(*addend) : channels_last);
+  at::Tensor y = empty_output(call, channels_last);
   if (y.numel() == 0) return y;
-  int64_t error = std::numeric_limits<int64_t>::max();
+  int64_t error = kNoError;
   p.codes = code_values.const_data_ptr<int64_t>();
   p.y = view_of(y);
-  if (has_addend) p.addend = view_of(*addend);
   p.packed = values.const_data_ptr();
   p.lengths = data_or_null<int64_t>(length_values);
   p.is_double = dtype == at::kDouble;
   p.error = &error;
   launch_rvq_lookup_cpu(p);
-  if (error != std::numeric_limits<int64_t>::max()) {
-    const int64_t batch = error / (p.used * p.frames), stage = error / p.frames % p.used, frame = error % p.frames;
-    DCX_CHECK(false, op, ": codes must be in [0, ", layout.entries, "), got ", p.codes[error], " at batch ", batch,
-              ", stage ", stage, ", frame ", frame);
+  if (error != kNoError) refuse_code(p, error, p.codes[error]);
+  return y;
+}
+
+#ifdef DCX_WITH_CUDA
+
+// Waits for the kernel, to raise on a code out of range. A stream that captures a CUDA graph can't be waited for: there
+// the frames of such codes are NaN, and whoever replays the graph checks its codes.
+at::Tensor rvq_lookup_cuda(const at::Tensor& codes, const at::Tensor& codebooks, const at::Tensor& out_weight,
+                           const at::Tensor& out_bias, const OptionalTensor& addend, const OptionalTensor& lengths,
+                           bool channels_last, const OptionalTensor& packed) {
+  const char* op = "rvq_lookup";
+  Lookup call = check_rvq_lookup(codes, codebooks, out_weight, out_bias, addend);
+  RvqLookupParams& p = call.p;
+  check_cuda_dtype(op, call.has_addend ? "addend" : "out_weight", call.like);
+  const c10::cuda::CUDAGuard guard(codes.device());
+  const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.frames, codes);
+  const at::Tensor values = cuda_packed_quantizer(op, packed, p.layout, call.like, [&] {
+    return pack_quantizer(p.layout, at::Tensor(), at::Tensor(), codebooks, out_weight, out_bias, at::kFloat);
+  });
+  const at::Tensor code_values = codes.to(at::kLong).contiguous();
+  at::Tensor y = empty_output(call, channels_last);
+  if (y.numel() == 0) return y;
+  const CudaContext context = cuda_context();
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(static_cast<cudaStream_t>(context.stream), &capture));
+  at::Tensor error;
+  if (capture == cudaStreamCaptureStatusNone) {
+    error = at::full({1}, kNoError, code_values.options());
+    p.error = error.mutable_data_ptr<int64_t>();
+  }
+  p.codes = code_values.const_data_ptr<int64_t>();
+  p.y = view_of(y);
+  p.packed = values.const_data_ptr();
+  p.lengths = data_or_null<int64_t>(length_values);
+  launch_rvq_lookup_cuda(context, p);
+  if (error.defined()) {
+    const int64_t position = error.item<int64_t>();
+    if (position != kNoError) refuse_code(p, position, code_values.reshape({-1}).select(0, position).item<int64_t>());
   }
   return y;
 }
+
+#endif  // DCX_WITH_CUDA
 
 }  // namespace
 }  // namespace dcx
 
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) { m.impl("rvq_lookup", dcx::rvq_lookup_cpu); }
+
+#ifdef DCX_WITH_CUDA
+TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) { m.impl("rvq_lookup", dcx::rvq_lookup_cuda); }
+#endif

@@ -12,7 +12,7 @@
 namespace dcx {
 namespace {
 
-at::Tensor as_double(const at::Tensor& t) { return t.detach().to(at::kDouble).contiguous(); }
+at::Tensor as_double(const at::Tensor& t) { return t.detach().to(at::Device(at::kCPU), at::kDouble).contiguous(); }
 
 // Everything is computed in double by plain loops, so that a packed weight does not depend on the number of threads.
 template <class T>
@@ -82,11 +82,11 @@ void pack_into(T* out, const RvqLayout& layout, const at::Tensor& in_weight, con
   }
 }
 
-at::Tensor pack_rvq_cpu(const at::Tensor& in_weight,   // [Q, D, C]
-                        const at::Tensor& in_bias,     // [Q, D]
-                        const at::Tensor& codebooks,   // [Q, N, D]
-                        const at::Tensor& out_weight,  // [Q, C, D]
-                        const at::Tensor& out_bias) {  // [Q, C]
+at::Tensor pack_rvq(const at::Tensor& in_weight,   // [Q, D, C]
+                    const at::Tensor& in_bias,     // [Q, D]
+                    const at::Tensor& codebooks,   // [Q, N, D]
+                    const at::Tensor& out_weight,  // [Q, C, D]
+                    const at::Tensor& out_bias) {  // [Q, C]
   const char* op = "pack_rvq";
   const RvqLayout layout = check_quantizer(op, codebooks, out_weight, out_bias, codebooks);
   check_shape(op, "in_weight", in_weight, {layout.stages, layout.dim, layout.channels}, "[Q, D, C]", codebooks);
@@ -95,16 +95,12 @@ at::Tensor pack_rvq_cpu(const at::Tensor& in_weight,   // [Q, D, C]
                         accumulate_dtype(codebooks.scalar_type()));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rvq_search_cpu(const at::Tensor& z,  // [B, C, F] f32|f64|bf16|f16
-                                                              const at::Tensor& in_weight,   // [Q, D, C]
-                                                              const at::Tensor& in_bias,     // [Q, D]
-                                                              const at::Tensor& codebooks,   // [Q, N, D]
-                                                              const at::Tensor& out_weight,  // [Q, C, D]
-                                                              const at::Tensor& out_bias,    // [Q, C]
-                                                              int64_t num_quantizers, bool return_quantized,
-                                                              bool return_margin,
-                                                              const OptionalTensor& lengths,   // [B] i64
-                                                              const OptionalTensor& packed) {  // as pack_rvq made it
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Checks every argument but the lengths and the packed weight, and fills in what does not depend on the device.
+RvqSearchParams check_rvq_search(const at::Tensor& z, const at::Tensor& in_weight, const at::Tensor& in_bias,
+                                 const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,
+                                 int64_t num_quantizers) {
   const char* op = "rvq_search";
   check_signal(op, "z", z);
   const RvqLayout layout = check_quantizer(op, codebooks, out_weight, out_bias, z);
@@ -114,51 +110,107 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rvq_search_cpu(const at::Tensor& 
   check_shape(op, "in_bias", in_bias, {layout.stages, layout.dim}, "[Q, D]", z);
   DCX_CHECK(num_quantizers >= 1 && num_quantizers <= layout.stages, op, ": num_quantizers must be in 1..",
             layout.stages, ", got ", num_quantizers);
-
   RvqSearchParams p{};
   p.layout = layout;
   p.batch = z.size(0);
   p.frames = z.size(2);
   p.used = num_quantizers;
-  const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.frames);
-  const at::ScalarType dtype = accumulate_dtype(z.scalar_type());
-  const at::Tensor values = packed_or(op, packed, layout.total(), z, [&] {
-    return pack_quantizer(layout, in_weight, in_bias, codebooks, out_weight, out_bias, dtype);
-  });
+  p.z = view_of(z);
+  return p;
+}
+
+// Allocates the outputs, completes p with them and launches, unless they are empty.
+template <class Launch>
+Outputs search_into_outputs(RvqSearchParams p, const at::Tensor& z, bool return_quantized, bool return_margin,
+                            const Launch& launch) {
   const at::TensorOptions options = z.options();
+  const at::TensorOptions wide = options.dtype(accumulate_dtype(z.scalar_type()));
   at::Tensor codes = at::empty({p.batch, p.used, p.frames}, options.dtype(at::kLong));
   at::Tensor quantized = return_quantized
-                             ? empty_signal(p.batch, layout.channels, p.frames, options, is_channels_last(z))
+                             ? empty_signal(p.batch, p.layout.channels, p.frames, options, is_channels_last(z))
                              : at::empty({0}, options);
-  at::Tensor margin = return_margin ? at::empty({p.batch, p.used, p.frames}, options.dtype(dtype))
-                                    : at::empty({0}, options.dtype(dtype));
+  at::Tensor margin = return_margin ? at::empty({p.batch, p.used, p.frames}, wide) : at::empty({0}, wide);
   if (codes.numel() == 0) return {codes, quantized, margin};
-  p.z = view_of(z);
   p.codes = codes.mutable_data_ptr<int64_t>();
   if (return_quantized) p.quantized = view_of(quantized);
   if (return_margin) p.margin = margin.mutable_data_ptr();
-  p.packed = values.const_data_ptr();
-  p.lengths = data_or_null<int64_t>(length_values);
-  launch_rvq_search_cpu(p);
+  launch(p);
   return {codes, quantized, margin};
 }
+
+Outputs rvq_search_cpu(const at::Tensor& z,           // [B, C, F] f32|f64|bf16|f16
+                       const at::Tensor& in_weight,   // [Q, D, C]
+                       const at::Tensor& in_bias,     // [Q, D]
+                       const at::Tensor& codebooks,   // [Q, N, D]
+                       const at::Tensor& out_weight,  // [Q, C, D]
+                       const at::Tensor& out_bias,    // [Q, C]
+                       int64_t num_quantizers, bool return_quantized, bool return_margin,
+                       const OptionalTensor& lengths,   // [B] i64
+                       const OptionalTensor& packed) {  // as pack_rvq made it
+  const char* op = "rvq_search";
+  RvqSearchParams p = check_rvq_search(z, in_weight, in_bias, codebooks, out_weight, out_bias, num_quantizers);
+  const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.frames);
+  const at::Tensor values = packed_or(op, packed, p.layout.total(), z, [&] {
+    return pack_quantizer(p.layout, in_weight, in_bias, codebooks, out_weight, out_bias,
+                          accumulate_dtype(z.scalar_type()));
+  });
+  p.packed = values.const_data_ptr();
+  p.lengths = data_or_null<int64_t>(length_values);
+  return search_into_outputs(p, z, return_quantized, return_margin, launch_rvq_search_cpu);
+}
+
+#ifdef DCX_WITH_CUDA
+
+at::Tensor pack_rvq_cuda(const at::Tensor& in_weight, const at::Tensor& in_bias, const at::Tensor& codebooks,
+                         const at::Tensor& out_weight, const at::Tensor& out_bias) {
+  check_cuda_dtype("pack_rvq", "codebooks", codebooks);
+  const c10::cuda::CUDAGuard guard(codebooks.device());
+  return pack_rvq(in_weight, in_bias, codebooks, out_weight, out_bias);
+}
+
+Outputs rvq_search_cuda(const at::Tensor& z, const at::Tensor& in_weight, const at::Tensor& in_bias,
+                        const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,
+                        int64_t num_quantizers, bool return_quantized, bool return_margin,
+                        const OptionalTensor& lengths, const OptionalTensor& packed) {
+  const char* op = "rvq_search";
+  RvqSearchParams p = check_rvq_search(z, in_weight, in_bias, codebooks, out_weight, out_bias, num_quantizers);
+  check_cuda_dtype(op, "z", z);
+  const c10::cuda::CUDAGuard guard(z.device());
+  const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.frames, z);
+  const at::Tensor values = cuda_packed_quantizer(op, packed, p.layout, z, [&] {
+    return pack_quantizer(p.layout, in_weight, in_bias, codebooks, out_weight, out_bias, at::kFloat);
+  });
+  p.packed = values.const_data_ptr();
+  p.lengths = data_or_null<int64_t>(length_values);
+  return search_into_outputs(p, z, return_quantized, return_margin,
+                             [](const RvqSearchParams& whole) { launch_rvq_search_cuda(cuda_context(), whole); });
+}
+
+#endif  // DCX_WITH_CUDA
 
 }  // namespace
 
 at::Tensor pack_quantizer(const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
                           const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,
                           at::ScalarType dtype) {
-  at::Tensor packed = at::zeros({layout.total()}, codebooks.options().dtype(dtype));
+  at::Tensor packed = at::zeros({layout.total()}, codebooks.options().dtype(dtype).device(at::kCPU));
   if (dtype == at::kDouble)
     pack_into(packed.mutable_data_ptr<double>(), layout, in_weight, in_bias, codebooks, out_weight, out_bias);
   else
     pack_into(packed.mutable_data_ptr<float>(), layout, in_weight, in_bias, codebooks, out_weight, out_bias);
-  return packed;
+  return packed.to(codebooks.device());
 }
 
 }  // namespace dcx
 
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
   m.impl("rvq_search", dcx::rvq_search_cpu);
-  m.impl("pack_rvq", dcx::pack_rvq_cpu);
+  m.impl("pack_rvq", dcx::pack_rvq);
 }
+
+#ifdef DCX_WITH_CUDA
+TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
+  m.impl("rvq_search", dcx::rvq_search_cuda);
+  m.impl("pack_rvq", dcx::pack_rvq_cuda);
+}
+#endif

@@ -79,10 +79,11 @@ bool start_rvq_lookup(const CudaContext& context, const RvqLookupParams& p) {
 // The tile decides who computes a frame, never how.
 inline void start_rvq_lookup_of(const CudaContext& context, const RvqLookupParams& p) {
   const bool few = p.batch * p.frames <= 16;
-  const bool started =
-      p.layout.dim == 8 ? (!few && start_rvq_lookup<8, 16>(context, p)) || start_rvq_lookup<8, 1>(context, p)
-                        : (!few && start_rvq_lookup<0, 16>(context, p)) || start_rvq_lookup<0, 1>(context, p);
-  if (!started) throw std::runtime_error("rvq_lookup: so many code dimensions need more shared memory than this GPU has");
+  const bool started = p.layout.dim == 8
+                           ? (!few && start_rvq_lookup<8, 16>(context, p)) || start_rvq_lookup<8, 1>(context, p)
+                           : (!few && start_rvq_lookup<0, 16>(context, p)) || start_rvq_lookup<0, 1>(context, p);
+  if (!started)
+    throw std::runtime_error("rvq_lookup: so many code dimensions need more shared memory than this GPU has");
 }
 
 }  // namespace dcx

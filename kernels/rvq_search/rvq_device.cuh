@@ -60,8 +60,8 @@ DCX_DEVICE void store_frames(float* to, const float (&from)[kCount]) {
   }
 }
 
-// sums[f] = out_bias[column] + sum over stages i < used of V_i[column] . row_i of frame f. rows: [used D][kFrames]. Each
-// stage is summed on its own and then added: one chain over all of Q D rounds more. kDim 0: the layout's.
+// sums[f] = out_bias[column] + sum over stages i < used of V_i[column] . row_i of frame f. rows: [used D][kFrames].
+// Each stage is summed on its own and then added: one chain over all of Q D rounds more. kDim 0: the layout's.
 template <int kDim, int kFrames>
 DCX_DEVICE void project_out(float (&sums)[kFrames], const float* packed, const RvqLayout& layout, int64_t used,
                             const float* rows, int64_t column) {

@@ -1,9 +1,9 @@
 // codes[b, i, f] = the row of codebook i nearest by angle to e_i = W_i r + a_i, for every stage in one launch, in the
 // code space: e_i = (W z)_i + bias_i - sum over j < i of (W_i V_j) row_j. A block owns kFrames frames and walks all
 // codebooks; a thread holds four entries' coordinates in registers and scores every frame against them, keeping each
-// frame's smallest score |c|^2 - 2 e.c and the pass it came from; the entry itself is found again at the end of a stage.
-// Lowest (score, index) in every reduction. float32 sums: in_proj as chains of at most 128 under a tree. kDim 8 copies
-// books 16 bytes at a time ahead of use; `packed` is aligned to 16 bytes.
+// frame's smallest score |c|^2 - 2 e.c and the pass it came from; the entry itself is found again at the end of a
+// stage. Lowest (score, index) in every reduction. float32 sums: in_proj as chains of at most 128 under a tree. kDim 8
+// copies books 16 bytes at a time ahead of use; `packed` is aligned to 16 bytes.
 #pragma once
 #include <math.h>
 
@@ -79,7 +79,8 @@ struct RvqSearch {
 
   // kChunk channels of every frame from channel c0 on, zeros past the last; lanes run along what lies side by side.
   template <class T>
-  static DCX_DEVICE void load_chunk_as(const RvqSearchParams& p, const FrameTile<kFrames>& tile, int64_t c0, float* to) {
+  static DCX_DEVICE void load_chunk_as(const RvqSearchParams& p, const FrameTile<kFrames>& tile, int64_t c0,
+                                       float* to) {
     constexpr int kEach = kChunk * kFrames / kThreads, kBatch = kEach < 8 ? kEach : 8;
     const T* z = static_cast<const T*>(p.z.data);
     const bool along_channels = kFrames > 1 && p.z.stride_c == 1;
@@ -111,7 +112,8 @@ struct RvqSearch {
   }
 
   // Adds up the sums of the threads that share a slot, as a tree, into those of split 0.
-  static DCX_DEVICE void add_splits(float (&sums)[4 * kFrames], int slot, int split, int slots, int splits, Four* partial) {
+  static DCX_DEVICE void add_splits(float (&sums)[4 * kFrames], int slot, int split, int slots, int splits,
+                                    Four* partial) {
     for (int half = splits / 2; half >= 1; half /= 2) {
       sync_threads();
       if (split >= half && split < 2 * half) {
@@ -163,8 +165,7 @@ struct RvqSearch {
           float z[kFrames];
           load_frames(z, s.work + c * kPitch);
           DCX_UNROLL
-          for (int k = 0; k < 4; ++k)
-            DCX_UNROLL
+          for (int k = 0; k < 4; ++k) DCX_UNROLL
           for (int f = 0; f < kFrames; ++f)
             sums[k * kFrames + f] = fused_multiply_add(w.values[k], z[f], sums[k * kFrames + f]);
         };
@@ -250,7 +251,8 @@ struct RvqSearch {
     best.score[f] = better ? smallest : best.score[f];
   }
 
-  // Passes of the codebooks, in the order of their use; each thread copies what it reads itself, so no barrier is needed.
+  // Passes of the codebooks, in the order of their use; each thread copies what it reads itself, so no barrier is
+  // needed.
   struct Ring {
     Four* slots;
     int depth, taken, passes;
@@ -304,8 +306,7 @@ struct RvqSearch {
         DCX_UNROLL
         for (int k = 0; k < 4; ++k) score[k] = book[0].values[k];
         DCX_UNROLL
-        for (int d = 0; d < kDim; ++d)
-          DCX_UNROLL
+        for (int d = 0; d < kDim; ++d) DCX_UNROLL
         for (int k = 0; k < 4; ++k) score[k] = fused_multiply_add(query[d], book[d + 1].values[k], score[k]);
         keep(best, f, score, pass);
       }
@@ -323,14 +324,12 @@ struct RvqSearch {
       const float* book = books + int64_t{four / 4} * (dim + 1) * kCodeGroup + four % 4 * 4;
       float score[kFrames][4];
       DCX_UNROLL
-      for (int f = 0; f < kFrames; ++f)
-        DCX_UNROLL
+      for (int f = 0; f < kFrames; ++f) DCX_UNROLL
       for (int k = 0; k < 4; ++k) score[f][k] = book[k];
       for (int d = 0; d < dim; ++d) {
         book += kCodeGroup;
         DCX_UNROLL
-        for (int f = 0; f < kFrames; ++f)
-          DCX_UNROLL
+        for (int f = 0; f < kFrames; ++f) DCX_UNROLL
         for (int k = 0; k < 4; ++k) score[f][k] = fused_multiply_add(s.query[f * dim + d], book[k], score[f][k]);
       }
       DCX_UNROLL
@@ -416,9 +415,8 @@ struct RvqSearch {
     const bool counts = s.tile->counts[f] != 0;
     const int64_t position = (s.tile->clip[f] * p.used + stage) * p.frames + s.tile->step[f];
     p.codes[position] = counts ? entry : 0;
-    if constexpr (kMargin)
-      static_cast<float*>(p.margin)[position] =
-          !counts ? 0.0f : broken ? not_a_number() : best.second - best.score;
+    if (!kMargin || p.margin == nullptr) return;
+    static_cast<float*>(p.margin)[position] = !counts ? 0.0f : broken ? not_a_number() : best.second - best.score;
   }
 
   // Takes the chosen rows off the later stages' e.
@@ -493,8 +491,9 @@ bool start_rvq_search_as(const CudaContext& context, const RvqSearchParams& p, i
 template <int kDim, int kFrames>
 bool start_rvq_search(const CudaContext& context, const RvqSearchParams& p) {
   const int64_t tiles = ceil_div(p.batch * p.frames, kFrames);
-  return p.margin != nullptr ? start_rvq_search_as<RvqSearch<kDim, kFrames, true>>(context, p, tiles)
-                             : start_rvq_search_as<RvqSearch<kDim, kFrames, false>>(context, p, tiles);
+  if constexpr (kDim > 0)
+    if (p.margin == nullptr) return start_rvq_search_as<RvqSearch<kDim, kFrames, false>>(context, p, tiles);
+  return start_rvq_search_as<RvqSearch<kDim, kFrames, true>>(context, p, tiles);
 }
 
 // The tile decides who computes a frame, never how. Few frames take small tiles, so that more multiprocessors read the
@@ -509,7 +508,8 @@ inline void start_rvq_search_of(const CudaContext& context, const RvqSearchParam
   } else {
     started = (!few && start_rvq_search<0, 4>(context, p)) || start_rvq_search<0, 1>(context, p);
   }
-  if (!started) throw std::runtime_error("rvq_search: so many code dimensions need more shared memory than this GPU has");
+  if (!started)
+    throw std::runtime_error("rvq_search: so many code dimensions need more shared memory than this GPU has");
 }
 
 }  // namespace dcx
