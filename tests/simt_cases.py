@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -23,12 +24,24 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++").split()[0])
 
 
+@functools.cache
+def missing() -> str:
+    """Why the emulator can't be built here; empty when it can."""
+    if compiler() is None:
+        return "there is no C++ compiler"
+    probe = [compiler() or "c++", *FLAGS, "-x", "c++", "-", "-o", os.devnull]
+    done = subprocess.run(probe, input="int main() {}", capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"the C++ compiler has no sanitizers: {done.stderr.strip()[-200:]}"
+
+
 def build(op: str, build_dir: Path, kernels: Path = ROOT / "kernels") -> Path:
-    """Compile tests/simt/<op>.cpp and what it needs against a tree of kernels; returns the program.
+    """Compile tests/simt/<op>.cpp and what it needs; returns the program.
+
+    A copy of kernels stands beside one of tests/simt, whose files name the kernels by relative paths: see `copy_sources`.
 
     Objects and the program are kept in build_dir and compiled again when a source is newer.
     """
-    simt = ROOT / "tests/simt"
+    simt = kernels.parent / "tests/simt"
     build_dir.mkdir(parents=True, exist_ok=True)
     newest = max(p.stat().st_mtime for d in (kernels, simt) for p in d.rglob("*") if p.suffix in (".h", ".cuh", ".cpp"))
     shared = [_object(simt / f"{name}.cpp", build_dir, kernels, newest) for name in ("simt", "main")]
@@ -37,6 +50,13 @@ def build(op: str, build_dir: Path, kernels: Path = ROOT / "kernels") -> Path:
     if not program.exists() or program.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         _run([compiler() or "c++", *FLAGS, *map(str, objects), "-o", str(program)])
     return program
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copy kernels and tests/simt into a folder, for a test that plants a bug there; returns the kernels."""
+    for part in ("kernels", "tests/simt"):
+        shutil.copytree(ROOT / part, folder / part)
+    return folder / "kernels"
 
 
 def _object(source: Path, build_dir: Path, kernels: Path, newest: float) -> Path:
