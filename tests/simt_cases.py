@@ -34,21 +34,21 @@ def missing() -> str:
     return "" if done.returncode == 0 else f"the C++ compiler has no sanitizers: {done.stderr.strip()[-200:]}"
 
 
-def build(op: str, build_dir: Path, kernels: Path = ROOT / "kernels") -> Path:
+def build(op: str, build_dir: Path, kernels: Path = ROOT / "kernels", flags: Sequence[str] = FLAGS) -> Path:
     """Compile tests/simt/<op>.cpp and what it needs; returns the program.
 
-    A copy of kernels stands beside one of tests/simt, whose files name the kernels by relative paths: see `copy_sources`.
+    A copy of kernels stands beside one of tests/simt, which names the kernels by relative paths: see `copy_sources`.
 
     Objects and the program are kept in build_dir and compiled again when a source is newer.
     """
     simt = kernels.parent / "tests/simt"
     build_dir.mkdir(parents=True, exist_ok=True)
     newest = max(p.stat().st_mtime for d in (kernels, simt) for p in d.rglob("*") if p.suffix in (".h", ".cuh", ".cpp"))
-    shared = [_object(simt / f"{name}.cpp", build_dir, kernels, newest) for name in ("simt", "main")]
+    shared = [_object(simt / f"{name}.cpp", build_dir, kernels, newest, flags) for name in ("simt", "main")]
     program = build_dir / f"simt_{op}"
-    objects = [*shared, _object(simt / f"{op}.cpp", build_dir, kernels, newest)]
+    objects = [*shared, _object(simt / f"{op}.cpp", build_dir, kernels, newest, flags)]
     if not program.exists() or program.stat().st_mtime < max(o.stat().st_mtime for o in objects):
-        _run([compiler() or "c++", *FLAGS, *map(str, objects), "-o", str(program)])
+        _run([compiler() or "c++", *flags, *map(str, objects), "-o", str(program)])
     return program
 
 
@@ -59,11 +59,11 @@ def copy_sources(folder: Path) -> Path:
     return folder / "kernels"
 
 
-def _object(source: Path, build_dir: Path, kernels: Path, newest: float) -> Path:
+def _object(source: Path, build_dir: Path, kernels: Path, newest: float, flags: Sequence[str]) -> Path:
     target = build_dir / f"{source.stem}.o"
     if not target.exists() or target.stat().st_mtime < newest:
         include = ["-I", str(source.parent), "-I", str(kernels)]
-        _run([compiler() or "c++", *FLAGS, *include, "-c", str(source), "-o", str(target)])
+        _run([compiler() or "c++", *flags, *include, "-c", str(source), "-o", str(target)])
     return target
 
 
