@@ -41,6 +41,8 @@ def rvq_lookup(
 
     Raises:
         ValueError: a code out of range (its stage, position and the range are named), a wrong shape or dtype; one line.
+            On a GPU the call waits for the codes to be checked; while a CUDA graph is captured it does not, and frames
+            with such a code are NaN.
         RuntimeError: a gradient is needed and `packed` is given.
 
     Numerics: float32 accumulation (float64 for float64).
