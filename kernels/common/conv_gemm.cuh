@@ -49,7 +49,8 @@ struct ConvGemm {
   };
 
   static DCX_DEVICE int64_t in_valid(const Params& p, int64_t b) {
-    return p.lengths != nullptr ? maximum(int64_t{0}, minimum(p.lengths[b], p.in_steps)) : p.in_steps;
+    const int64_t steps = p.op_in_steps > 0 ? p.op_in_steps : p.in_steps;
+    return p.lengths != nullptr ? maximum(int64_t{0}, minimum(p.lengths[b], steps)) : steps;
   }
   static DCX_DEVICE int64_t out_valid(const Params& p, int64_t b) {
     if (p.lengths == nullptr) return p.out_steps;
@@ -113,7 +114,8 @@ struct ConvGemm {
       const int item = p.tile_items == 1 ? 0 : row / static_cast<int>(p.segment);
       const int64_t b = at.clip + item;
       const int64_t t = (base + row - item * p.segment) * p.row_step - p.pad_left + later;
-      const bool valid = b < p.batch && wide < p.channels && t >= 0 && t < in_valid(p, b);
+      const bool valid =
+          b < p.batch && wide < p.channels && t >= 0 && t < (p.op_in_steps > 0 ? p.in_steps : in_valid(p, b));
       T* cell = to + row * kRowLd + kept;
       const T* source = x + (valid ? b * p.x.stride_b + t * p.x.stride_t + channel * p.x.stride_c : 0);
       if (p.vectors) {

@@ -35,6 +35,7 @@ struct ConvGemmParams {
   int64_t row_step;         // time = (q * row_scale + j * dilation + first(p)) * row_step - pad_left + c / in_channels
   int64_t row_scale;
   int64_t taps, dilation, pad_left;  // of the GEMM; an upsampling takes its phases' taps
+  int64_t op_in_steps;               // 0: in_steps; else what lengths and the residual count in, and all of x counts
   int64_t conv_taps, conv_stride, conv_dilation, conv_left, conv_right;  // of the op, for the length of its output
   UpsamplePhases phases;                                                 // stride 0: no upsampling
   int64_t residual_shift;

@@ -35,12 +35,13 @@ struct HalfTile {
   // The tile row whose address row pointer i is.
   static DCX_DEVICE int pointer_row(int i) { return first_row() + i * 16 + thread_index() % 16; }
 
+  template <int kChannels = kDepth>
   static DCX_DEVICE void step(float (&sums)[kSums], const T* rows, const int (&offsets)[kRowPointers],
                               const T* weights) {
     const int lane = thread_index() % kWarp;
     const T* own_weights = weights + (lane % 16) * kWeightPitch<kColumns> + first_column() + lane / 16 * 8;
     DCX_UNROLL
-    for (int k = 0; k < kDepth; k += 16) {
+    for (int k = 0; k < kChannels; k += 16) {
       uint32_t a[kM][4];
       DCX_UNROLL
       for (int m = 0; m < kM; ++m) ldmatrix_x4(a[m], rows + offsets[m] + k + lane / 16 * 8);

@@ -121,17 +121,25 @@ bool release_barrier() {
 
 void run_block(int threads) {
   Scheduler& s = scheduler();
-  std::vector<int> ready;
+  std::vector<int> ready, later;
+  // From barrier to barrier, either all warps go on side by side, or some wait until the others can go no further: a
+  // value that is overwritten too early is seen then.
+  const auto draw_waiting = [&] { return s.random() % 2 != 0 ? s.random() : 0; };
+  uint64_t waiting = draw_waiting();
   for (;;) {
     ready.clear();
+    later.clear();
     bool all_done = true;
     for (int i = 0; i < threads; ++i) {
-      if (s.fibers[static_cast<size_t>(i)].state == State::kReady) ready.push_back(i);
+      if (s.fibers[static_cast<size_t>(i)].state == State::kReady)
+        ((waiting >> (i / 32) & 1) != 0 ? later : ready).push_back(i);
       all_done &= s.fibers[static_cast<size_t>(i)].state == State::kDone;
     }
     if (all_done) return;
+    if (ready.empty()) ready.swap(later);
     if (ready.empty()) {
       if (!release_barrier()) fail("threads wait for each other at different places");
+      waiting = draw_waiting();
       continue;
     }
     // Everyone that can run runs once before the next look: cheap, and the order is still random.
