@@ -7,19 +7,33 @@
 #include "../kernels/common/gemm_pack.h"
 #include "../kernels/residual_unit/params.h"
 #include "checks.h"
+#ifdef DCX_WITH_CUDA
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+
+#include "../kernels/common/conv_geometry.h"
+#include "../kernels/residual_unit/plan.h"
+#include "cuda.h"
+#endif
 
 namespace dcx {
 namespace {
 
-// conv_gemm panels of both weights, one behind the other.
-at::Tensor pack_residual_unit_cpu(const at::Tensor& weight1,    // [C, C, 7]
-                                  const at::Tensor& weight2) {  // [C, C, 1]
+// Returns C.
+int64_t check_unit_weights(const at::Tensor& weight1, const at::Tensor& weight2) {
   const char* op = "pack_residual_unit";
   DCX_CHECK(weight1.dim() == 3 && weight1.size(0) == weight1.size(1) && weight1.size(2) == kResidualUnitTaps, op,
             ": weight1 must be [C, C, 7], got ", shape_text(weight1));
-  const int64_t channels = weight1.size(0), pointwise = channels * round_up(channels, kColumnUnit);
+  const int64_t channels = weight1.size(0);
   check_float(op, "weight1", weight1);
   check_shape(op, "weight2", weight2, {channels, channels, 1}, "[C, C, 1]", weight1);
+  return channels;
+}
+
+// conv_gemm panels of both weights, one behind the other.
+at::Tensor pack_residual_unit_cpu(const at::Tensor& weight1,    // [C, C, 7]
+                                  const at::Tensor& weight2) {  // [C, C, 1]
+  const int64_t channels = check_unit_weights(weight1, weight2), pointwise = channels * round_up(channels, kColumnUnit);
   const at::ScalarType dtype = accumulate_dtype(weight1.scalar_type());
   const at::Tensor wide = weight1.detach().to(dtype).contiguous(), narrow = weight2.detach().to(dtype).contiguous();
   at::Tensor packed = at::empty({(kResidualUnitTaps + 1) * pointwise}, wide.options());
@@ -37,6 +51,31 @@ at::Tensor pack_residual_unit_cpu(const at::Tensor& weight1,    // [C, C, 7]
   return packed;
 }
 
+// Checks every argument and fills in what does not depend on the device.
+ResidualUnitParams check_residual_unit(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& weight2,
+                                       int64_t dilation, at::IntArrayRef padding, bool causal) {
+  const char* op = "residual_unit";
+  check_signal(op, "x", x);
+  const int64_t channels = x.size(1);
+  DCX_CHECK(channels > 0, op, ": x must have at least one channel, got ", shape_text(x));
+  check_shape(op, "weight1", weight1, {channels, channels, kResidualUnitTaps}, "[C, C, 7]", x);
+  check_shape(op, "weight2", weight2, {channels, channels, 1}, "[C, C, 1]", x);
+  DCX_CHECK(dilation >= 1, op, ": dilation must be at least 1, got ", dilation);
+  check_padding(op, padding);
+
+  ResidualUnitParams p{};
+  p.x = view_of(x);
+  p.batch = x.size(0);
+  p.channels = channels;
+  p.in_steps = x.size(2);
+  p.dilation = dilation;
+  p.pad_left = padding[0];
+  p.pad_right = padding[1];
+  p.centre = causal ? kResidualUnitTaps - 1 : kResidualUnitTaps / 2;
+  p.out_steps = conv_output_steps(p.in_steps, kResidualUnitTaps, 1, dilation, p.pad_left, p.pad_right);
+  return p;
+}
+
 at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|bf16|f16
                              const at::Tensor& alpha1,     // [C]
                              const at::Tensor& weight1,    // [C, C, 7]
@@ -48,24 +87,8 @@ at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|
                              const OptionalTensor& lengths,   // [B] i64
                              const OptionalTensor& packed) {  // both weights' panels, joined
   const char* op = "residual_unit";
-  check_signal(op, "x", x);
-  const int64_t channels = x.size(1);
-  DCX_CHECK(channels > 0, op, ": x must have at least one channel, got ", shape_text(x));
-  check_shape(op, "weight1", weight1, {channels, channels, kResidualUnitTaps}, "[C, C, 7]", x);
-  check_shape(op, "weight2", weight2, {channels, channels, 1}, "[C, C, 1]", x);
-  DCX_CHECK(dilation >= 1, op, ": dilation must be at least 1, got ", dilation);
-  check_padding(op, padding);
-
-  ResidualUnitParams p{};
-  p.batch = x.size(0);
-  p.channels = channels;
-  p.in_steps = x.size(2);
-  p.dilation = dilation;
-  p.pad_left = padding[0];
-  p.pad_right = padding[1];
-  p.centre = causal ? kResidualUnitTaps - 1 : kResidualUnitTaps / 2;
-  p.out_steps = conv_output_steps(p.in_steps, kResidualUnitTaps, 1, dilation, p.pad_left, p.pad_right);
-
+  ResidualUnitParams p = check_residual_unit(x, weight1, weight2, dilation, padding, causal);
+  const int64_t channels = p.channels;
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
   const at::Tensor alpha1_values = small_vector(op, "alpha1", alpha1, channels, x);
   const at::Tensor alpha2_values = small_vector(op, "alpha2", alpha2, channels, x);
@@ -78,7 +101,6 @@ at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|
   });
   at::Tensor y = empty_signal(p.batch, channels, p.out_steps, x.options(), is_channels_last(x));
   if (y.numel() == 0) return y;
-  p.x = view_of(x);
   p.y = view_of(y);
   p.weight1 = panels.const_data_ptr();
   p.weight2 = static_cast<const char*>(panels.const_data_ptr()) +
@@ -92,6 +114,64 @@ at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|
   return y;
 }
 
+#ifdef DCX_WITH_CUDA
+
+// [7][round_up(C, 32)][round_up(C, 16)] and [1][..][..], zero-padded, one behind the other, in the weights' dtype.
+at::Tensor pack_residual_unit_cuda(const at::Tensor& weight1,    // [C, C, 7]
+                                   const at::Tensor& weight2) {  // [C, C, 1]
+  const int64_t channels = check_unit_weights(weight1, weight2);
+  check_cuda_dtype("pack_residual_unit", "weight1", weight1);
+  const c10::cuda::CUDAGuard guard(weight1.device());
+  const at::Tensor taps = at::cat({weight1.detach(), weight2.detach().to(weight1.scalar_type())}, 2).permute({2, 1, 0});
+  return at::constant_pad_nd(
+             taps, {0, round_up(channels, kColumnUnit) - channels, 0, round_up(channels, kChannelUnit) - channels})
+      .contiguous()
+      .reshape({-1});
+}
+
+at::Tensor residual_unit_cuda(const at::Tensor& x, const at::Tensor& alpha1, const at::Tensor& weight1,
+                              const OptionalTensor& bias1, const at::Tensor& alpha2, const at::Tensor& weight2,
+                              const OptionalTensor& bias2, int64_t dilation, at::IntArrayRef padding, bool causal,
+                              const OptionalTensor& lengths, const OptionalTensor& packed) {
+  const char* op = "residual_unit";
+  ResidualUnitParams p = check_residual_unit(x, weight1, weight2, dilation, padding, causal);
+  check_cuda_dtype(op, "x", x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.in_steps, x);
+  const at::Tensor alpha1_values = small_vector(op, "alpha1", alpha1, p.channels, x);
+  const at::Tensor alpha2_values = small_vector(op, "alpha2", alpha2, p.channels, x);
+  const at::Tensor bias1_values = small_vector(op, "bias1", bias1, p.channels, x);
+  const at::Tensor bias2_values = small_vector(op, "bias2", bias2, p.channels, x);
+  const int64_t pointwise_numel = round_up(p.channels, kChannelUnit) * round_up(p.channels, kColumnUnit);
+  const at::Tensor values = cuda_packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
+    return pack_residual_unit_cuda(weight1.to(x.scalar_type()), weight2.to(x.scalar_type()));
+  });
+  at::Tensor y = empty_signal(p.batch, p.channels, p.out_steps, x.options(), is_channels_last(x));
+  if (y.numel() == 0) return y;
+  p.y = view_of(y);
+  p.weight1 = values.const_data_ptr();
+  p.weight2 = static_cast<const char*>(p.weight1) +
+              kResidualUnitTaps * pointwise_numel * static_cast<int64_t>(values.element_size());
+  p.bias1 = data_or_null<float>(bias1_values);
+  p.bias2 = data_or_null<float>(bias2_values);
+  p.alpha1 = data_or_null<float>(alpha1_values);
+  p.alpha2 = data_or_null<float>(alpha2_values);
+  p.lengths = data_or_null<int64_t>(length_values);
+  const CudaContext context = cuda_context();
+  at::Tensor hidden;
+  if (const int64_t numel = residual_unit_hidden(context, p); numel > 0) hidden = at::empty({numel}, x.options());
+  ResidualUnitPlan plan = plan_residual_unit_cuda(context, p, hidden.defined() ? hidden.mutable_data_ptr() : nullptr);
+  if (plan.fused) {
+    plan.start(context, plan);
+  } else {
+    start_plan(context, plan.first, x);
+    start_plan(context, plan.second, x);
+  }
+  return y;
+}
+
+#endif  // DCX_WITH_CUDA
+
 }  // namespace
 }  // namespace dcx
 
@@ -99,3 +179,10 @@ TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
   m.impl("residual_unit", dcx::residual_unit_cpu);
   m.impl("pack_residual_unit", dcx::pack_residual_unit_cpu);
 }
+
+#ifdef DCX_WITH_CUDA
+TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
+  m.impl("residual_unit", dcx::residual_unit_cuda);
+  m.impl("pack_residual_unit", dcx::pack_residual_unit_cuda);
+}
+#endif

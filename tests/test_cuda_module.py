@@ -28,6 +28,7 @@ REGISTERS = (
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 128.*true", 240),  # 256 threads, one block
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 128", 184),
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 96", 160),
+    (r"FusedUnit<dcx::b?f16, 192, 128", 184),
     (r"", 168),  # three blocks of 128 threads
 )
 

@@ -1,0 +1,294 @@
+"""residual_unit's CUDA kernels on the CPU: every one that ships, against the reference in float64."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simt_cases
+import torch
+import torch.nn.functional as F
+from simt_cases import ROOT
+from tolerances import BF16, F16, F32, TOLERANCE
+from torch import Tensor
+
+from dualcodec_ext.reference import residual_unit_ref
+
+pytestmark = pytest.mark.skipif(simt_cases.compiler() is None, reason="no host compiler")
+
+IDLE = 1000  # so many multiprocessors that short tiles are chosen
+# [channels, kColumns, kRows]: all kernels; the last is the tile that a device of one multiprocessor gets.
+SHORT = [(32, 32, 64), (48, 48, 64), (64, 64, 64), (96, 96, 64), (128, 128, 64), (192, 192, 64)]
+WIDE = [(32, 32, 256), (48, 48, 256), (64, 64, 128), (96, 96, 128), (128, 128, 128), (192, 192, 128)]
+
+
+def case(
+    channels: int = 48,
+    steps: int = 70,
+    batch: int = 1,
+    dilation: int = 1,
+    causal: bool = False,
+    padding: tuple[int, int] | None = None,
+    dtype: torch.dtype = BF16,
+    lengths: list[int] | None = None,
+    bias: bool = True,
+    **settings: int,
+) -> tuple[dict[str, Any], Tensor]:
+    """Return a case for the program, and the reference's output [B, T', C] in float64."""
+    gen = torch.Generator().manual_seed(channels + steps)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen)
+
+    x = noise(batch, steps, channels).to(dtype)
+    weight1 = (noise(channels, channels, 7) / (7 * channels) ** 0.5).to(dtype)
+    weight2 = (0.5 * noise(channels, channels, 1) / channels**0.5).to(dtype)
+    alpha1, alpha2 = (0.3 * noise(channels)).exp(), (0.3 * noise(channels)).exp()
+    bias1, bias2 = (0.1 * noise(channels), 0.1 * noise(channels)) if bias else (None, None)
+    centre = 6 if causal else 3
+    left, right = padding or (centre * dilation, (6 - centre) * dilation)
+    counts = None if lengths is None else torch.tensor(lengths)
+    wide = [None if t is None else t.double() for t in (alpha1, weight1, bias1, alpha2, weight2, bias2)]
+    expected = residual_unit_ref(x.double().transpose(1, 2), *wide, dilation, (left, right), causal, counts)
+    taps = torch.cat([weight1, weight2], 2).permute(2, 1, 0)
+    tensors = {
+        "x": x,
+        "weight": F.pad(taps, (0, -channels % 16, 0, -channels % 32)),
+        "alpha1": alpha1,
+        "alpha2": alpha2,
+        "bias1": bias1,
+        "bias2": bias2,
+        "lengths": counts,
+        "dilation": dilation,
+        "left": left,
+        "right": right,
+        "centre": centre,
+        **settings,
+    }
+    if settings.get("channels_first"):
+        tensors["x"] = x.transpose(1, 2).contiguous().view(x.shape)
+    return tensors, expected.transpose(1, 2)
+
+
+def output(tensors: dict[str, Any], outputs: dict[str, Tensor]) -> Tensor:
+    y = outputs["y"]
+    if tensors.get("channels_first"):
+        return y.view(y.shape[0], y.shape[2], y.shape[1]).transpose(1, 2)
+    return y
+
+
+def bits(y: Tensor) -> Tensor:
+    return y.contiguous().view(torch.int16 if y.itemsize == 2 else torch.int32)
+
+
+def check(program: Path, folder: Path, tensors: dict[str, Any], expected: Tensor, seed: int = 1) -> set[str]:
+    """Compare a case with the reference; returns the names of the kernels that ran."""
+    outputs, names = simt_cases.run(program, folder, [tensors], seed)
+    y = output(tensors, outputs[0])
+    assert y.shape == expected.shape
+    tf32 = tensors.get("allow_tf32", 0) and y.dtype == F32
+    bound = TOLERANCE["residual_unit", F16 if tf32 else y.dtype]  # tf32 rounds operands to float16's 10 bits
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=bound)
+    return names
+
+
+def kernel(dtype: torch.dtype, columns: int, rows: int) -> str:
+    return f"dcx::FusedUnit<dcx::{'bf16' if dtype == BF16 else 'f16'}, {columns}, {rows}, "
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simt_cases.build("residual_unit", tmp_path_factory.mktemp("simt"))
+
+
+def test_every_kernel_has_a_case() -> None:
+    text = (ROOT / "kernels/residual_unit/residual_unit.cuh").read_text()
+    shipped = {(int(columns), int(rows)) for columns, rows in re.findall(r"= FusedUnit<T, (\d+), (\d+),", text)}
+    assert shipped == {tile[1:] for tile in SHORT + WIDE}
+
+
+@pytest.mark.parametrize("channels, columns, rows", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_long(program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, columns: int, rows: int) -> None:
+    # A full tile and a tail; of 256 rows a tail so long that short tiles would take longer.
+    steps = 330 if rows == 256 else rows + 2
+    dilation, causal = (9, False) if dtype == BF16 else (3, True)
+    options = case(channels, steps, dilation=dilation, causal=causal, dtype=dtype)
+    names = check(program, tmp_path, *options)
+    assert len(names) == 1 and names.pop().startswith(kernel(dtype, columns, rows))
+
+
+@pytest.mark.parametrize("channels, columns, rows", SHORT, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_short(program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, columns: int, rows: int) -> None:
+    dilation, causal = (1, True) if dtype == BF16 else (9, False)
+    options = case(channels, rows + 3, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=IDLE)
+    names = check(program, tmp_path, *options)
+    assert len(names) == 1 and names.pop().startswith(kernel(dtype, columns, rows))
+
+
+FUSED: dict[str, dict[str, Any]] = {
+    "shorter than the reach": {"steps": 5, "dilation": 9},
+    "one step": {"steps": 1, "dilation": 3, "causal": True},
+    "lengths": {"batch": 4, "steps": 90, "lengths": [90, 65, 1, 0], "dilation": 3},
+    "lengths, channels first": {"batch": 2, "lengths": [70, 33], "channels_first": 1},
+    "no padding, lengths": {"batch": 3, "padding": (0, 0), "dilation": 2, "lengths": [70, 40, 12]},
+    "lopsided padding, lengths": {"batch": 2, "padding": (20, 3), "dilation": 2, "lengths": [70, 8]},
+    "one channel": {"channels": 1},
+    "13 channels": {"channels": 13, "dilation": 3, "dtype": F16},
+    "40 channels": {"channels": 40, "dilation": 3},
+    "50 channels, channels first": {"channels": 50, "channels_first": 1, "dtype": F16, "dilation": 9},
+    "72 channels": {"channels": 72, "causal": True},
+    "136 channels": {"channels": 136, "steps": 10},
+    "no bias": {"bias": False},
+    "99 KB": {"channels": 192, "steps": 20, "dilation": 9, "shared_bytes": 99 << 10},
+    "64 KB": {"channels": 128, "steps": 20, "dilation": 9, "shared_bytes": 64 << 10, "dtype": F16, "capability": 75},
+}
+
+
+@pytest.mark.parametrize("options", FUSED.values(), ids=FUSED.keys())
+def test_one_kernel(program: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    names = check(program, tmp_path, *case(**options))
+    assert len(names) == 1 and names.pop().startswith("dcx::FusedUnit<")
+
+
+TWO: dict[str, dict[str, Any]] = {
+    "200 channels": {"channels": 200, "steps": 20, "dilation": 3},
+    "200 channels, lengths": {"channels": 200, "steps": 30, "batch": 2, "lengths": [30, 7], "multiprocessors": IDLE},
+    "256 channels, a frame": {"channels": 256, "steps": 6, "causal": True, "dilation": 9, "dtype": F16},
+    "float32": {"channels": 48, "dtype": F32, "dilation": 9},
+    "float32, 13 channels": {"channels": 13, "dtype": F32, "channels_first": 1, "causal": True},
+    "float32, no padding, lengths": {
+        "channels": 20,
+        "dtype": F32,
+        "batch": 3,
+        "padding": (0, 0),
+        "dilation": 2,
+        "lengths": [70, 40, 12],
+    },
+    "float32, lopsided padding, lengths": {
+        "channels": 20,
+        "dtype": F32,
+        "batch": 2,
+        "padding": (3, 20),
+        "lengths": [70, 8],
+    },
+    "float32, no padding": {"channels": 20, "dtype": F32, "padding": (0, 0), "causal": True},
+    "tf32": {"channels": 40, "dtype": F32, "allow_tf32": 1},
+    "too far for one tile": {"channels": 32, "steps": 2000, "padding": (9000, 10), "dilation": 1800},
+    "192 channels in 64 KB": {"channels": 192, "steps": 5, "dtype": F16, "shared_bytes": 64 << 10, "capability": 75},
+}
+
+
+@pytest.mark.parametrize("options", TWO.values(), ids=TWO.keys())
+def test_two_kernels(program: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    names = check(program, tmp_path, *case(**options))
+    assert names and all(name.startswith("dcx::ConvGemm<") for name in names)
+
+
+def test_values_are_not_numbers(program: Path, tmp_path: Path) -> None:
+    tensors, expected = case(steps=100, dilation=3)
+    tensors["x"][0, 50] = torch.nan
+    outputs, _ = simt_cases.run(program, tmp_path, [tensors])
+    reached = torch.zeros(100, dtype=torch.bool)
+    reached[50 - 9 : 50 + 10 : 3] = True
+    y = outputs[0]["y"][0].double()
+    assert y[reached].isnan().all()
+    torch.testing.assert_close(y[~reached], expected[0, ~reached], rtol=0, atol=TOLERANCE["residual_unit", BF16])
+
+
+def test_far_arguments_of_snake(program: Path, tmp_path: Path) -> None:
+    tensors, _ = case(steps=70)
+    tensors["alpha1"] = tensors["alpha1"] * 1e5
+    tensors["alpha2"] = tensors["alpha2"] * 1e5
+    near, _ = case(steps=70)
+    near["alpha1"], near["alpha2"] = (torch.full_like(near["alpha1"], 1e30) for _ in range(2))  # snake(x) = x
+    outputs, _ = simt_cases.run(program, tmp_path, [tensors, near])
+    first, second = (o["y"].double() for o in outputs)  # alpha of 1e5 moves x by 1e-5 at most
+    torch.testing.assert_close(first, second, rtol=0, atol=TOLERANCE["residual_unit", BF16])
+
+
+@pytest.mark.parametrize("channels, dtype", [(48, BF16), (13, F16), (40, F32)], ids=str)
+def test_bits(program: Path, tmp_path: Path, channels: int, dtype: torch.dtype) -> None:
+    """A clip's bits are its own: not the batch's, the tile's, the order of threads' or the layout's."""
+    whole, _ = case(channels, 330, 2, dilation=3, dtype=dtype)
+    cut = case(channels, 330, 2, dilation=3, dtype=dtype, lengths=[330, 70])[0]
+    alone, short = {**whole, "x": whole["x"][1:]}, {**whole, "x": whole["x"][1:, :70]}
+    turned = {**whole, "x": whole["x"].transpose(1, 2).contiguous().view(whole["x"].shape), "channels_first": 1}
+    cases = [whole, {**whole, "multiprocessors": IDLE}, alone, turned, short, cut]
+    outputs, names = simt_cases.run(program, tmp_path, cases)
+    y, tiled, single, back, brief, padded = (bits(output(c, o)) for c, o in zip(cases, outputs, strict=True))
+    assert len(names) == (1 if dtype == F32 else 2)
+    assert torch.equal(y, tiled) and torch.equal(y, back)
+    assert torch.equal(y[1:], single)
+    assert torch.equal(padded[1, :70], brief[0]) and not padded[1, 70:].any()
+    for seed in (2, 3):
+        again, _ = simt_cases.run(program, tmp_path, [whole], seed)
+        assert torch.equal(y, bits(output(whole, again[0])))
+
+
+# What is replaced in the kernel, and what then has to be seen: a report, or another output.
+PLANTED = {
+    "no barrier before the taps": (
+        "      cp_async_wait<kStages - 2>();\n      sync_threads();\n      issue(step + kStages - 1);\n"
+        "      Tile::template step<kStep>(sums, rows + step / kChunks * tap_offset",
+        "      cp_async_wait<kStages - 2>();\n      issue(step + kStages - 1);\n"
+        "      Tile::template step<kStep>(sums, rows + step / kChunks * tap_offset",
+    ),
+    "no barrier before the hidden values": ("    sync_threads();  // the input's memory is free\n", ""),
+    "no barrier after the residual": ("    sync_threads();  // the residual is everyone's\n", ""),
+    "a wrong tap": ("rows + step / kChunks * tap_offset", "rows + (step + 1) / kChunks * tap_offset"),
+    "a dropped tail": (
+        "plan.grid = Grid{p.batch * plan.params.row_tiles, 1, 1}",
+        "plan.grid = Grid{p.batch * (p.out_steps / K::kTileRows), 1, 1}",
+    ),
+    "a read outside x": ("t >= 0 && t < valid && channel < p.channels;", "t >= 0 && channel < p.channels;"),
+    "a write outside y": ("if (t >= p.out_steps || channel >= p.channels) continue;", ""),
+    "a tile too small": ("(segment(dilation) + kStages * kStep)", "(segment(dilation) + kStages * kStep - 16)"),
+}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A program of one kernel per planted bug, and one without ("none")."""
+    base = tmp_path_factory.mktemp("planted")
+    sound = simt_cases.build("residual_unit_one", base / "none")
+
+    def build(name: str) -> Path:
+        old, new = PLANTED[name]
+        copy, objects = simt_cases.copy_sources(base / name), base / name / "objects"
+        header = copy / "residual_unit/residual_unit.cuh"
+        text = header.read_text()
+        assert text.count(old) == 1, f"{name}: the kernel no longer has this text once"
+        header.write_text(text.replace(old, new))
+        objects.mkdir()
+        for shared in ("simt.o", "main.o"):  # they hold no kernel
+            shutil.copy(base / "none" / shared, objects)
+        return simt_cases.build("residual_unit_one", objects, copy)
+
+    with ThreadPoolExecutor(2) as pool:
+        return {"none": sound, **dict(zip(PLANTED, pool.map(build, PLANTED), strict=True))}
+
+
+def seen(program: Path, folder: Path) -> bool:
+    """Whether some order of threads shows a bug: a report, or an output that differs from the reference."""
+    tensors, expected = case(steps=67, dilation=3)
+    for seed in (1, 2, 3):
+        try:
+            check(program, folder, tensors, expected, seed)
+        except (simt_cases.Failed, AssertionError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted(planted: dict[str, Path], tmp_path: Path, name: str) -> None:
+    assert seen(planted[name], tmp_path)
+
+
+def test_nothing_planted(planted: dict[str, Path], tmp_path: Path) -> None:
+    assert not seen(planted["none"], tmp_path)
