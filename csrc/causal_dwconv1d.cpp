@@ -3,20 +3,18 @@
 #include "../kernels/causal_dwconv1d/params.h"
 #include "../kernels/common/conv_shape.h"
 #include "checks.h"
+#ifdef DCX_WITH_CUDA
+#include "cuda.h"
+#endif
 
 namespace dcx {
 namespace {
 
 constexpr int64_t kMaxTaps = 64;
 
-at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,         // [B, C, T] f32|f64|bf16|f16
-                               const at::Tensor& weight,    // [C, K]
-                               const OptionalTensor& bias,  // [C]
-                               at::IntArrayRef padding,
-                               const OptionalTensor& ln_weight,  // [C]
-                               const OptionalTensor& ln_bias,    // [C]
-                               double eps,
-                               const OptionalTensor& lengths) {  // [B] i64
+// Checks what does not depend on the device and fills it in.
+CausalDwconv1dParams check_causal_dwconv1d(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef padding,
+                                           const OptionalTensor& ln_weight, const OptionalTensor& ln_bias, double eps) {
   const char* op = "causal_dwconv1d";
   check_signal(op, "x", x);
   const int64_t channels = x.size(1);
@@ -38,16 +36,29 @@ at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,         // [B, C, T] f32|f64
   p.pad_right = padding[1];
   p.eps = eps;
   p.out_steps = conv_output_steps(p.in_steps, p.taps, 1, 1, p.pad_left, p.pad_right);
-
-  const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
-  const at::Tensor bias_values = padded_bias(op, "bias", bias, channels, x);
-  const at::Tensor norm_weight = has_norm ? padded_bias(op, "ln_weight", ln_weight, channels, x) : at::Tensor();
-  const at::Tensor norm_bias = has_norm ? padded_bias(op, "ln_bias", ln_bias, channels, x) : at::Tensor();
-  at::Tensor taps_first = at::zeros({p.taps, round_up(channels, kColumnUnit)}, bias_values.options());
-  taps_first.narrow(1, 0, channels).copy_(weight.detach().t());
-  at::Tensor y = empty_signal(p.batch, channels, p.out_steps, x.options(), is_channels_last(x));
-  if (y.numel() == 0) return y;
   p.x = view_of(x);
+  return p;
+}
+
+at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,         // [B, C, T] f32|f64|bf16|f16
+                               const at::Tensor& weight,    // [C, K]
+                               const OptionalTensor& bias,  // [C]
+                               at::IntArrayRef padding,
+                               const OptionalTensor& ln_weight,  // [C]
+                               const OptionalTensor& ln_bias,    // [C]
+                               double eps,
+                               const OptionalTensor& lengths) {  // [B] i64
+  const char* op = "causal_dwconv1d";
+  CausalDwconv1dParams p = check_causal_dwconv1d(x, weight, padding, ln_weight, ln_bias, eps);
+  const bool has_norm = ln_weight.has_value() && ln_weight->defined();
+  const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
+  const at::Tensor bias_values = padded_bias(op, "bias", bias, p.channels, x);
+  const at::Tensor norm_weight = has_norm ? padded_bias(op, "ln_weight", ln_weight, p.channels, x) : at::Tensor();
+  const at::Tensor norm_bias = has_norm ? padded_bias(op, "ln_bias", ln_bias, p.channels, x) : at::Tensor();
+  at::Tensor taps_first = at::zeros({p.taps, round_up(p.channels, kColumnUnit)}, bias_values.options());
+  taps_first.narrow(1, 0, p.channels).copy_(weight.detach().t());
+  at::Tensor y = empty_signal(p.batch, p.channels, p.out_steps, x.options(), is_channels_last(x));
+  if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight = taps_first.const_data_ptr();
   p.bias = bias_values.const_data_ptr();
@@ -58,7 +69,40 @@ at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,         // [B, C, T] f32|f64
   return y;
 }
 
+#ifdef DCX_WITH_CUDA
+
+// Contiguous float32 weights go to the kernel as they are: one launch and no other.
+at::Tensor causal_dwconv1d_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                at::IntArrayRef padding, const OptionalTensor& ln_weight, const OptionalTensor& ln_bias,
+                                double eps, const OptionalTensor& lengths) {
+  const char* op = "causal_dwconv1d";
+  CausalDwconv1dParams p = check_causal_dwconv1d(x, weight, padding, ln_weight, ln_bias, eps);
+  check_cuda_dtype(op, "x", x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.in_steps, x);
+  const at::Tensor weight_values = weight.detach().to(at::kFloat).contiguous();
+  const at::Tensor bias_values = small_vector(op, "bias", bias, p.channels, x);
+  const at::Tensor norm_weight = small_vector(op, "ln_weight", ln_weight, p.channels, x);
+  const at::Tensor norm_bias = small_vector(op, "ln_bias", ln_bias, p.channels, x);
+  at::Tensor y = empty_signal(p.batch, p.channels, p.out_steps, x.options(), is_channels_last(x));
+  if (y.numel() == 0) return y;
+  p.y = view_of(y);
+  p.weight = weight_values.const_data_ptr();
+  p.bias = data_or_null<float>(bias_values);
+  p.ln_weight = data_or_null<float>(norm_weight);
+  p.ln_bias = data_or_null<float>(norm_bias);
+  p.lengths = data_or_null<int64_t>(length_values);
+  launch_causal_dwconv1d_cuda(cuda_context(), p);
+  return y;
+}
+
+#endif  // DCX_WITH_CUDA
+
 }  // namespace
 }  // namespace dcx
 
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) { m.impl("causal_dwconv1d", dcx::causal_dwconv1d_cpu); }
+
+#ifdef DCX_WITH_CUDA
+TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) { m.impl("causal_dwconv1d", dcx::causal_dwconv1d_cuda); }
+#endif
