@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build/simt"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
@@ -24,47 +25,54 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++").split()[0])
 
 
-@functools.cache
-def missing() -> str:
-    """Why the emulator can't be built here; empty when it can."""
+def program(op: str) -> Path:
+    """The program of an op, built when a source is newer; skips the test where there is no compiler."""
     if compiler() is None:
-        return "there is no C++ compiler"
-    probe = [compiler() or "c++", *FLAGS, "-x", "c++", "-", "-o", os.devnull]
-    done = subprocess.run(probe, input="int main() {}", capture_output=True, text=True)
-    return "" if done.returncode == 0 else f"the C++ compiler has no sanitizers: {done.stderr.strip()[-200:]}"
+        pytest.skip("the CUDA kernels on the CPU need a C++ compiler: install g++, or set CXX")
+    return build(op)
 
 
-def build(op: str, build_dir: Path, kernels: Path = ROOT / "kernels", flags: Sequence[str] = FLAGS) -> Path:
-    """Compile tests/simt/<op>.cpp and what it needs; returns the program.
+def build(op: str, build_dir: Path = BUILD, root: Path = ROOT) -> Path:
+    """Compile tests/simt/<op>.cpp and the kernels that it includes, both as they lie under root; returns the program.
 
-    A copy of kernels stands beside one of tests/simt, which names the kernels by relative paths: see `copy_sources`.
-
-    Objects and the program are kept in build_dir and compiled again when a source is newer.
+    Objects and the program are kept in build_dir and compiled again when a file that they include is newer. The
+    emulator itself is always that of this repository.
     """
-    simt = kernels.parent / "tests/simt"
     build_dir.mkdir(parents=True, exist_ok=True)
-    newest = max(p.stat().st_mtime for d in (kernels, simt) for p in d.rglob("*") if p.suffix in (".h", ".cuh", ".cpp"))
-    shared = [_object(simt / f"{name}.cpp", build_dir, kernels, newest, flags) for name in ("simt", "main")]
-    program = build_dir / f"simt_{op}"
-    objects = [*shared, _object(simt / f"{op}.cpp", build_dir, kernels, newest, flags)]
-    if not program.exists() or program.stat().st_mtime < max(o.stat().st_mtime for o in objects):
-        _run([compiler() or "c++", *flags, *map(str, objects), "-o", str(program)])
-    return program
-
-
-def copy_sources(folder: Path) -> Path:
-    """Copy kernels and tests/simt into a folder, for a test that plants a bug there; returns the kernels."""
-    for part in ("kernels", "tests/simt"):
-        shutil.copytree(ROOT / part, folder / part)
-    return folder / "kernels"
-
-
-def _object(source: Path, build_dir: Path, kernels: Path, newest: float, flags: Sequence[str]) -> Path:
-    target = build_dir / f"{source.stem}.o"
-    if not target.exists() or target.stat().st_mtime < newest:
-        include = ["-I", str(source.parent), "-I", str(kernels)]
-        _run([compiler() or "c++", *flags, *include, "-c", str(source), "-o", str(target)])
+    target = build_dir / f"simt_{op}"
+    objects = [_object(ROOT / f"tests/simt/{name}.cpp", BUILD) for name in ("simt", "main")]
+    objects.append(_object(root / f"tests/simt/{op}.cpp", build_dir))
+    if not target.exists() or target.stat().st_mtime < max(o.stat().st_mtime for o in objects):
+        _run([compiler() or "c++", *FLAGS, *map(str, objects), "-o", str(target)])
+        # The names of kernels that earlier sources had.
+        _ran(target).unlink(missing_ok=True)
     return target
+
+
+def _object(source: Path, build_dir: Path) -> Path:
+    build_dir.mkdir(parents=True, exist_ok=True)
+    target = build_dir / f"{source.stem}.o"
+    included = target.with_suffix(".d")
+    if not (target.exists() and included.exists() and _is_newest(target, included)):
+        made = build_dir / f"{source.stem}.{os.getpid()}.o"  # another process may want the same object
+        include = ["-I", str(source.parent), "-MMD", "-MF", str(included)]
+        _run([compiler() or "c++", *FLAGS, *include, "-c", str(source), "-o", str(made)])
+        made.rename(target)
+    return target
+
+
+def _is_newest(target: Path, included: Path) -> bool:
+    files = included.read_text().partition(":")[2].replace("\\\n", " ").split()
+    return all(Path(f).exists() and Path(f).stat().st_mtime <= target.stat().st_mtime for f in files)
+
+
+def _ran(program: Path) -> Path:
+    return program.parent / "ran" / f"{program.name.removeprefix('simt_')}.txt"
+
+
+def kernels_that_ran() -> dict[str, set[str]]:
+    """By op, the names of the kernels that its program ran since it was built."""
+    return {path.stem: set(path.read_text().split("\n")) - {""} for path in sorted((BUILD / "ran").glob("*.txt"))}
 
 
 def _run(command: Sequence[str]) -> str:
@@ -116,6 +124,7 @@ def run(
     program: Path, folder: Path, cases: Iterable[Mapping[str, Tensor | int | None]], seed: int = 1
 ) -> tuple[list[dict[str, Tensor]], set[str]]:
     """Run a program on cases; returns the outputs of each, and the names of the kernels that ran."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, case in enumerate(cases):
         paths.append(folder / f"case{i}")
@@ -124,4 +133,21 @@ def run(
     done = subprocess.run([str(program), str(seed), *map(str, paths)], capture_output=True, text=True, env=environ)
     if done.returncode != 0:
         raise Failed(done.stderr)
-    return [read_case(Path(f"{p}.out")) for p in paths], set(done.stdout.splitlines())
+    names = set(done.stdout.splitlines())
+    _remember(program, names)
+    return [read_case(Path(f"{p}.out")) for p in paths], names
+
+
+def _remember(program: Path, names: set[str]) -> None:
+    kept = _ran(program)
+    known = set(kept.read_text().splitlines()) if kept.exists() else set()
+    if not names <= known:
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("\n".join(sorted(known | names)) + "\n")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs agree bit for bit, NaN included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

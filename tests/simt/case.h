@@ -81,7 +81,7 @@ class Case {
     array.dtype = dtype;
     array.shape = shape;
     array.data = reserve(array.bytes());
-    memset(array.data, 0xff, array.bytes());
+    if (array.bytes() > 0) memset(array.data, 0xff, array.bytes());
     outputs_.push_back(name);
     return arrays_[name] = array;
   }

@@ -19,7 +19,7 @@ void run_case(Case& c) {
   p.activation = static_cast<dcx::Activation>(c.number("activation", 0));
   p.out_steps = dcx::conv_output_steps(p.in_steps, p.taps, p.stride, p.dilation, p.pad_left, p.pad_right);
   p.weight = c.at("weight").data;
-  p.bias = c.at("bias").data;
+  p.bias = c.data<float>("bias");
   p.alpha = c.data<float>("alpha");
   p.lengths = c.data<int64_t>("lengths");
   if (c.has("residual")) p.residual = view_of(c.at("residual"), c);

@@ -1,0 +1,195 @@
+"""Inputs of tests/simt's programs with what the float64 reference makes of them, rounded to the outputs' dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import simt_cases
+import torch
+import torch.nn.functional as F
+from simt_cases import same_bits
+from torch import Tensor
+
+from dualcodec_ext import reference
+
+ACTIVATIONS = ("none", "tanh", "gelu")
+
+
+class SimtCase(NamedTuple):
+    tensors: dict[str, Tensor | int | None]
+    expected: Tensor  # [B, T', C]
+
+    def with_(self, **changes: Tensor | int | None) -> SimtCase:
+        """The same inputs on another device, or laid out in another way."""
+        return SimtCase({**self.tensors, **changes}, self.expected)
+
+
+def run_one(op: str, folder: Path, case: SimtCase, seed: int = 1) -> tuple[Tensor, set[str]]:
+    """Returns y as [B, T', C], and the kernels that ran."""
+    outputs, names = simt_cases.run(simt_cases.program(op), folder, [case.tensors], seed)
+    return _steps_first(outputs[0]["y"], case), names
+
+
+def _steps_first(y: Tensor, case: SimtCase) -> Tensor:
+    if case.tensors.get("channels_first"):
+        batch, steps, channels = y.shape
+        return y.reshape(batch, channels, steps).transpose(1, 2)
+    return y
+
+
+def channels_first(t: Tensor | None) -> Tensor | None:
+    """[B, T, C] whose memory is [B, C, T], in the shape that a case wants it."""
+    return None if t is None else t.transpose(1, 2).contiguous().reshape(t.shape)
+
+
+def worst(y: Tensor, expected: Tensor) -> float:
+    """The largest difference; NaN anywhere counts as infinity."""
+    if y.numel() == 0:
+        return 0.0
+    assert y.shape == expected.shape and y.dtype == expected.dtype
+    return (y.double() - expected.double()).abs().nan_to_num(nan=torch.inf).max().item()
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def _rows(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return y.transpose(1, 2).to(dtype).contiguous()
+
+
+def conv_fold(channels: int, taps: int, stride: int, dilation: int) -> tuple[int, int]:
+    """(steps side by side in a GEMM row, taps of the GEMM), as kernels/common/conv_geometry.h has them."""
+    if taps == 1:
+        return 1, 1
+    if dilation == 1 and channels * taps <= 64:
+        return taps, 1
+    if dilation == 1 and stride > 1:
+        return stride, -(-taps // stride)
+    return 1, taps
+
+
+def pack_conv(weight: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
+    """[Cout, Cin, K] as csrc/snake_conv1d.cpp packs it for CUDA."""
+    columns, channels, taps = weight.shape
+    fold, rows = conv_fold(channels, taps, stride, dilation)
+    whole = F.pad(weight, (0, fold * rows - taps)).reshape(columns, channels, rows, fold)
+    packed = whole.permute(2, 3, 1, 0).reshape(rows, fold * channels, columns)
+    return F.pad(packed, (0, -columns % 16, 0, -(fold * channels) % 32)).to(dtype).contiguous()
+
+
+def conv_case(
+    channels: int,
+    columns: int,
+    taps: int = 7,
+    steps: int = 40,
+    batch: int = 1,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    alpha: bool = True,
+    bias: bool = True,
+    residual: bool = False,
+    activation: str = "none",
+    lengths: list[int] | None = None,
+    first: bool = False,
+    **device: int,
+) -> SimtCase:
+    """One of snake_conv1d; padding None: centred. `first`: the signals lie as [B, C, T]."""
+    gen = torch.Generator().manual_seed(channels + columns + taps)
+    reach = (taps - 1) * dilation
+    left, right = (reach - reach // 2, reach // 2) if padding is None else padding
+    x = torch.randn(batch, steps, channels, generator=gen).to(dtype)
+    weight = (torch.randn(columns, channels, taps, generator=gen) / (channels * taps) ** 0.5).to(dtype)
+    shift = torch.randn(columns, generator=gen) if bias else None
+    slope = torch.rand(channels, generator=gen) + 0.5 if alpha else None
+    out_steps = max(0, (steps + left + right - reach - 1) // stride + 1)
+    extra = torch.randn(batch, out_steps, columns, generator=gen).to(dtype) if residual else None
+    valid = None if lengths is None else torch.tensor(lengths)
+    expected = reference.snake_conv1d_ref(
+        x.double().transpose(1, 2),
+        weight.double(),
+        _wide(shift),
+        _wide(slope),
+        stride,
+        dilation,
+        (left, right),
+        activation,
+        None if extra is None else extra.double().transpose(1, 2),
+        valid,
+    )
+    tensors: dict[str, Tensor | int | None] = {
+        "x": channels_first(x) if first else x,
+        "residual": channels_first(extra) if first else extra,
+        "weight": pack_conv(weight, stride, dilation, dtype),
+        "bias": shift,
+        "alpha": slope,
+        "lengths": valid,
+        "columns": columns,
+        "taps": taps,
+        "stride": stride,
+        "dilation": dilation,
+        "left": left,
+        "right": right,
+        "activation": ACTIVATIONS.index(activation),
+        "channels_first": int(first),
+        **device,
+    }
+    return SimtCase(tensors, _rows(expected, dtype))
+
+
+def dwconv_case(
+    channels: int,
+    taps: int = 7,
+    steps: int = 12,
+    batch: int = 1,
+    *,
+    padding: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = True,
+    norm: bool = True,
+    norm_bias: bool = True,
+    eps: float = 1e-6,
+    lengths: list[int] | None = None,
+    first: bool = False,
+    **device: int,
+) -> SimtCase:
+    """One of causal_dwconv1d; padding None: causal. `first`: the signals lie as [B, C, T]."""
+    gen = torch.Generator().manual_seed(channels + taps)
+    left, right = (taps - 1, 0) if padding is None else padding
+    x = torch.randn(batch, steps, channels, generator=gen).to(dtype)
+    weight = torch.randn(channels, taps, generator=gen) / taps**0.5
+    shift = torch.randn(channels, generator=gen) if bias else None
+    ln_weight = 1 + 0.1 * torch.randn(channels, generator=gen) if norm else None
+    ln_bias = 0.1 * torch.randn(channels, generator=gen) if norm and norm_bias else None
+    valid = None if lengths is None else torch.tensor(lengths)
+    expected = reference.causal_dwconv1d_ref(
+        x.double().transpose(1, 2),
+        weight.double(),
+        _wide(shift),
+        (left, right),
+        _wide(ln_weight),
+        _wide(ln_bias),
+        eps,
+        valid,
+    )
+    tensors: dict[str, Tensor | int | None] = {
+        "x": channels_first(x) if first else x,
+        "weight": weight,
+        "bias": shift,
+        "ln_weight": ln_weight,
+        "ln_bias": ln_bias,
+        "eps": torch.tensor([eps]),
+        "lengths": valid,
+        "left": left,
+        "right": right,
+        "channels_first": int(first),
+        **device,
+    }
+    return SimtCase(tensors, _rows(expected, dtype))
+
+
+__all__ = ["SimtCase", "channels_first", "conv_case", "dwconv_case", "run_one", "same_bits", "worst"]
