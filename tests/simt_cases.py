@@ -134,11 +134,12 @@ def run(
     if done.returncode != 0:
         raise Failed(done.stderr)
     names = set(done.stdout.splitlines())
-    _remember(program, names)
+    remember(program, names)
     return [read_case(Path(f"{p}.out")) for p in paths], names
 
 
-def _remember(program: Path, names: set[str]) -> None:
+def remember(program: Path, names: set[str]) -> None:
+    """Add names to those that kernels_that_ran tells."""
     kept = _ran(program)
     known = set(kept.read_text().splitlines()) if kept.exists() else set()
     if not names <= known:

@@ -24,5 +24,5 @@ void run_case(Case& c) {
   p.lengths = c.data<int64_t>("lengths");
   if (c.has("residual")) p.residual = view_of(c.at("residual"), c);
   p.y = view_of(c.output("y", x.dtype, {p.batch, p.out_steps, p.out_channels}), c);
-  start(c, dcx::plan_snake_conv1d_of(context_of(c), p));
+  if (p.batch > 0 && p.out_steps > 0) start(c, dcx::plan_snake_conv1d_of(context_of(c), p));
 }

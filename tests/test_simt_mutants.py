@@ -1,0 +1,140 @@
+"""Planted bugs in the convolutions' CUDA kernels are caught on the CPU; without them the same cases pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import simt_cases
+import simt_mutants
+import torch
+from simt_inputs import SimtCase, conv_case, dwconv_case, worst
+from simt_mutants import Mutant
+from tolerances import TOLERANCE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONV, TILE, DWCONV = "common/conv_gemm.cuh", "common/gemm_tile.cuh", "causal_dwconv1d/causal_dwconv1d.cuh"
+NARROW = "snake_conv1d/snake_conv1d.cuh"
+F32, BF16 = torch.float32, torch.bfloat16
+
+MUTANTS: dict[str, dict[str, Mutant]] = {
+    "snake_conv1d": {
+        "missing barrier: rows are multiplied before all are there": Mutant(
+            CONV, "      sync_threads();\n      issue(step + kStages - 1);", "      issue(step + kStages - 1);"
+        ),
+        "missing barrier: the last block's flag is read early": Mutant(
+            CONV, "p.counters + block_x(), 1);\n    sync_threads();", "p.counters + block_x(), 1);"
+        ),
+        "missing barrier: few outputs": Mutant(
+            NARROW, "      sync_threads();\n      for (int64_t j", "      for (int64_t j"
+        ),
+        "out of bounds, shared memory: one stage of weights too few": Mutant(
+            CONV, "+ kStages * kDepth * kWeightLd;", "+ (kStages - 1) * kDepth * kWeightLd;"
+        ),
+        "out of bounds, global memory: weights past the last column": Mutant(
+            CONV, "const bool valid = n < left;", "const bool valid = left > 0;"
+        ),
+        "wrong tap": Mutant(CONV, "static_cast<int>(tap * p.dilation) * kRowLd", "static_cast<int>(tap) * kRowLd"),
+        "dropped tail: the channels past whole steps": Mutant(
+            CONV,
+            "p.channels_padded / kDepth);\n    const int range = ",
+            "p.channels / kDepth);\n    const int range = ",
+        ),
+        "dropped tail: the last channels of a step": Mutant(
+            TILE, "for (int k = 0; k < kDepth; k += 4)", "for (int k = 0; k < kDepth - 4; k += 4)"
+        ),
+        "missing cp.async wait": Mutant(CONV, "      cp_async_wait<kStages - 2>();\n", ""),
+    },
+    "causal_dwconv1d": {
+        "missing barrier: statistics of a row that is not there": Mutant(
+            DWCONV, "      sync_threads();\n      take_statistics(", "      take_statistics("
+        ),
+        "missing barrier: statistics are read early": Mutant(
+            DWCONV,
+            "take_statistics(p, rows, statistics);\n      sync_threads();",
+            "take_statistics(p, rows, statistics);",
+        ),
+        "missing barrier: the weights are not there": Mutant(
+            DWCONV, "          cp_async_wait<0>();\n          sync_threads();", "          cp_async_wait<0>();"
+        ),
+        "missing barrier: weights are overwritten while read": Mutant(
+            DWCONV, "          sync_threads();  // the pass before has read its weights\n", ""
+        ),
+        "out of bounds, shared memory: no place for the statistics": Mutant(
+            DWCONV, "int64_t{p.row_pitch} + kStatistics + weights)", "int64_t{p.row_pitch} + weights)"
+        ),
+        "out of bounds, global memory: rows past the clip": Mutant(
+            DWCONV, "at.active && i >= first && i < last, at.both", "at.active && i >= first, at.both"
+        ),
+        "wrong tap": Mutant(DWCONV, "late[k0 + u];", "late[k0 + u > 0 ? k0 + u - 1 : 0];"),
+        "dropped tail: the weights past whole copies": Mutant(
+            DWCONV, "i = whole + thread_index(); i < count;", "i = whole + thread_index(); i < whole;"
+        ),
+        "missing cp.async wait": Mutant(DWCONV, "          cp_async_wait<0>();\n", ""),
+    },
+}
+CASES: dict[str, list[SimtCase]] = {
+    "snake_conv1d": [
+        conv_case(40, 72, steps=20, dilation=3, residual=True),
+        conv_case(160, 24, steps=3, batch=2, padding=(6, 0), multiprocessors=1000),
+        conv_case(40, 24, taps=3, steps=20, dtype=F32),
+        conv_case(40, 2, taps=3, steps=20),
+    ],
+    "causal_dwconv1d": [
+        dwconv_case(301, steps=11, batch=2, dtype=F32),
+        dwconv_case(66, taps=31, steps=9, lengths=[7]),
+        dwconv_case(150, taps=31, steps=9, dtype=F32, shared_bytes=14000),
+    ],
+}
+NAMES = [(op, name) for op, mutants in MUTANTS.items() for name in mutants]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """What the sources as they are make of the cases."""
+    folder = tmp_path_factory.mktemp("plain")
+    return {
+        op: simt_mutants.outputs(simt_cases.program(op), folder, [case.tensors for case in cases])
+        for op, cases in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Path]]:
+    made = {}
+    for op, mutants in MUTANTS.items():
+        found = simt_mutants.build(op, mutants, tmp_path_factory.mktemp(op))
+        made |= {(op, name): program for name, program in found.items()}
+    yield made
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_without_a_bug_the_cases_pass(
+    op: str, expected: dict[str, list[dict[str, torch.Tensor]]], tmp_path: Path
+) -> None:
+    for case, made in zip(CASES[op], expected[op], strict=True):
+        assert worst(made["y"], case.expected) <= TOLERANCE[op, made["y"].dtype]
+    tensors = [case.tensors for case in CASES[op]]
+    assert simt_mutants.caught_by(simt_cases.program(op), tmp_path, tensors, expected[op]) is None
+
+
+@pytest.mark.parametrize(("op", "name"), NAMES, ids=[f"{op}, {name}" for op, name in NAMES])
+def test_a_planted_bug_is_caught(
+    op: str,
+    name: str,
+    programs: dict[tuple[str, str], Path],
+    expected: dict[str, list[dict[str, torch.Tensor]]],
+    tmp_path: Path,
+) -> None:
+    tensors = [case.tensors for case in CASES[op]]
+    found = simt_mutants.caught_by(programs[op, name], tmp_path, tensors, expected[op])
+    assert found is not None
+    if name.startswith("out of bounds"):
+        assert "AddressSanitizer" in found, found
+
+
+def test_a_mutant_needs_its_line_once(tmp_path: Path) -> None:
+    for old in ("no such line", "sync_threads();"):
+        with pytest.raises(ValueError, match=r"must hold .* once, got"):
+            simt_mutants.plant(Mutant(CONV, old, ""), tmp_path)

@@ -1,0 +1,184 @@
+"""The CUDA kernels of snake_conv1d on the CPU, against the float64 reference: every tile that ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simt_inputs import conv_case, run_one, same_bits, worst
+from tolerances import TOLERANCE
+
+OP = "snake_conv1d"
+pytestmark = pytest.mark.usefixtures("one_thread")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# A kernel by its tile's rows and columns, with whether its reduction has ranges; shapes with a full tile and a tail.
+HALF: dict[str, tuple[str, dict[str, Any]]] = {
+    "Large": ("128, 128, 4, false", {"channels": 96, "columns": 128, "taps": 3, "steps": 150}),
+    "Large, a tail of columns": (
+        "128, 128, 4, false",
+        {"channels": 48, "columns": 232, "taps": 1, "steps": 131, "alpha": False, "activation": "gelu"},
+    ),
+    "LargeRanged": ("128, 128, 4, true", {"channels": 160, "columns": 128, "steps": 140}),
+    "Narrow": (
+        "128, 96, 4, false",
+        {"channels": 96, "columns": 96, "steps": 130, "batch": 2, "lengths": [130, 77], "residual": True},
+    ),
+    "Narrow, a tail of columns": ("128, 96, 4, false", {"channels": 48, "columns": 168, "taps": 3, "steps": 129}),
+    "Slim": ("128, 48, 4, false", {"channels": 48, "columns": 48, "steps": 200, "dilation": 3, "residual": True}),
+    "Slim, a tail of columns": (
+        "128, 48, 4, false",
+        {"channels": 40, "columns": 19, "steps": 135, "dilation": 9, "bias": False},
+    ),
+    "Small": (
+        "64, 64, 4, true",
+        {"channels": 96, "columns": 192, "steps": 70, "residual": True, "multiprocessors": 9},
+    ),
+    "Small, spread": ("64, 64, 4, true", {"channels": 192, "columns": 72, "steps": 70, "multiprocessors": 1000}),
+    "Frame": ("16, 64, 8, true", {"channels": 192, "columns": 96, "steps": 3, "padding": (6, 0)}),
+    "Frame, spread": (
+        "16, 64, 8, true",
+        {"channels": 384, "columns": 40, "steps": 1, "padding": (6, 0), "multiprocessors": 1000},
+    ),
+    "Frame, several clips": (
+        "16, 64, 8, true",
+        {"channels": 96, "columns": 64, "steps": 3, "batch": 5, "lengths": [3, 0, 1, 2, 3]},
+    ),
+}
+FLOAT: dict[str, tuple[str, dict[str, Any]]] = {
+    "FloatSmall": ("FloatTile<64, 64>", {"channels": 48, "columns": 64, "steps": 66, "residual": True}),
+    "FloatSmall, tails": (
+        "FloatTile<64, 64>",
+        {"channels": 40, "columns": 74, "steps": 35, "batch": 3, "dilation": 3, "lengths": [35, 20, 0]},
+    ),
+    "FloatFrame": ("FloatTile<16, 64>", {"channels": 96, "columns": 64, "steps": 16, "activation": "gelu"}),
+    "FloatFrame, tails": ("FloatTile<16, 64>", {"channels": 40, "columns": 72, "steps": 5, "batch": 2}),
+    "Tf32Small": ("Tf32Tile<64, 64, 2, 2>", {"channels": 48, "columns": 64, "steps": 66, "allow_tf32": 1}),
+    "Tf32Small, tails": (
+        "Tf32Tile<64, 64, 2, 2>",
+        {"channels": 40, "columns": 72, "steps": 35, "batch": 2, "allow_tf32": 1, "lengths": [30, 35]},
+    ),
+    "Tf32Small, spread": (
+        "Tf32Tile<64, 64, 2, 2>",
+        {"channels": 160, "columns": 24, "steps": 20, "allow_tf32": 1, "multiprocessors": 1000},
+    ),
+}
+NARROW: dict[str, dict[str, Any]] = {
+    "the decoder's last": {"channels": 96, "columns": 1, "steps": 140, "activation": "tanh"},
+    "a tail of channels": {"channels": 48, "columns": 3, "steps": 130, "batch": 2, "lengths": [130, 50]},
+    "strided": {"channels": 40, "columns": 4, "taps": 3, "steps": 60, "dilation": 2, "stride": 2, "residual": True},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "the encoder's first": {"channels": 1, "columns": 32, "steps": 100, "alpha": False},
+    "strided by 4": {"channels": 32, "columns": 64, "taps": 8, "steps": 160, "stride": 4, "padding": (2, 2)},
+    "strided by 5, a tail of taps": {"channels": 24, "columns": 40, "taps": 11, "steps": 83, "stride": 5},
+    "strided and dilated": {"channels": 13, "columns": 19, "taps": 5, "steps": 50, "stride": 2, "dilation": 2},
+    "1x1, strided": {"channels": 48, "columns": 24, "taps": 1, "steps": 33, "stride": 3},
+    "channels first": {"channels": 48, "columns": 40, "steps": 50, "batch": 2, "first": True, "residual": True},
+    "odd channels": {"channels": 37, "columns": 21, "steps": 20, "batch": 3, "residual": True},
+    "wide padding": {"channels": 40, "columns": 24, "steps": 5, "padding": (20, 9)},
+    "nothing left": {"channels": 40, "columns": 24, "steps": 4, "padding": (0, 0)},
+    "no steps": {"channels": 40, "columns": 24, "steps": 0},
+    "lengths and strides": {
+        "channels": 32,
+        "columns": 24,
+        "taps": 4,
+        "steps": 41,
+        "stride": 2,
+        "batch": 3,
+        "lengths": [41, 6, 0],
+    },
+}
+
+
+def check(case_options: dict[str, Any], kernel: str, folder: Path, **more: Any) -> None:
+    case = conv_case(**case_options, **more)
+    y, names = run_one(OP, folder, case)
+    tolerance = TOLERANCE["snake_conv1d, tf32" if case_options.get("allow_tf32") else OP, y.dtype]
+    assert worst(y, case.expected) <= tolerance
+    assert not kernel or [kernel in name for name in names] == [True], names
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(("kernel", "options"), HALF.values(), ids=HALF.keys())
+def test_tiles_of_16_bits(kernel: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    check(options, kernel, tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize(("kernel", "options"), FLOAT.values(), ids=FLOAT.keys())
+def test_tiles_of_float32(kernel: str, options: dict[str, Any], tmp_path: Path) -> None:
+    check(options, kernel, tmp_path, dtype=F32)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("options", NARROW.values(), ids=NARROW.keys())
+def test_few_outputs(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    check(options, "NarrowConv", tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    check(options, "", tmp_path, dtype=dtype)
+
+
+def bits(folder: Path, case: Any, seed: int = 1, **device: int) -> tuple[torch.Tensor, str]:
+    y, names = run_one(OP, folder, case.with_(**device), seed)
+    (name,) = names
+    return y, name
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"channels": 160, "columns": 128, "steps": 140}, [1, 6, 1000]),
+        ({"channels": 192, "columns": 72, "steps": 9}, [1, 1000]),
+        ({"channels": 160, "columns": 72, "steps": 30, "dtype": F32, "allow_tf32": 1}, [1, 1000]),
+    ],
+    ids=["128 rows, 64 rows, spread", "a frame", "tf32"],
+)
+def test_bits_depend_on_no_tile_and_no_spread(options: dict[str, Any], sizes: list[int], tmp_path: Path) -> None:
+    case = conv_case(**options)
+    first, *others = [bits(tmp_path, case, multiprocessors=n)[0] for n in sizes]
+    assert all(same_bits(first, y) for y in others)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_bits_depend_on_no_batch(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Seventeen clips of one frame take another kernel than one clip does."""
+    whole = conv_case(160, 64, steps=1, batch=17, padding=(6, 0), dtype=dtype)
+    x = whole.tensors["x"]
+    assert isinstance(x, torch.Tensor)
+    many, tile = bits(tmp_path, whole)
+    for batch in (1, 5):
+        few, other = bits(tmp_path, whole.with_(x=x[:batch].contiguous()))
+        assert same_bits(many[:batch], few) and tile != other
+
+
+def test_bits_depend_on_no_cut(tmp_path: Path) -> None:
+    whole = conv_case(96, 64, steps=70, padding=(6, 0), dilation=1)
+    x = whole.tensors["x"]
+    assert isinstance(x, torch.Tensor)
+    y, _ = bits(tmp_path, whole)
+    head, _ = bits(tmp_path, whole.with_(x=x[:, :9].contiguous()))
+    tail, _ = bits(tmp_path, whole.with_(x=x[:, 50:].contiguous(), left=0))
+    assert same_bits(y[:, :9], head) and same_bits(y[:, 56:], tail)
+
+
+def test_bits_depend_on_no_layout(tmp_path: Path) -> None:
+    for dtype in (F32, F16):
+        plain, _ = bits(tmp_path, conv_case(48, 40, steps=30, batch=2, dtype=dtype, residual=True))
+        first, _ = bits(tmp_path, conv_case(48, 40, steps=30, batch=2, dtype=dtype, residual=True, first=True))
+        assert same_bits(plain, first)
+
+
+def test_bits_depend_on_no_order_of_threads(tmp_path: Path) -> None:
+    for options in (
+        {"channels": 96, "columns": 72, "steps": 20, "multiprocessors": 1000},
+        {"channels": 40, "columns": 3},
+    ):
+        case = conv_case(**options)
+        first, *others = [bits(tmp_path, case, seed)[0] for seed in range(1, 5)]
+        assert all(same_bits(first, y) for y in others)
