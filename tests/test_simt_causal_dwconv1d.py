@@ -95,6 +95,18 @@ def test_layouts_give_the_same_bits(tmp_path: Path) -> None:
     assert same_bits(plain, first)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_alignment_changes_no_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    case = dwconv_case(50, steps=10, batch=2, dtype=dtype)
+    plain, *moved = [run_one(OP, tmp_path, case.with_(shift=n))[0] for n in (0, 1, 2, 3)]
+    assert all(same_bits(plain, y) for y in moved)
+
+
+def test_no_clips(tmp_path: Path) -> None:
+    y, names = run_one(OP, tmp_path, dwconv_case(40, batch=0))
+    assert y.shape == (0, 12, 40) and names == set()
+
+
 def test_layer_norm_of_a_large_mean(tmp_path: Path) -> None:
     """The second pass keeps the variance when the mean is a thousand times larger."""
     case = dwconv_case(100, dtype=F32)

@@ -7,6 +7,7 @@ void run_case(Case& c) {
   const Array& weight = c.at("weight");
   dcx::CausalDwconv1dParams p{};
   p.x = view_of(x, c);
+  p.x.data = shifted(x, c);
   p.batch = x.shape[0];
   p.in_steps = x.shape[1];
   p.channels = x.shape[2];
@@ -14,7 +15,7 @@ void run_case(Case& c) {
   p.pad_left = c.number("left", p.taps - 1);
   p.pad_right = c.number("right", 0);
   p.out_steps = dcx::conv_output_steps(p.in_steps, p.taps, 1, 1, p.pad_left, p.pad_right);
-  p.weight = weight.data;
+  p.weight = shifted(weight, c);
   p.bias = c.data<float>("bias");
   p.ln_weight = c.data<float>("ln_weight");
   p.ln_bias = c.data<float>("ln_bias");

@@ -15,6 +15,15 @@ inline dcx::TensorView view_of(const Array& a, const Case& c) {
   return view;
 }
 
+// The data, moved past a 16-byte boundary by as many elements as the case says in "shift".
+inline void* shifted(const Array& a, Case& c) {
+  const size_t shift = static_cast<size_t>(c.number("shift", 0) * a.element_bytes());
+  if (shift == 0) return a.data;
+  char* moved = static_cast<char*>(c.scratch(a.bytes() + shift)) + shift;
+  if (a.bytes() > 0) memcpy(moved, a.data, a.bytes());
+  return moved;
+}
+
 // A GPU of the case's choice; by default one so small that large tiles are chosen for short signals too.
 inline dcx::CudaContext context_of(const Case& c) {
   dcx::CudaContext context;
