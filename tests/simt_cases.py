@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -25,23 +26,40 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++").split()[0])
 
 
-def program(op: str) -> Path:
-    """The program of an op, built when a source is newer; skips the test where there is no compiler."""
+@functools.cache
+def missing() -> str:
+    """Why the emulator can't be built here; empty when it can."""
     if compiler() is None:
-        pytest.skip("the CUDA kernels on the CPU need a C++ compiler: install g++, or set CXX")
+        return "the CUDA kernels on the CPU need a C++ compiler: install g++, or set CXX"
+    probe = [compiler() or "c++", *FLAGS, "-x", "c++", "-", "-o", os.devnull]
+    done = subprocess.run(probe, input="int main() {}", capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"the C++ compiler has no sanitizers: {done.stderr.strip()[-200:]}"
+
+
+def program(op: str) -> Path:
+    """The program of an op, built when a source is newer; skips the test where it can't be built."""
+    if reason := missing():
+        pytest.skip(reason)
     return build(op)
 
 
-def build(op: str, build_dir: Path = BUILD, root: Path = ROOT) -> Path:
+def copy_sources(folder: Path) -> Path:
+    """Copy kernels/ and tests/simt into a folder, for a bug to be planted there; returns the folder."""
+    for part in ("kernels", "tests/simt"):
+        shutil.copytree(ROOT / part, folder / part)
+    return folder
+
+
+def build(op: str, build_dir: Path = BUILD, root: Path = ROOT, extra: Sequence[str] = ()) -> Path:
     """Compile tests/simt/<op>.cpp and the kernels that it includes, both as they lie under root; returns the program.
 
     Objects and the program are kept in build_dir and compiled again when a file that they include is newer. The
-    emulator itself is always that of this repository.
+    emulator itself is always that of this repository. extra: flags behind FLAGS, for the op's unit.
     """
     build_dir.mkdir(parents=True, exist_ok=True)
     target = build_dir / f"simt_{op}"
     objects = [_object(ROOT / f"tests/simt/{name}.cpp", BUILD) for name in ("simt", "main")]
-    objects.append(_object(root / f"tests/simt/{op}.cpp", build_dir))
+    objects.append(_object(root / f"tests/simt/{op}.cpp", build_dir, extra))
     if not target.exists() or target.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         _run([compiler() or "c++", *FLAGS, *map(str, objects), "-o", str(target)])
         # The names of kernels that earlier sources had.
@@ -49,14 +67,14 @@ def build(op: str, build_dir: Path = BUILD, root: Path = ROOT) -> Path:
     return target
 
 
-def _object(source: Path, build_dir: Path) -> Path:
+def _object(source: Path, build_dir: Path, extra: Sequence[str] = ()) -> Path:
     build_dir.mkdir(parents=True, exist_ok=True)
     target = build_dir / f"{source.stem}.o"
     included = target.with_suffix(".d")
     if not (target.exists() and included.exists() and _is_newest(target, included)):
         made = build_dir / f"{source.stem}.{os.getpid()}.o"  # another process may want the same object
         include = ["-I", str(source.parent), "-MMD", "-MF", str(included)]
-        _run([compiler() or "c++", *FLAGS, *include, "-c", str(source), "-o", str(made)])
+        _run([compiler() or "c++", *FLAGS, *extra, *include, "-c", str(source), "-o", str(made)])
         made.rename(target)
     return target
 

@@ -7,7 +7,6 @@ tells what was seen first, or None where nothing was.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,8 +33,7 @@ def plant(mutant: Mutant, root: Path) -> None:
     text = (simt_cases.ROOT / "kernels" / mutant.file).read_text()
     if (count := text.count(mutant.old)) != 1:
         raise ValueError(f"kernels/{mutant.file} must hold {mutant.old!r} once, got {count} times")
-    for folder in ("kernels", "tests/simt"):
-        shutil.copytree(simt_cases.ROOT / folder, root / folder)
+    simt_cases.copy_sources(root)
     (root / "kernels" / mutant.file).write_text(text.replace(mutant.old, mutant.new))
 
 

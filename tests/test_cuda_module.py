@@ -46,7 +46,9 @@ def cuda_tool(name: str) -> str | None:
     found = shutil.which(name)
     if found is None:
         nvcc = shutil.which("nvcc")
-        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True) if nvcc else None
+        told = (
+            subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True) if nvcc else None
+        )
         top = re.search(r"\bTOP=(\S+)", told.stdout + told.stderr) if told else None
         found = shutil.which(str(Path(top[1], "bin", name))) if top else None
     if found is None:
@@ -99,7 +101,8 @@ def test_ops_are_registered_for_cuda(op: str) -> None:
 
 
 def test_importing_touches_no_gpu() -> None:
-    code = "import torch, dualcodec_ext as dx; dx.ops; print(dx.build_info()['module'] is not None, torch.cuda.is_initialized())"
+    code = "import torch, dualcodec_ext as dx; dx.ops; "
+    code += "print(dx.build_info()['module'] is not None, torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dualcodec_ext.reference import residual_unit_ref
 
-pytestmark = pytest.mark.skipif(simt_cases.compiler() is None, reason="no host compiler")
+pytestmark = pytest.mark.skipif(bool(simt_cases.missing()), reason=simt_cases.missing() or "it can run")
 
 IDLE = 1000  # so many multiprocessors that short tiles are chosen
 # [channels, kColumns, kRows]: all kernels; the last is the tile that a device of one multiprocessor gets.
@@ -101,8 +100,8 @@ def kernel(dtype: torch.dtype, columns: int, rows: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return simt_cases.build("residual_unit", tmp_path_factory.mktemp("simt"))
+def program() -> Path:
+    return simt_cases.program("residual_unit")
 
 
 def test_every_kernel_has_a_case() -> None:
@@ -256,19 +255,16 @@ PLANTED = {
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A program of one kernel per planted bug, and one without ("none")."""
     base = tmp_path_factory.mktemp("planted")
-    sound = simt_cases.build("residual_unit_one", base / "none")
+    sound = simt_cases.program("residual_unit_one")
 
     def build(name: str) -> Path:
         old, new = PLANTED[name]
-        copy, objects = simt_cases.copy_sources(base / name), base / name / "objects"
-        header = copy / "residual_unit/residual_unit.cuh"
+        root = simt_cases.copy_sources(base / name)
+        header = root / "kernels/residual_unit/residual_unit.cuh"
         text = header.read_text()
         assert text.count(old) == 1, f"{name}: the kernel no longer has this text once"
         header.write_text(text.replace(old, new))
-        objects.mkdir()
-        for shared in ("simt.o", "main.o"):  # they hold no kernel
-            shutil.copy(base / "none" / shared, objects)
-        return simt_cases.build("residual_unit_one", objects, copy)
+        return simt_cases.build("residual_unit_one", root / "build", root)
 
     with ThreadPoolExecutor(2) as pool:
         return {"none": sound, **dict(zip(PLANTED, pool.map(build, PLANTED), strict=True))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from dualcodec_ext.ops import packing
 
 pytestmark = pytest.mark.skipif(bool(simt.missing()), reason=simt.missing() or "it can run")
 
-BUILD = simt.ROOT / "build/simt"
 Case = dict[str, Any]
 Result = dict[str, Tensor]
 
@@ -103,7 +101,7 @@ def lookup(tmp_path: Path, ran: set[str]) -> Run:
 
 
 def _run(op: str, folder: Path, ran: set[str], cases: Any, seed: int) -> list[Result]:
-    results, kernels = simt.run(simt.build(op, BUILD), folder, cases, seed)
+    results, kernels = simt.run(simt.program(op), folder, cases, seed)
     ran |= kernels
     return results
 
@@ -376,16 +374,12 @@ def test_every_kernel_has_run(ran: set[str], request: pytest.FixtureRequest) -> 
 
 def planted(op: str, tmp_path: Path, file: str, old: str, new: str) -> Path:
     """Build the program of an op from kernels with one string replaced."""
-    copy = simt.copy_sources(tmp_path)
-    text = (copy / file).read_text()
+    root = simt.copy_sources(tmp_path / "sources")
+    path = root / "kernels" / file
+    text = path.read_text()
     assert text.count(old) == 1
-    (copy / file).write_text(text.replace(old, new))
-    simt.build(op, BUILD)
-    objects = tmp_path / "objects"
-    objects.mkdir()
-    for name in ("simt.o", "main.o"):  # they hold no kernel
-        shutil.copy(BUILD / name, objects)
-    return simt.build(op, objects, copy, [*simt.FLAGS, "-O0"])  # compiles in a third of the time
+    path.write_text(text.replace(old, new))
+    return simt.build(op, root / "build", root, ["-O0"])  # compiles in a third of the time
 
 
 def caught(program: Path, tmp_path: Path, case: Case, right: Result) -> bool:
@@ -398,6 +392,13 @@ def caught(program: Path, tmp_path: Path, case: Case, right: Result) -> bool:
         if not same(got, right):
             return True
     return False
+
+
+@pytest.mark.parametrize("op", ["rvq_search", "rvq_lookup"])
+def test_nothing_planted_is_not_caught(op: str, tmp_path: Path, search: Run, lookup: Run) -> None:
+    case = tied(8).case() if op == "rvq_search" else lookup_case()[0]
+    (right,) = (search if op == "rvq_search" else lookup)(case)
+    assert not caught(planted(op, tmp_path, f"{op}/{op}.cuh", "#pragma once", "#pragma once"), tmp_path, case, right)
 
 
 SEARCH, LOOKUP, DEVICE = "rvq_search/rvq_search.cuh", "rvq_lookup/rvq_lookup.cuh", "rvq_search/rvq_device.cuh"
