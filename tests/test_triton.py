@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import dualcodec_ext as dx
 from dualcodec_ext.ops import _choice, _common, _library
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = ("causal_dwconv1d", "snake_upsample1d", "rvq")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -23,17 +25,35 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=variables)
 
 
-@needs_triton
-@pytest.mark.parametrize("name", ["causal_dwconv1d", "snake_upsample1d", "rvq"])
-def test_interpreted(name: str) -> None:
-    """tests/triton_ops/test_triton_<name>.py under TRITON_INTERPRET=1."""
-    path = ROOT / "tests/triton_ops" / f"test_triton_{name}.py"
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(path)]
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
+    """tests/triton_ops under TRITON_INTERPRET=1: one process a file, all at once, and where each one writes."""
     variables = {**os.environ, "TRITON_INTERPRET": "1", "DUALCODEC_EXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
-    print(done.stdout[-8000:], done.stderr[-2000:])
-    assert done.returncode == 0
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    folder, runs = tmp_path_factory.mktemp("interpreted"), {}
+    for name in FILES:
+        path = ROOT / "tests/triton_ops" / f"test_triton_{name}.py"
+        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(path)]
+        with open(folder / name, "wb") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, cwd=ROOT)
+        runs[name] = (process, folder / name)
+    yield runs
+    for process, _ in runs.values():
+        process.kill()
+        process.wait()
+
+
+@needs_triton
+@pytest.mark.parametrize("name", FILES)
+def test_interpreted(name: str, interpreted: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
+    process, output = interpreted[name]
+    status = process.wait()
+    text = output.read_text()
+    print(text[-8000:])
+    assert status == 0 and " passed" in text and "skipped" not in text
+
+
+def test_every_file_is_interpreted() -> None:
+    assert {f"test_triton_{name}.py" for name in FILES} == {p.name for p in ROOT.glob("tests/triton_ops/test_*.py")}
 
 
 def test_the_schemas_are_the_compiled_modules() -> None:

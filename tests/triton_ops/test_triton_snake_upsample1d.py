@@ -122,7 +122,7 @@ def test_lengths(case: Any, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bits_do_not_depend_on_the_batch(case: Any, mode: str) -> None:
-    suite.check_alone(case(96, 48, 4, mode, 140))
+    suite.check_alone(case(48, 40, 4, mode, 70))
 
 
 def test_a_cut_gives_the_same_bits(case: Any) -> None:
