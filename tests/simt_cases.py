@@ -50,16 +50,16 @@ def copy_sources(folder: Path) -> Path:
     return folder
 
 
-def build(op: str, build_dir: Path = BUILD, root: Path = ROOT, extra: Sequence[str] = ()) -> Path:
+def build(op: str, build_dir: Path = BUILD, root: Path = ROOT, flags: Sequence[str] = FLAGS) -> Path:
     """Compile tests/simt/<op>.cpp and the kernels that it includes, both as they lie under root; returns the program.
 
     Objects and the program are kept in build_dir and compiled again when a file that they include is newer. The
-    emulator itself is always that of this repository. extra: flags behind FLAGS, for the op's unit.
+    emulator itself is always that of this repository, with FLAGS; `flags` are for the op.
     """
     build_dir.mkdir(parents=True, exist_ok=True)
     target = build_dir / f"simt_{op}"
     objects = [_object(ROOT / f"tests/simt/{name}.cpp", BUILD) for name in ("simt", "main")]
-    objects.append(_object(root / f"tests/simt/{op}.cpp", build_dir, extra))
+    objects.append(_object(root / f"tests/simt/{op}.cpp", build_dir, flags))
     if not target.exists() or target.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         _run([compiler() or "c++", *FLAGS, *map(str, objects), "-o", str(target)])
         # The names of kernels that earlier sources had.
@@ -67,14 +67,14 @@ def build(op: str, build_dir: Path = BUILD, root: Path = ROOT, extra: Sequence[s
     return target
 
 
-def _object(source: Path, build_dir: Path, extra: Sequence[str] = ()) -> Path:
+def _object(source: Path, build_dir: Path, flags: Sequence[str] = FLAGS) -> Path:
     build_dir.mkdir(parents=True, exist_ok=True)
     target = build_dir / f"{source.stem}.o"
     included = target.with_suffix(".d")
     if not (target.exists() and included.exists() and _is_newest(target, included)):
         made = build_dir / f"{source.stem}.{os.getpid()}.o"  # another process may want the same object
         include = ["-I", str(source.parent), "-MMD", "-MF", str(included)]
-        _run([compiler() or "c++", *FLAGS, *extra, *include, "-c", str(source), "-o", str(made)])
+        _run([compiler() or "c++", *flags, *include, "-c", str(source), "-o", str(made)])
         made.rename(target)
     return target
 
@@ -139,9 +139,12 @@ class Failed(Exception):
 
 
 def run(
-    program: Path, folder: Path, cases: Iterable[Mapping[str, Tensor | int | None]], seed: int = 1
+    program: Path, folder: Path, cases: Iterable[Mapping[str, Tensor | int | None]], seed: int = 1, note: bool = True
 ) -> tuple[list[dict[str, Tensor]], set[str]]:
-    """Run a program on cases; returns the outputs of each, and the names of the kernels that ran."""
+    """Run a program on cases; returns the outputs of each, and the names of the kernels that ran.
+
+    With `note`, kernels_that_ran will tell the names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, case in enumerate(cases):
@@ -152,7 +155,8 @@ def run(
     if done.returncode != 0:
         raise Failed(done.stderr)
     names = set(done.stdout.splitlines())
-    remember(program, names)
+    if note:
+        remember(program, names)
     return [read_case(Path(f"{p}.out")) for p in paths], names
 
 

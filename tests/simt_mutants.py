@@ -18,10 +18,12 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor | int | None]
 JOBS = 2
 SEEDS = (1, 2, 3)
+# A quarter of the time to compile; and a planted bug may leave a variable unused.
+FLAGS = ("-std=c++20", "-O0", "-g1", "-fsanitize=address", "-Wno-unknown-pragmas")
 
 
 class Mutant(NamedTuple):
-    """`old`, which stands once in kernels/`file`, becomes `new`."""
+    """`old`, which stands once in kernels/`file`, becomes `new`; with both the same, the mutant is a control."""
 
     file: str
     old: str
@@ -44,7 +46,7 @@ def build(op: str, mutants: Mapping[str, Mutant], folder: Path) -> dict[str, Pat
     def make(name: str) -> Path:
         root = folder / "".join(c if c.isalnum() else "_" for c in name)
         plant(mutants[name], root)
-        return simt_cases.build(op, root / "build", root)
+        return simt_cases.build(op, root / "build", root, FLAGS)
 
     with ThreadPoolExecutor(JOBS) as pool:
         return dict(zip(mutants, pool.map(make, mutants), strict=True))
@@ -52,7 +54,7 @@ def build(op: str, mutants: Mapping[str, Mutant], folder: Path) -> dict[str, Pat
 
 def outputs(program: Path, folder: Path, cases: Sequence[Tensors], seed: int = 1) -> list[dict[str, Tensor]]:
     """What a program makes of the cases."""
-    return simt_cases.run(program, folder, cases, seed)[0]
+    return simt_cases.run(program, folder, cases, seed, note=False)[0]
 
 
 def caught_by(

@@ -87,6 +87,7 @@ CASES: dict[str, list[SimtCase]] = {
         dwconv_case(150, taps=31, steps=9, dtype=F32, shared_bytes=14000),
     ],
 }
+CONTROLS = {"snake_conv1d": CONV, "causal_dwconv1d": DWCONV}
 NAMES = [(op, name) for op, mutants in MUTANTS.items() for name in mutants]
 
 
@@ -104,19 +105,23 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Path]]:
     made = {}
     for op, mutants in MUTANTS.items():
-        found = simt_mutants.build(op, mutants, tmp_path_factory.mktemp(op))
+        control = {"control": Mutant(CONTROLS[op], "#pragma once", "#pragma once")}
+        found = simt_mutants.build(op, control | mutants, tmp_path_factory.mktemp(op))
         made |= {(op, name): program for name, program in found.items()}
     yield made
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_without_a_bug_the_cases_pass(
-    op: str, expected: dict[str, list[dict[str, torch.Tensor]]], tmp_path: Path
+    op: str,
+    programs: dict[tuple[str, str], Path],
+    expected: dict[str, list[dict[str, torch.Tensor]]],
+    tmp_path: Path,
 ) -> None:
     for case, made in zip(CASES[op], expected[op], strict=True):
         assert worst(made["y"], case.expected) <= TOLERANCE[op, made["y"].dtype]
     tensors = [case.tensors for case in CASES[op]]
-    assert simt_mutants.caught_by(simt_cases.program(op), tmp_path, tensors, expected[op]) is None
+    assert simt_mutants.caught_by(programs[op, "control"], tmp_path, tensors, expected[op]) is None
 
 
 @pytest.mark.parametrize(("op", "name"), NAMES, ids=[f"{op}, {name}" for op, name in NAMES])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import simt_cases
+import simt_mutants
 import torch
 import torch.nn.functional as F
 from simt_cases import ROOT
@@ -264,7 +265,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         text = header.read_text()
         assert text.count(old) == 1, f"{name}: the kernel no longer has this text once"
         header.write_text(text.replace(old, new))
-        return simt_cases.build("residual_unit_one", root / "build", root)
+        return simt_cases.build("residual_unit_one", root / "build", root, simt_mutants.FLAGS)
 
     with ThreadPoolExecutor(2) as pool:
         return {"none": sound, **dict(zip(PLANTED, pool.map(build, PLANTED), strict=True))}

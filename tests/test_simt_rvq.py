@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import simt_cases as simt
+import simt_mutants
 import torch
 from tolerances import TOLERANCE
 from torch import Tensor
@@ -379,7 +380,7 @@ def planted(op: str, tmp_path: Path, file: str, old: str, new: str) -> Path:
     text = path.read_text()
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
-    return simt.build(op, root / "build", root, ["-O0"])  # compiles in a third of the time
+    return simt.build(op, root / "build", root, simt_mutants.FLAGS)
 
 
 def caught(program: Path, tmp_path: Path, case: Case, right: Result) -> bool:

@@ -59,7 +59,8 @@ def test_every_built_kernel_has_run() -> None:
         pytest.skip(f"nothing has run since it was built for {', '.join(missing)}: run tests/test_simt_*.py first")
     built = kernels_in(module.read_bytes())
     assert len(built) >= 20, f"{module} names {len(built)} kernels"
-    assert without_a_case(built, set().union(*ran.values())) == []
+    missing = without_a_case(built, set().union(*ran.values()))
+    assert missing == [], "no case of tests/test_simt_*.py, all of which must have run before, started these kernels"
 
 
 def test_a_kernel_without_a_case_is_found() -> None:
