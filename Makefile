@@ -19,7 +19,7 @@ ALL_CUDA_ARCHS := 7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX
 
 PACKAGING := setup.py pyproject.toml dualcodec_ext/_version.py
 SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
-CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp -name '*.cpp' -o -name '*.h')
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp tests/simt -name '*.cpp' -o -name '*.h')
 
 # extra NAME: the packages of an extra, one a line, to install them without building anything.
 extra = $(BIN)/python -c "import sys, tomllib; \
@@ -48,7 +48,9 @@ ctest: $(CMAKE) $(VENV)/.torch
 cuda: $(CUDA_VENV)/.torch $(VENV)/.test
 	DUALCODEC_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHS)' \
 	  $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
-	$(CUDA_VENV)/bin/pytest -q tests/test_cuda_module.py tests/test_layering.py
+	$(CUDA_VENV)/bin/pytest -q tests/test_cuda_module.py
+	DUALCODEC_EXT_CUDA_MODULE=$$(cd / && $(abspath $(CUDA_VENV))/bin/python -c 'import dualcodec_ext._C as c; print(c.__file__)') \
+	  $(BIN)/python -m pytest -q -rs tests/test_zz_simt_coverage.py
 
 # As `cuda`, for every architecture.
 cuda-archs:
