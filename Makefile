@@ -115,7 +115,7 @@ $(VENV)/.test: $(VENV)/.installed
 $(CUDA_VENV)/.torch: $(VENV)/.test
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install -q $(CUDA_TORCH) 'setuptools>=77' ninja numpy
-	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install -q pytest hypothesis safetensors
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install -q pytest pytest-benchmark hypothesis safetensors
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml

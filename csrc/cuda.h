@@ -71,8 +71,9 @@ template <class Pack>
 inline at::Tensor cuda_packed_or(const char* op, const OptionalTensor& packed, int64_t numel, const at::Tensor& x,
                                  const Pack& pack) {
   if (!packed.has_value() || !packed->defined()) return pack();
-  DCX_CHECK(packed->scalar_type() == x.scalar_type() && packed->is_contiguous() && packed->numel() == numel &&
-                packed->device() == x.device(),
+  DCX_CHECK(packed->dim() == 1 && packed->scalar_type() == x.scalar_type() && packed->is_contiguous() &&
+                packed->numel() == numel && packed->device() == x.device() &&
+                reinterpret_cast<uintptr_t>(packed->const_data_ptr()) % 16 == 0,
             op, ": packed must be a contiguous ", x.scalar_type(), " tensor of ", numel, " elements on ", x.device(),
             " as made for this weight, got ", packed->scalar_type(), " ", shape_text(*packed), " on ",
             packed->device());

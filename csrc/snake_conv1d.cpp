@@ -117,7 +117,8 @@ at::Tensor pack_conv1d_cuda(const at::Tensor& weight, int64_t stride, int64_t di
                               .reshape({geometry.taps, geometry.channels, columns});
   return at::constant_pad_nd(
              rows, {0, round_up(columns, kColumnUnit) - columns, 0, geometry.channels_padded() - geometry.channels})
-      .contiguous();
+      .contiguous()
+      .flatten();
 }
 
 at::Tensor snake_conv1d_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,

@@ -130,7 +130,8 @@ at::Tensor pack_upsample1d_cuda(const at::Tensor& weight, int64_t stride, c10::s
   for (int64_t phase = 0; phase < stride; ++phase) taps.push_back(fold_phase(weight, phases, phase));
   return at::constant_pad_nd(at::cat(taps), {0, round_up(out_channels, kColumnUnit) - out_channels, 0,
                                              round_up(in_channels, kChannelUnit) - in_channels})
-      .to(weight.scalar_type());
+      .to(weight.scalar_type())
+      .flatten();
 }
 
 at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,

@@ -59,12 +59,12 @@ def _channels(count: int) -> int:
     return -(-count // 32) * 32
 
 
-def _gemm_shape(channels: int, taps: int, stride: int, dilation: int, columns: int) -> tuple[int, int, int]:
-    """Return [taps, channels, columns] of a convolution as CUDA's GEMM: kernels/common/conv_geometry.h."""
+def _gemm_numel(channels: int, taps: int, stride: int, dilation: int, columns: int) -> int:
+    """Count taps * channels * columns of a convolution as CUDA's GEMM: kernels/common/conv_geometry.h."""
     fold = 1
     if taps > 1 and dilation == 1:
         fold = taps if channels * taps <= 64 else stride if taps % stride == 0 else 1
-    return taps // fold, _channels(fold * channels), _columns(columns)
+    return taps // fold * _channels(fold * channels) * _columns(columns)
 
 
 def _packed(like: Tensor, numel: int) -> Tensor:
@@ -74,7 +74,7 @@ def _packed(like: Tensor, numel: int) -> Tensor:
 def _fake_conv1d(weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
     columns, channels, taps = weight.shape
     if weight.is_cuda:
-        return weight.new_empty(_gemm_shape(channels, taps, stride, dilation, columns))
+        return weight.new_empty(_gemm_numel(channels, taps, stride, dilation, columns))
     return _packed(weight, taps * channels * _columns(columns))
 
 
@@ -93,7 +93,7 @@ def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[i
         firsts = [phase - padding[0] for phase in range(stride)]  # the repeated sample under a phase's first tap
         taps = sum((first + 2 * stride - 1) // stride - first // stride + 1 for first in firsts)
     if weight.is_cuda:
-        return weight.new_empty(taps, _channels(channels), _columns(columns))
+        return weight.new_empty(taps * _channels(channels) * _columns(columns))
     return _packed(weight, taps * channels * _columns(columns))
 
 
