@@ -196,20 +196,22 @@ def test_search_prefixes_of_stages(search: Run) -> None:
     testing.assert_close(two["quantized"], reference.rvq_lookup_ref(two["codes"], **out), 4e-6)
 
 
-def tied(dim: int) -> Quantizer:
-    """Every row comes again and again: in other lanes, warps and passes."""
+def tied(dim: int, period: int) -> Quantizer:
+    """Every row comes again `period` entries later."""
     q = quantizer(dim=dim, entries=3000, frames=18, stages=2)
-    q.weights["codebooks"] = q.weights["codebooks"][:, torch.arange(3000) % 37]
+    q.weights["codebooks"] = q.weights["codebooks"][:, torch.arange(3000) % period]
     return q
 
 
 @pytest.mark.parametrize("dim", [8, 5])
 def test_search_ties_go_to_the_lowest_index(dim: int, search: Run) -> None:
-    q = tied(dim)
-    once = Quantizer(q.z, {**q.weights, "codebooks": q.weights["codebooks"][:, :37]})
-    got, few, expected = search(q.case(margins=1), q.case(margins=1, **FEW_FRAMES), once.case())
-    assert torch.equal(got["codes"], expected["codes"]) and torch.equal(few["codes"], expected["codes"])
-    assert not got["margin"].any() and not few["margin"].any()
+    # Equal rows in one group of four, in other lanes and warps, and in the next pass of the same thread.
+    for period in (2, 37, 1024):
+        q = tied(dim, period)
+        once = Quantizer(q.z, {**q.weights, "codebooks": q.weights["codebooks"][:, :period]})
+        got, few, expected = search(q.case(margins=1), q.case(margins=1, **FEW_FRAMES), once.case())
+        assert torch.equal(got["codes"], expected["codes"]) and torch.equal(few["codes"], expected["codes"])
+        assert not got["margin"].any() and not few["margin"].any()
 
 
 @pytest.mark.parametrize("dim", [8, 5])
@@ -406,15 +408,16 @@ SEARCH, LOOKUP, DEVICE = "rvq_search/rvq_search.cuh", "rvq_lookup/rvq_lookup.cuh
 
 
 @pytest.mark.parametrize(
-    "old, new",
+    "old, new, period",
     [
-        ("normalise(p, s, stage);\n      sync_threads();", "normalise(p, s, stage);"),
-        ("b.group < a.group", "b.group > a.group"),
+        ("normalise(p, s, stage);\n      sync_threads();", "normalise(p, s, stage);", 37),
+        ("b.group < a.group", "b.group > a.group", 37),
+        ("smallest < best.score[f];", "smallest <= best.score[f];", 1024),
     ],
-    ids=["missing barrier", "wrong tie"],
+    ids=["missing barrier", "wrong tie between threads", "wrong tie in a thread"],
 )
-def test_planted_bugs_of_the_search_are_caught(old: str, new: str, tmp_path: Path, search: Run) -> None:
-    case = tied(8).case()
+def test_planted_bugs_of_the_search_are_caught(old: str, new: str, period: int, tmp_path: Path, search: Run) -> None:
+    case = tied(8, period).case()
     (right,) = search(case)
     assert caught(planted("rvq_search", tmp_path, SEARCH, old, new), tmp_path, case, right)
 

@@ -36,8 +36,8 @@ struct RvqLookup {
         int64_t entry = p.codes[position];
         if (entry < 0 || entry >= p.layout.entries) {
           entry = 0;
-          tile.broken[f] = 1;
-          if (tells && d == 0) atomic_min(p.error, position);
+          if (d == 0) atomic_add(&tile.broken[f], 1);  // a plain store would be a race, if of equal values
+          if (d == 0 && tells) atomic_min(p.error, position);
         }
         value = table[(stage * p.layout.entries + entry) * dim + d];
       }

@@ -11,9 +11,9 @@ namespace dcx {
 template <int kFrames>
 struct alignas(16) FrameTile {
   int64_t clip[kFrames], step[kFrames];
-  int32_t exists[kFrames];  // the tail's tile has fewer
-  int32_t counts[kFrames];  // lies before its clip's length
-  int32_t broken[kFrames];  // its output is NaN
+  int32_t exists[kFrames];   // the tail's tile has fewer
+  int32_t counts[kFrames];   // lies before its clip's length
+  uint32_t broken[kFrames];  // other than 0: its output is NaN
 
   DCX_DEVICE void fill(int64_t first, int64_t batch, int64_t frames, const int64_t* lengths) {
     const int f = thread_index();
@@ -114,7 +114,7 @@ DCX_DEVICE void store_columns_as(const TensorView& to, const TensorView& addend,
     if (tile.counts[f]) {
       value = staged[n * kFramePitch<kFrames> + f];
       if (extra != nullptr) value += to_float(extra[tile.offset(addend, f) + column * addend.stride_c]);
-      if (tile.broken[f]) value = not_a_number();
+      if (tile.broken[f] != 0) value = not_a_number();
     }
     y[tile.offset(to, f) + column * to.stride_c] = from_float<T>(value);
   }
