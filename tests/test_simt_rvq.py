@@ -209,9 +209,9 @@ def test_search_ties_go_to_the_lowest_index(dim: int, search: Run) -> None:
     for period in (2, 37, 1024):
         q = tied(dim, period)
         once = Quantizer(q.z, {**q.weights, "codebooks": q.weights["codebooks"][:, :period]})
-        got, few, expected = search(q.case(margins=1), q.case(margins=1, **FEW_FRAMES), once.case())
-        assert torch.equal(got["codes"], expected["codes"]) and torch.equal(few["codes"], expected["codes"])
-        assert not got["margin"].any() and not few["margin"].any()
+        got, few, expected = search(q.case(margins=1), q.case(q.z[..., :2], margins=1, **FEW_FRAMES), once.case())
+        assert torch.equal(got["codes"], expected["codes"]) and not got["margin"].any()
+        assert torch.equal(few["codes"], expected["codes"][..., :2]) and not few["margin"].any()
 
 
 @pytest.mark.parametrize("dim", [8, 5])

@@ -10,6 +10,7 @@
 #include "../common/launch.cuh"
 #include "params.h"
 #include "rvq_device.cuh"
+#include "rvq_project_in.cuh"
 
 namespace dcx {
 
@@ -27,13 +28,9 @@ struct RvqSearch {
   static constexpr int kMinBlocks = 2;
   static constexpr bool kNeedsSm80 = false;
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kChunk = 512;      // channels of z in shared memory
-  static constexpr int kChain = 128;      // channels that one accumulator sums
-  static constexpr int kMostSlots = 64;   // of kThreads; at least 4 threads share a column
   static constexpr int kPass = kThreads;  // groups of four entries
   static constexpr int kPitch = kFramePitch<kFrames>;
-  static_assert(kChunk % (kThreads / kMostSlots) == 0 && kChain * (kThreads / kMostSlots) % kChunk == 0,
-                "sums end with a chunk");
+  using ProjectIn = RvqProjectIn<kFrames, kThreads>;
 
   // The smallest score, its group of four entries, and the second smallest.
   struct Candidate {
@@ -59,8 +56,8 @@ struct RvqSearch {
   static int64_t smem_bytes(const RvqSearchParams& p, int depth) {
     const int64_t fixed = static_cast<int64_t>(sizeof(FrameTile<kFrames>)) + kCandidateBytes +
                           (code_floats(p) + round_up(kFrames * p.layout.dim, 4)) * 4;
-    const int64_t in = kChunk * kPitch * 4, partial = kThreads / 2 * kFrames * 16, out = kThreads * kPitch * 4;
-    return fixed + maximum(maximum(in, partial), maximum(out, kDim > 0 ? depth * kPassBytes : 0));
+    const int64_t out = kThreads * kPitch * 4;
+    return fixed + maximum(ProjectIn::smem_bytes(), maximum(out, kDim > 0 ? depth * kPassBytes : 0));
   }
 
   static DCX_DEVICE Shared carve(const RvqSearchParams& p, unsigned char* smem) {
@@ -74,132 +71,6 @@ struct RvqSearch {
   }
   static DCX_DEVICE int dim_of(const RvqSearchParams& p) { return kDim > 0 ? kDim : static_cast<int>(p.layout.dim); }
   static DCX_DEVICE const float* packed_of(const RvqSearchParams& p) { return static_cast<const float*>(p.packed); }
-
-  // ---- the input projection
-
-  // kChunk channels of every frame from channel c0 on, zeros past the last; lanes run along what lies side by side.
-  template <class T>
-  static DCX_DEVICE void load_chunk_as(const RvqSearchParams& p, const FrameTile<kFrames>& tile, int64_t c0,
-                                       float* to) {
-    constexpr int kEach = kChunk * kFrames / kThreads, kBatch = kEach < 8 ? kEach : 8;
-    const T* z = static_cast<const T*>(p.z.data);
-    const bool along_channels = kFrames > 1 && p.z.stride_c == 1;
-    DCX_NO_UNROLL
-    for (int first = 0; first < kEach; first += kBatch) {
-      float values[kBatch];
-      int places[kBatch];
-      DCX_UNROLL
-      for (int k = 0; k < kBatch; ++k) {
-        const int i = (first + k) * kThreads + thread_index();
-        const int f = along_channels ? i / 8 % 4 + i / (4 * kChunk) * 4 : i % kFrames;
-        const int c = along_channels ? i % 8 + i / 32 % (kChunk / 8) * 8 : i / kFrames;
-        places[k] = c * kPitch + f;
-        values[k] = 0.0f;
-        if (c0 + c < p.layout.channels && tile.counts[f])
-          values[k] = to_float(z[tile.offset(p.z, f) + (c0 + c) * p.z.stride_c]);
-      }
-      DCX_UNROLL
-      for (int k = 0; k < kBatch; ++k) to[places[k]] = values[k];
-    }
-  }
-  static DCX_DEVICE void load_chunk(const RvqSearchParams& p, const FrameTile<kFrames>& tile, int64_t c0, float* to) {
-    if (p.z.dtype == DType::kF32)
-      load_chunk_as<float>(p, tile, c0, to);
-    else if (p.z.dtype == DType::kBF16)
-      load_chunk_as<bf16>(p, tile, c0, to);
-    else
-      load_chunk_as<f16>(p, tile, c0, to);
-  }
-
-  // Adds up the sums of the threads that share a slot, as a tree, into those of split 0.
-  static DCX_DEVICE void add_splits(float (&sums)[4 * kFrames], int slot, int split, int slots, int splits,
-                                    Four* partial) {
-    for (int half = splits / 2; half >= 1; half /= 2) {
-      sync_threads();
-      if (split >= half && split < 2 * half) {
-        Four* own = partial + (split - half) * slots + slot;
-        DCX_UNROLL
-        for (int i = 0; i < kFrames; ++i)
-          own[i * (kThreads / 2)] = Four{{sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]}};
-      }
-      sync_threads();
-      if (split < half) {
-        const Four* other = partial + split * slots + slot;
-        DCX_UNROLL
-        for (int i = 0; i < kFrames; ++i) {
-          const Four four = other[i * (kThreads / 2)];
-          DCX_UNROLL
-          for (int k = 0; k < 4; ++k) sums[4 * i + k] += four.values[k];
-        }
-      }
-    }
-  }
-
-  // code = W z + bias for the columns of all stages in use.
-  static DCX_DEVICE void project_in(const Params& params, const Shared& s) {
-    const RvqSearchParams& p = params.p;
-    const RvqLayout& layout = p.layout;
-    const float* packed = packed_of(p);
-    const int slots = params.slots, splits = kThreads / slots;
-    const int slot = thread_index() % slots, split = thread_index() / slots;
-    const int64_t columns = layout.stages * layout.dim, groups = ceil_div(p.used * layout.dim, 4);
-    const int64_t block = int64_t{kChain} * splits;  // channels that are summed before they are added to code
-    for (int64_t group = slot; group - slot < groups; group += slots) {
-      const bool mine = group < groups;
-      const int64_t column = mine ? 4 * group : 0;
-      const int64_t panel = panel_of(columns, column), begin = panel_begin(columns, panel);
-      const int64_t width = panel_begin(columns, panel + 1) - begin;
-      const float* weight = packed + layout.in_panels() + begin * layout.channels + (column - begin);
-      float sums[4 * kFrames];  // [4 columns][kFrames]
-      DCX_NO_UNROLL
-      for (int64_t c0 = 0; c0 < layout.channels; c0 += kChunk) {
-        if (c0 % block == 0) {
-          DCX_UNROLL
-          for (int i = 0; i < 4 * kFrames; ++i) sums[i] = 0.0f;
-        }
-        sync_threads();
-        load_chunk(p, *s.tile, c0, s.work);
-        sync_threads();
-        const int count = static_cast<int>(minimum(int64_t{kChunk}, layout.channels - c0));
-        const auto add = [&](const Four& w, int c) {
-          float z[kFrames];
-          load_frames(z, s.work + c * kPitch);
-          DCX_UNROLL
-          for (int k = 0; k < 4; ++k) DCX_UNROLL
-          for (int f = 0; f < kFrames; ++f)
-            sums[k * kFrames + f] = fused_multiply_add(w.values[k], z[f], sums[k * kFrames + f]);
-        };
-        if (mine) {
-          constexpr int kAhead = 4;
-          int c = split;
-          const auto weight_of = [&](int at) { return *reinterpret_cast<const Four*>(weight + (c0 + at) * width); };
-          DCX_NO_UNROLL
-          for (; c + (kAhead - 1) * splits < count; c += kAhead * splits) {
-            Four w[kAhead];
-            DCX_UNROLL
-            for (int k = 0; k < kAhead; ++k) w[k] = weight_of(c + k * splits);
-            DCX_UNROLL
-            for (int k = 0; k < kAhead; ++k) add(w[k], c + k * splits);
-          }
-          DCX_NO_UNROLL
-          for (; c < count; c += splits) add(weight_of(c), c);
-        }
-        const bool last = c0 + kChunk >= layout.channels;
-        if (!last && (c0 + kChunk) % block != 0) continue;
-        add_splits(sums, slot, split, slots, splits, reinterpret_cast<Four*>(s.work));
-        if (split != 0 || !mine) continue;
-        DCX_UNROLL
-        for (int i = 0; i < 4 * kFrames; ++i) {
-          float* cell = s.code + column * kFrames + i;
-          float value = c0 < block ? sums[i] : *cell + sums[i];
-          if (last) value += packed[layout.in_bias() + column + i / kFrames];
-          *cell = value;
-        }
-      }
-    }
-  }
-
-  // ---- one stage
 
   // The query of each frame. A square may overflow where e itself is finite: then e is scaled by its largest coordinate
   // first. A frame whose e is not finite is broken from here on.
@@ -440,7 +311,7 @@ struct RvqSearch {
     const RvqSearchParams& p = params.p;
     const Shared s = carve(p, smem);
     s.tile->fill(block_x() * kFrames, p.batch, p.frames, p.lengths);
-    project_in(params, s);
+    ProjectIn::run(p, params.slots, *s.tile, s.work, s.code);
     sync_threads();  // s.work is free, s.code stands
     Ring ring{reinterpret_cast<Four*>(s.work), params.depth, 0, 0, 0, 0};
     if constexpr (kDim > 0) {
@@ -479,7 +350,7 @@ template <class K>
 bool start_rvq_search_as(const CudaContext& context, const RvqSearchParams& p, int64_t tiles) {
   RvqSearchLaunch launched{p, 1, 4};
   const int64_t groups = ceil_div(p.layout.stages * p.layout.dim, 4);
-  while (launched.slots < groups && launched.slots < K::kMostSlots) launched.slots *= 2;
+  while (launched.slots < groups && launched.slots < K::ProjectIn::kMostSlots) launched.slots *= 2;
   // Two blocks share a multiprocessor where there are more of them than multiprocessors; 1 KB is the system's.
   const int64_t room = tiles > context.multiprocessors ? context.shared_bytes / 2 - 1024 : context.shared_bytes;
   while (launched.depth > 1 && K::smem_bytes(p, launched.depth) > room) launched.depth /= 2;

@@ -1,0 +1,150 @@
+// The projection of a tile's frames for all stages, rvq_search's first step: code[column] = sum over channels of
+// W[channel][column] z[channel] + bias[column]. A thread owns four columns of every frame and each splits-th channel of
+// a chunk of z in shared memory; chains of at most kChain products in float32, then a tree over the threads that share
+// columns. How many share them follows from the layer alone, and so do the bits.
+#pragma once
+#include "params.h"
+#include "rvq_device.cuh"
+
+namespace dcx {
+
+// slots: groups of four columns taken at once, a power of two up to kMostSlots.
+template <int kFrames, int kThreads>
+struct RvqProjectIn {
+  using Four = Vector16<float>;
+  static constexpr int kChunk = 512;     // channels of z in shared memory
+  static constexpr int kChain = 128;     // channels that one accumulator sums
+  static constexpr int kMostSlots = 64;  // of kThreads; at least 4 threads share a column
+  static constexpr int kPitch = kFramePitch<kFrames>;
+  static_assert(kChunk % (kThreads / kMostSlots) == 0 && kChain * (kThreads / kMostSlots) % kChunk == 0,
+                "sums end with a chunk");
+
+  static int64_t smem_bytes() {
+    return maximum(int64_t{kChunk} * kPitch * 4, int64_t{kThreads / 2} * kFrames * 16);
+  }
+
+  // kChunk channels of every frame from channel c0 on, zeros past the last; lanes run along what lies side by side.
+  template <class T>
+  static DCX_DEVICE void load_chunk_as(const RvqSearchParams& p, const FrameTile<kFrames>& tile, int64_t c0,
+                                       float* to) {
+    constexpr int kEach = kChunk * kFrames / kThreads, kBatch = kEach < 8 ? kEach : 8;
+    const T* z = static_cast<const T*>(p.z.data);
+    const bool along_channels = kFrames > 1 && p.z.stride_c == 1;
+    DCX_NO_UNROLL
+    for (int first = 0; first < kEach; first += kBatch) {
+      float values[kBatch];
+      int places[kBatch];
+      DCX_UNROLL
+      for (int k = 0; k < kBatch; ++k) {
+        const int i = (first + k) * kThreads + thread_index();
+        const int f = along_channels ? i / 8 % 4 + i / (4 * kChunk) * 4 : i % kFrames;
+        const int c = along_channels ? i % 8 + i / 32 % (kChunk / 8) * 8 : i / kFrames;
+        places[k] = c * kPitch + f;
+        values[k] = 0.0f;
+        if (c0 + c < p.layout.channels && tile.counts[f])
+          values[k] = to_float(z[tile.offset(p.z, f) + (c0 + c) * p.z.stride_c]);
+      }
+      DCX_UNROLL
+      for (int k = 0; k < kBatch; ++k) to[places[k]] = values[k];
+    }
+  }
+  static DCX_DEVICE void load_chunk(const RvqSearchParams& p, const FrameTile<kFrames>& tile, int64_t c0, float* to) {
+    if (p.z.dtype == DType::kF32)
+      load_chunk_as<float>(p, tile, c0, to);
+    else if (p.z.dtype == DType::kBF16)
+      load_chunk_as<bf16>(p, tile, c0, to);
+    else
+      load_chunk_as<f16>(p, tile, c0, to);
+  }
+
+  // Adds up the sums of the threads that share a slot, as a tree, into those of split 0.
+  static DCX_DEVICE void add_splits(float (&sums)[4 * kFrames], int slot, int split, int slots, int splits,
+                                    Four* partial) {
+    for (int half = splits / 2; half >= 1; half /= 2) {
+      sync_threads();
+      if (split >= half && split < 2 * half) {
+        Four* own = partial + (split - half) * slots + slot;
+        DCX_UNROLL
+        for (int i = 0; i < kFrames; ++i)
+          own[i * (kThreads / 2)] = Four{{sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]}};
+      }
+      sync_threads();
+      if (split < half) {
+        const Four* other = partial + split * slots + slot;
+        DCX_UNROLL
+        for (int i = 0; i < kFrames; ++i) {
+          const Four four = other[i * (kThreads / 2)];
+          DCX_UNROLL
+          for (int k = 0; k < 4; ++k) sums[4 * i + k] += four.values[k];
+        }
+      }
+    }
+  }
+
+  // code = W z + bias, [round_up(used D, 4)][kFrames]. work: smem_bytes() of shared memory. The caller puts a barrier
+  // behind it.
+  static DCX_DEVICE void run(const RvqSearchParams& p, int slots, const FrameTile<kFrames>& tile, float* work,
+                             float* code) {
+    const RvqLayout& layout = p.layout;
+    const float* packed = static_cast<const float*>(p.packed);
+    const int splits = kThreads / slots;
+    const int slot = thread_index() % slots, split = thread_index() / slots;
+    const int64_t columns = layout.stages * layout.dim, groups = ceil_div(p.used * layout.dim, 4);
+    const int64_t block = int64_t{kChain} * splits;  // channels that are summed before they are added to code
+    for (int64_t group = slot; group - slot < groups; group += slots) {
+      const bool mine = group < groups;
+      const int64_t column = mine ? 4 * group : 0;
+      const int64_t panel = panel_of(columns, column), begin = panel_begin(columns, panel);
+      const int64_t width = panel_begin(columns, panel + 1) - begin;
+      const float* weight = packed + layout.in_panels() + begin * layout.channels + (column - begin);
+      float sums[4 * kFrames];  // [4 columns][kFrames]
+      DCX_NO_UNROLL
+      for (int64_t c0 = 0; c0 < layout.channels; c0 += kChunk) {
+        if (c0 % block == 0) {
+          DCX_UNROLL
+          for (int i = 0; i < 4 * kFrames; ++i) sums[i] = 0.0f;
+        }
+        sync_threads();
+        load_chunk(p, tile, c0, work);
+        sync_threads();
+        const int count = static_cast<int>(minimum(int64_t{kChunk}, layout.channels - c0));
+        const auto add = [&](const Four& w, int c) {
+          float z[kFrames];
+          load_frames(z, work + c * kPitch);
+          DCX_UNROLL
+          for (int k = 0; k < 4; ++k) DCX_UNROLL
+          for (int f = 0; f < kFrames; ++f)
+            sums[k * kFrames + f] = fused_multiply_add(w.values[k], z[f], sums[k * kFrames + f]);
+        };
+        if (mine) {
+          constexpr int kAhead = 4;
+          int c = split;
+          const auto weight_of = [&](int at) { return *reinterpret_cast<const Four*>(weight + (c0 + at) * width); };
+          DCX_NO_UNROLL
+          for (; c + (kAhead - 1) * splits < count; c += kAhead * splits) {
+            Four w[kAhead];
+            DCX_UNROLL
+            for (int k = 0; k < kAhead; ++k) w[k] = weight_of(c + k * splits);
+            DCX_UNROLL
+            for (int k = 0; k < kAhead; ++k) add(w[k], c + k * splits);
+          }
+          DCX_NO_UNROLL
+          for (; c < count; c += splits) add(weight_of(c), c);
+        }
+        const bool last = c0 + kChunk >= layout.channels;
+        if (!last && (c0 + kChunk) % block != 0) continue;
+        add_splits(sums, slot, split, slots, splits, reinterpret_cast<Four*>(work));
+        if (split != 0 || !mine) continue;
+        DCX_UNROLL
+        for (int i = 0; i < 4 * kFrames; ++i) {
+          float* cell = code + column * kFrames + i;
+          float value = c0 < block ? sums[i] : *cell + sums[i];
+          if (last) value += packed[layout.in_bias() + column + i / kFrames];
+          *cell = value;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace dcx
