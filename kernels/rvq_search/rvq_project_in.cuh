@@ -19,9 +19,7 @@ struct RvqProjectIn {
   static_assert(kChunk % (kThreads / kMostSlots) == 0 && kChain * (kThreads / kMostSlots) % kChunk == 0,
                 "sums end with a chunk");
 
-  static int64_t smem_bytes() {
-    return maximum(int64_t{kChunk} * kPitch * 4, int64_t{kThreads / 2} * kFrames * 16);
-  }
+  static int64_t smem_bytes() { return maximum(int64_t{kChunk} * kPitch * 4, int64_t{kThreads / 2} * kFrames * 16); }
 
   // kChunk channels of every frame from channel c0 on, zeros past the last; lanes run along what lies side by side.
   template <class T>
