@@ -18,6 +18,7 @@ LAYERS = (
     ("reference",),
     ("_compare", "_files", "audio", "build", "codes", "config", "hub", "peer", "testing"),
     ("ops",),
+    ("steps",),
     ("engine",),
     ("graphs",),
     ("model",),

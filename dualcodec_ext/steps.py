@@ -1,0 +1,359 @@
+"""The steps of the inference program: an op each, with its weights folded and packed, and how it maps lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, reference
+from .ops import packing
+from .reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d
+
+
+def _placeholder(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor of the weight's shape and one element's memory: with `packed` given, ops read the shape alone."""
+    return weight.new_zeros(1, dtype=dtype).expand(*weight.shape)
+
+
+def _vector(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if parameter is None else parameter.detach().reshape(-1).to(dtype, copy=True)
+
+
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Kernels accumulate, and take biases and the like, in float32 for activations of every dtype but float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weight_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """CPU kernels keep weights in the accumulation dtype, CUDA's in that of the activations, for tensor cores."""
+    return vector_dtype(dtype) if device.type == "cpu" else dtype
+
+
+def _inner(conv: nn.Module) -> WNConv1d:
+    """Return the convolution inside a causal wrapper, or the convolution itself."""
+    inner = conv.conv if isinstance(conv, CausalConv1d) else conv
+    assert isinstance(inner, WNConv1d)
+    return inner
+
+
+@dataclass
+class ConvStep:
+    """`ops.snake_conv1d` with its weights."""
+
+    weight: Tensor
+    packed: Tensor
+    bias: Tensor | None
+    alpha: Tensor | None
+    stride: int
+    dilation: int
+    padding: tuple[int, int]
+    activation: str
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,  # [Cout, Cin, K], in the dtype to pack
+        bias: Tensor | None,
+        alpha: Tensor | None = None,
+        stride: int = 1,
+        dilation: int = 1,
+        padding: tuple[int, int] = (0, 0),
+        activation: str = "none",
+    ) -> ConvStep:
+        vectors = vector_dtype(weight.dtype)
+        return cls(
+            _placeholder(weight),
+            packing.pack_conv1d(weight, stride, dilation),
+            _vector(bias, vectors),
+            _vector(alpha, vectors),
+            stride,
+            dilation,
+            padding,
+            activation,
+        )
+
+    @classmethod
+    def of_conv(
+        cls,
+        conv: WNConv1d | CausalConv1d,
+        dtype: torch.dtype,
+        alpha: Tensor | None = None,
+        activation: str = "none",
+    ) -> ConvStep:
+        inner = _inner(conv)
+        return cls.of(
+            inner.folded_weight(dtype),
+            inner.bias,
+            alpha,
+            inner.stride,
+            inner.dilation,
+            inner.padding,
+            activation,
+        )
+
+    def __call__(self, x: Tensor, lengths: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        return ops.snake_conv1d(
+            x,
+            self.weight,
+            self.bias,
+            self.alpha,
+            stride=self.stride,
+            dilation=self.dilation,
+            padding=self.padding,
+            activation=self.activation,
+            residual=residual,
+            lengths=lengths,
+            packed=self.packed,
+        )
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        reach = (self.weight.shape[-1] - 1) * self.dilation + 1
+        steps = torch.div(lengths + sum(self.padding) - reach, self.stride, rounding_mode="floor") + 1
+        return torch.where(lengths > 0, steps.clamp(min=0), 0)
+
+
+@dataclass
+class UpsampleStep:
+    """`ops.snake_upsample1d` with its weights."""
+
+    alpha: Tensor
+    weight: Tensor
+    packed: Tensor
+    bias: Tensor | None
+    stride: int
+    mode: str
+    padding: tuple[int, int]
+
+    @classmethod
+    def of(cls, alpha: Tensor, conv: WNConvTranspose1d | CausalUpsample, dtype: torch.dtype) -> UpsampleStep:
+        inner: WNConv1d | WNConvTranspose1d
+        if isinstance(conv, CausalUpsample):
+            inner, mode, padding = _inner(conv.conv), "repeat", conv.padding
+        else:
+            inner, mode, padding = conv, "transposed", conv.padding
+        weight = inner.folded_weight(dtype)
+        packed = packing.pack_upsample1d(weight, conv.stride, mode, padding)
+        vectors = vector_dtype(dtype)
+        return cls(
+            alpha.detach().reshape(-1).to(vectors, copy=True),
+            _placeholder(weight),
+            packed,
+            _vector(inner.bias, vectors),
+            conv.stride,
+            mode,
+            padding,
+        )
+
+    def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return ops.snake_upsample1d(
+            x,
+            self.alpha,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            mode=self.mode,
+            padding=self.padding,
+            lengths=lengths,
+            packed=self.packed,
+        )
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        if self.mode == "repeat":
+            steps = lengths * self.stride + sum(self.padding) - 2 * self.stride + 1
+        else:
+            steps = (lengths + 1) * self.stride - sum(self.padding)
+        return torch.where(lengths > 0, steps.clamp(min=0), 0)
+
+
+@dataclass
+class ResidualUnitStep:
+    """`ops.residual_unit` with its weights; the length stays."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+    packed: Tensor
+    dilation: int
+    causal: bool
+
+    @classmethod
+    def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype) -> ResidualUnitStep:
+        snake1, conv1, snake2, conv2 = unit.block
+        assert isinstance(snake1, reference.Snake1d) and isinstance(snake2, reference.Snake1d)
+        inner1, inner2 = _inner(conv1), _inner(conv2)
+        weight1, weight2 = inner1.folded_weight(dtype), inner2.folded_weight(dtype)
+        packed = packing.pack_residual_unit(weight1, weight2)
+        vectors = vector_dtype(dtype)
+        alpha1, alpha2 = _vector(snake1.alpha, vectors), _vector(snake2.alpha, vectors)
+        assert alpha1 is not None and alpha2 is not None
+        return cls(
+            (
+                alpha1,
+                _placeholder(weight1),
+                _vector(inner1.bias, vectors),
+                alpha2,
+                _placeholder(weight2),
+                _vector(inner2.bias, vectors),
+            ),
+            packed,
+            inner1.dilation,
+            isinstance(conv1, CausalConv1d),
+        )
+
+    def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return ops.residual_unit(
+            x, *self.tensors, dilation=self.dilation, causal=self.causal, lengths=lengths, packed=self.packed
+        )
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        return lengths
+
+
+@dataclass
+class ConvNeXtStep:
+    """A ConvNeXt block: depthwise convolution with LayerNorm, linear with GELU, linear plus the input."""
+
+    weight: Tensor
+    bias: Tensor | None
+    padding: tuple[int, int]
+    norm: tuple[Tensor | None, Tensor | None, float]
+    expand: ConvStep
+    contract: ConvStep
+
+    @classmethod
+    def of(cls, block: reference.ConvNeXtBlock, dtype: torch.dtype) -> ConvNeXtStep:
+        vectors = vector_dtype(dtype)
+        depthwise = block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(vectors, copy=True)
+        taps = depthwise.shape[1]
+        return cls(
+            depthwise,
+            _vector(block.dwconv.bias, vectors),
+            (taps - 1, 0) if block.is_causal else (taps // 2, taps // 2),
+            (_vector(block.norm.weight, vectors), _vector(block.norm.bias, vectors), block.norm.eps),
+            ConvStep.of(block.pwconv1.weight.detach().to(dtype)[..., None], block.pwconv1.bias, activation="gelu"),
+            ConvStep.of(block.pwconv2.weight.detach().to(dtype)[..., None], block.pwconv2.bias),
+        )
+
+    def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        ln_weight, ln_bias, eps = self.norm
+        y = ops.causal_dwconv1d(
+            x,
+            self.weight,
+            self.bias,
+            padding=self.padding,
+            ln_weight=ln_weight,
+            ln_bias=ln_bias,
+            eps=eps,
+            lengths=lengths,
+        )
+        return self.contract(self.expand(y, lengths), lengths, residual=x)
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        return lengths
+
+
+@dataclass
+class Quantizer:
+    """The stages of one RVQ: search and lookup share the packed tensor."""
+
+    in_weight: Tensor
+    in_bias: Tensor
+    codebooks: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    packed: Tensor
+
+    @classmethod
+    def of(cls, rvq: reference.ResidualVectorQuantize, dtype: torch.dtype) -> Quantizer:
+        tensors = rvq.op_tensors(vector_dtype(dtype))
+        packed = packing.pack_rvq(**tensors)
+        return cls(
+            in_weight=_placeholder(tensors["in_weight"]),
+            in_bias=tensors["in_bias"],
+            codebooks=_placeholder(tensors["codebooks"]),
+            out_weight=_placeholder(tensors["out_weight"], dtype),  # rvq_lookup's result takes its dtype
+            out_bias=tensors["out_bias"],
+            packed=packed,
+        )
+
+    def search(
+        self,
+        z: Tensor,
+        lengths: Tensor | None,
+        num_quantizers: int | None = None,
+        return_quantized: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        result = ops.rvq_search(
+            z,
+            self.in_weight,
+            self.in_bias,
+            self.codebooks,
+            self.out_weight,
+            self.out_bias,
+            num_quantizers=num_quantizers,
+            return_quantized=return_quantized,
+            lengths=lengths,
+            packed=self.packed,
+        )
+        return result[0], result[1]
+
+    def lookup(self, codes: Tensor, lengths: Tensor | None, addend: Tensor | None) -> Tensor:
+        return ops.rvq_lookup(
+            codes,
+            self.codebooks,
+            self.out_weight,
+            self.out_bias,
+            addend=addend,
+            lengths=lengths,
+            channels_last=True,
+            packed=self.packed,
+        )
+
+
+Step = ConvStep | UpsampleStep | ResidualUnitStep | ConvNeXtStep
+
+
+def run(steps: Sequence[Step], x: Tensor, lengths: Sequence[Tensor] | None) -> Tensor:
+    """Run steps on x [B, C, T]; lengths: of what each step is given, or None: all T."""
+    for i, step in enumerate(steps):
+        x = step(x, None if lengths is None else lengths[i])
+    return x
+
+
+def lengths_through(steps: Sequence[Step], lengths: Tensor) -> list[Tensor]:
+    """Return the lengths [B] of what each step is given, when the first is given `lengths`."""
+    found = []
+    for step in steps:
+        found.append(lengths)
+        lengths = step.output_lengths(lengths)
+    return found
+
+
+def program(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Step]:
+    """Turn a run of reference modules into steps; a Snake is taken into the convolution behind it."""
+    steps: list[Step] = []
+    alpha: Tensor | None = None
+    for module in modules:
+        if isinstance(module, reference.Snake1d):
+            alpha = module.alpha
+        elif isinstance(module, WNConv1d | CausalConv1d):
+            steps.append(ConvStep.of_conv(module, dtype, alpha))
+            alpha = None
+        elif isinstance(module, WNConvTranspose1d | CausalUpsample):
+            assert alpha is not None
+            steps.append(UpsampleStep.of(alpha, module, dtype))
+            alpha = None
+        elif isinstance(module, reference.ResidualUnit):
+            steps.append(ResidualUnitStep.of(module, dtype))
+        elif isinstance(module, reference.ConvNeXtBlock):
+            steps.append(ConvNeXtStep.of(module, dtype))
+        elif isinstance(module, nn.Tanh):
+            last = steps[-1]
+            assert isinstance(last, ConvStep)
+            last.activation = "tanh"
+        else:  # a block of blocks
+            inner = getattr(module, "block", module)
+            assert isinstance(inner, nn.Sequential), f"engine: no step for {type(module).__name__}"
+            steps.extend(program(list(inner), dtype))
+    return steps
