@@ -7,6 +7,7 @@ eager engine.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -113,7 +114,7 @@ class Graphs:
         stages = 0 if acoustic_codes is None else acoustic_codes.shape[1]
         wide = bucket_frames(frames)
         key = ("decode", batch, wide, stages)
-        with self._lock:
+        with self._lock, self._on_device():
             recording = self._find(key, lambda: self._record_decode(batch, wide or 0, stages))
             if recording is not None:
                 self._fill(recording, "semantic", semantic_codes)
@@ -149,7 +150,7 @@ class Graphs:
         longest = frames if audio is None else max(frames, audio.shape[-1] // hop)
         wide = bucket_frames(longest)
         key = ("encode", batch, wide, audio is not None, num_quantizers)
-        with self._lock:
+        with self._lock, self._on_device():
             recording = self._find(
                 key, lambda: self._record_encode(batch, wide or 0, audio is not None, num_quantizers, semantic_repr)
             )
@@ -189,12 +190,22 @@ class Graphs:
                 self._too_large.add(key)
                 return None
             while self._recordings and self.held_bytes() + recording.bytes > self.cap_bytes:
+                self._synchronize()  # its memory may not go to others while a replay still runs
                 self._recordings.popitem(last=False)
             self._recordings[key] = recording
         found = self._recordings[key]
         if found.free is not None:
             found.free.wait()  # on the current stream: the last use may have been on another one
         return found
+
+    def _synchronize(self) -> None:
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Make the engine's device the current one, whose streams and graphs are used."""
+        cuda = self.engine.device.type == "cuda"
+        return torch.cuda.device(self.engine.device) if cuda else contextlib.nullcontext()
 
     def _release(self, recording: _Recording) -> None:
         if self.engine.device.type == "cuda":
