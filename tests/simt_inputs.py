@@ -14,6 +14,8 @@ from torch import Tensor
 from dualcodec_ext import reference
 
 ACTIVATIONS = ("none", "tanh", "gelu")
+# What a block may have on the GPUs with the least (8.6, 8.9, 12.0): every tile of the convolutions must fit there.
+SMALL_SHARED_BYTES = 99 * 1024
 
 
 class SimtCase(NamedTuple):
@@ -65,8 +67,8 @@ def conv_fold(channels: int, taps: int, stride: int, dilation: int) -> tuple[int
         return 1, 1
     if dilation == 1 and channels * taps <= 64:
         return taps, 1
-    if dilation == 1 and stride > 1:
-        return stride, -(-taps // stride)
+    if dilation == 1 and taps % stride == 0:
+        return stride, taps // stride
     return 1, taps
 
 
@@ -74,8 +76,8 @@ def pack_conv(weight: Tensor, stride: int, dilation: int, dtype: torch.dtype) ->
     """[Cout, Cin, K] as csrc/snake_conv1d.cpp packs it for CUDA."""
     columns, channels, taps = weight.shape
     fold, rows = conv_fold(channels, taps, stride, dilation)
-    whole = F.pad(weight, (0, fold * rows - taps)).reshape(columns, channels, rows, fold)
-    packed = whole.permute(2, 3, 1, 0).reshape(rows, fold * channels, columns)
+    split = weight.reshape(columns, channels, rows, fold)
+    packed = split.permute(2, 3, 1, 0).reshape(rows, fold * channels, columns)
     return F.pad(packed, (0, -columns % 16, 0, -(fold * channels) % 32)).to(dtype).contiguous()
 
 
@@ -136,6 +138,70 @@ def conv_case(
         "right": right,
         "activation": ACTIVATIONS.index(activation),
         "channels_first": int(first),
+        "shared_bytes": SMALL_SHARED_BYTES,
+        **device,
+    }
+    return SimtCase(tensors, _rows(expected, dtype))
+
+
+def fold_phases(weight: Tensor, stride: int, mode: str, left: int) -> Tensor:
+    """[every phase's taps, Cin, Cout], as kernels/snake_upsample1d/phases.h cuts the kernel of 2 * stride taps."""
+    taps = []
+    for phase in range(stride):
+        if mode == "transposed":
+            later = (phase + left) % stride
+            taps += [weight[:, :, later + stride], weight[:, :, later]]
+        else:
+            first, last = (phase - left) // stride, (phase - left + 2 * stride - 1) // stride
+            sums = [torch.zeros_like(weight[:, :, 0].T) for _ in range(first, last + 1)]
+            for k in range(2 * stride):
+                sums[(phase - left + k) // stride - first] += weight[:, :, k].T
+            taps += sums
+    return torch.stack(taps)
+
+
+def upsample_case(
+    channels: int,
+    columns: int,
+    stride: int,
+    mode: str,
+    padding: tuple[int, int],
+    steps: int = 20,
+    batch: int = 1,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = True,
+    lengths: list[int] | None = None,
+    first: bool = False,
+    **device: int,
+) -> SimtCase:
+    """One of snake_upsample1d. `first`: the signals lie as [B, C, T]."""
+    gen = torch.Generator().manual_seed(channels + columns + stride)
+    x = torch.randn(batch, steps, channels, generator=gen).to(dtype)
+    shape = (channels, columns) if mode == "transposed" else (columns, channels)
+    weight = torch.randn(*shape, 2 * stride, generator=gen, dtype=torch.float64) / (2 * channels) ** 0.5
+    if mode == "repeat":
+        weight = weight / stride**0.5  # so many taps fall on one frame
+    folded = fold_phases(weight, stride, mode, padding[0]).to(dtype)
+    shift = torch.randn(columns, generator=gen) if bias else None
+    slope = torch.rand(channels, generator=gen) + 0.5
+    valid = None if lengths is None else torch.tensor(lengths)
+    expected = reference.snake_upsample1d_ref(
+        x.double().transpose(1, 2), slope.double(), weight, _wide(shift), stride, mode, padding, valid
+    )
+    tensors: dict[str, Tensor | int | None] = {
+        "x": channels_first(x) if first else x,
+        "weight": F.pad(folded, (0, -columns % 16, 0, -channels % 32)).contiguous(),
+        "bias": shift,
+        "alpha": slope,
+        "lengths": valid,
+        "columns": columns,
+        "stride": stride,
+        "mode": int(mode == "repeat"),
+        "left": padding[0],
+        "right": padding[1],
+        "channels_first": int(first),
+        "shared_bytes": SMALL_SHARED_BYTES,
         **device,
     }
     return SimtCase(tensors, _rows(expected, dtype))
@@ -192,4 +258,4 @@ def dwconv_case(
     return SimtCase(tensors, _rows(expected, dtype))
 
 
-__all__ = ["SimtCase", "channels_first", "conv_case", "dwconv_case", "run_one", "same_bits", "worst"]
+__all__ = ["SimtCase", "channels_first", "conv_case", "dwconv_case", "run_one", "same_bits", "upsample_case", "worst"]

@@ -19,5 +19,5 @@ void run_case(Case& c) {
   p.alpha = c.data<float>("alpha");
   p.lengths = c.data<int64_t>("lengths");
   p.y = view_of(c.output("y", x.dtype, {p.batch, p.out_steps, p.out_channels}), c);
-  start(c, dcx::plan_snake_upsample1d_of(context_of(c), p));
+  if (p.batch > 0 && p.out_steps > 0) start(c, dcx::plan_snake_upsample1d_of(context_of(c), p));
 }

@@ -1,0 +1,114 @@
+"""snake_upsample1d's CUDA kernels on the CPU, against the float64 reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simt_cases
+import torch
+from simt_inputs import run_one, same_bits, upsample_case, worst
+from tolerances import TOLERANCE
+
+OP = "snake_upsample1d"
+pytestmark = pytest.mark.usefixtures("one_thread")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# multiprocessors=1 takes the large tiles, 1000 the small ones, and a block per range of the reduction.
+CASES: dict[str, dict[str, Any]] = {
+    "96 -> 48, S=4, a full tile and a tail": {"shape": (96, 48, 4), "steps": 140},
+    "192 -> 96, S=5": {"shape": (192, 96, 5), "steps": 12, "padding": (3, 3)},
+    "384 -> 192, S=6, small tiles": {"shape": (384, 192, 6), "steps": 3, "padding": (3, 3), "multiprocessors": 1000},
+    "1536 -> 16, S=2, ranges": {"shape": (1536, 16, 2), "steps": 3, "padding": (1, 1), "multiprocessors": 1000},
+    "64 -> 130, S=2": {"shape": (64, 130, 2), "steps": 130, "padding": (1, 1), "dtype": F16},
+    "repeat, causal": {"shape": (96, 48, 4), "mode": "repeat", "padding": (7, 0), "steps": 20},
+    "repeat, look-ahead": {"shape": (96, 48, 5), "mode": "repeat", "padding": (3, 6), "steps": 20, "dtype": F16},
+    "repeat, float32": {"shape": (48, 40, 6), "mode": "repeat", "padding": (3, 8), "steps": 20, "dtype": F32},
+    "repeat, S=1": {"shape": (32, 16, 1), "mode": "repeat", "padding": (1, 0), "steps": 9, "dtype": F32},
+    "float32": {"shape": (96, 48, 4), "steps": 70, "dtype": F32},
+    "one frame, 20 clips": {"shape": (192, 96, 8), "steps": 1, "batch": 20, "padding": (4, 4)},
+    "lengths": {"shape": (40, 24, 3), "steps": 21, "batch": 4, "padding": (2, 2), "lengths": [21, 0, 8, 1]},
+    "repeat, lengths": {"shape": (40, 24, 3), "mode": "repeat", "padding": (5, 0), "batch": 2, "lengths": [20, 3]},
+    "channels first": {"shape": (48, 24, 4), "steps": 13, "batch": 2, "first": True},
+    "odd channels": {"shape": (13, 19, 7), "steps": 9, "padding": (4, 4), "dtype": F32, "bias": False},
+    "no crop": {"shape": (16, 16, 2), "steps": 5, "padding": (0, 0)},
+    "no frames": {"shape": (16, 16, 2), "steps": 0, "padding": (1, 1)},
+}
+
+
+def made(
+    shape: tuple[int, int, int], mode: str = "transposed", padding: tuple[int, int] = (2, 2), **options: Any
+) -> Any:
+    return upsample_case(*shape, mode, padding, **options)
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_parity(options: dict[str, Any], tmp_path: Path) -> None:
+    case = made(**options)
+    y, _ = run_one(OP, tmp_path, case)
+    # Half precision: outputs of 4 to 8 are rounded to 2^-6 (bfloat16) and 2^-9, the reference as they are.
+    assert y.shape == case.expected.shape and worst(y, case.expected) <= TOLERANCE[OP, y.dtype]
+
+
+@pytest.mark.parametrize("mode, padding", [("transposed", (2, 2)), ("repeat", (7, 0))])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_bits_depend_neither_on_tiles_nor_threads(
+    mode: str, padding: tuple[int, int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    case = made((288, 48, 4), mode, padding, steps=18, dtype=dtype)
+    whole, _ = run_one(OP, tmp_path, case)
+    for device in (1, 1000):
+        for seed in (2, 3):
+            again, _ = run_one(OP, tmp_path, case.with_(multiprocessors=device), seed)
+            assert same_bits(whole, again)
+
+
+def test_a_clip_is_as_alone(tmp_path: Path) -> None:
+    lengths = [9, 3, 0, 7]
+    case = made((64, 48, 4), steps=9, batch=4, lengths=lengths)
+    x = case.tensors["x"]
+    assert isinstance(x, torch.Tensor)
+    poisoned = x.clone()
+    for item, n in zip(poisoned, lengths, strict=True):
+        item[n:] = torch.nan
+    y, _ = run_one(OP, tmp_path, case.with_(x=poisoned))
+    for i, n in enumerate(lengths):
+        alone, _ = run_one(OP, tmp_path, case.with_(x=x[i : i + 1, :n], lengths=None))
+        assert same_bits(y[i : i + 1, : alone.shape[1]], alone)
+        assert (y[i, alone.shape[1] :] == 0).all()
+
+
+def test_nan_reaches_what_it_may_and_no_more(tmp_path: Path) -> None:
+    for mode, padding in (("transposed", (2, 2)), ("repeat", (7, 0)), ("repeat", (2, 5))):
+        case = made((32, 16, 4), mode, padding, steps=9, dtype=F32)
+        x = case.tensors["x"]
+        assert isinstance(x, torch.Tensor)
+        broken = x.clone()
+        broken[0, 4, 5] = torch.nan
+        y, _ = run_one(OP, tmp_path, case.with_(x=broken))
+        steps = torch.arange(y.shape[1])
+        if mode == "transposed":  # output n takes frames t with 0 <= n + left - t S < 2 S
+            reached = (steps + padding[0] - 16 >= 0) & (steps + padding[0] - 16 < 8)
+        else:  # ... taps k with floor((n + k - left) / S) = t
+            reached = (steps - padding[0] + 7 >= 16) & (steps - padding[0] <= 19)
+        assert torch.equal(y[0].isnan().all(1), reached) and torch.equal(y[0].isnan().any(1), reached)
+
+
+def test_far_arguments(tmp_path: Path) -> None:
+    case = made((16, 16, 2), padding=(1, 1), steps=6, dtype=F32)
+    alpha, x = torch.full((16,), 3.7e4), case.tensors["x"]
+    assert isinstance(x, torch.Tensor)
+    y, _ = run_one(OP, tmp_path, case.with_(alpha=alpha))
+    near, _ = run_one(OP, tmp_path, case.with_(alpha=alpha, x=x.clone()))
+    assert same_bits(y, near) and y.isfinite().all()
+    # x + sin^2 / alpha is x but for 1 / alpha.
+    plain = made((16, 16, 2), padding=(1, 1), steps=6, dtype=F32)
+    tiny, _ = run_one(OP, tmp_path, plain.with_(alpha=torch.full((16,), 1e30)))
+    assert (y - tiny).abs().max() < 1e-3
+
+
+def test_more_shared_memory_than_there_is(tmp_path: Path) -> None:
+    case = made((64, 48, 4), shared_bytes=4096)
+    with pytest.raises(simt_cases.Failed, match="needs more shared memory than this GPU has"):
+        run_one(OP, tmp_path, case)
