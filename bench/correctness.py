@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,18 @@ class Verdict:
     ok: bool
     text: str  # one table cell
     numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def exact_math() -> Iterator[None]:
+    """Float32 means float32: what is right must not hang on a GPU library's TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def as_tensor(x: object) -> Tensor:
@@ -62,6 +75,13 @@ def cut(x: Tensor, spans: Spans) -> Tensor:
     return x if spans is None else torch.cat([x[..., start:stop] for start, stop in spans], -1)
 
 
+Items = tuple[int, ...] | None  # of the batch that are compared, None: all
+
+
+def pick(x: Tensor, items: Items) -> Tensor:
+    return x if items is None else x[list(items)]
+
+
 @dataclass(frozen=True)
 class WaveCheck:
     """A tensor of samples or latents against float64, ours by the error of plain PyTorch in the same
@@ -71,13 +91,16 @@ class WaveCheck:
     plain: Error | None = None  # what ours is held to: at most twice it
     spans: Spans = None
     length: int | None = None  # of the whole output, where spans cover less
+    items: Items = None
+    batch: int | None = None  # of the whole output, where items cover less
 
     def __call__(self, output: object, dtype: torch.dtype, *, ours: bool = False, fast: bool = False) -> Verdict:
         found = as_tensor(output)
-        shape = (*self.wanted.shape[:-1], self.length or self.wanted.shape[-1])
+        batch, *middle, last = self.wanted.shape
+        shape = (self.batch or batch, *middle, self.length or last)
         if found.shape != shape:
             return Verdict(False, f"shape {list(found.shape)}, not {list(shape)}")
-        found = cut(found, self.spans)
+        found = cut(pick(found, self.items), self.spans)
         if not torch.isfinite(found).all():
             return Verdict(False, "not finite")
         error = Error.of(found, self.wanted)
@@ -108,13 +131,15 @@ class CodesCheck:
     )  # frames before and after a changed code of a part that the next parts may see
     spans: Spans = None
     frames: int | None = None  # of the whole output, where spans cover less
+    items: Items = None
+    batch: int | None = None  # of the whole output, where items cover less
 
     def __call__(self, output: object, dtype: torch.dtype, *, ours: bool = False, fast: bool = False) -> Verdict:
         parts = [as_tensor(x).cpu() for x in (output if isinstance(output, tuple | list) else (output,))]
-        shapes = [[*w.shape[:-1], self.frames or w.shape[-1]] for w in self.wanted]
+        shapes = [[self.batch or w.shape[0], *w.shape[1:-1], self.frames or w.shape[-1]] for w in self.wanted]
         if [list(p.shape) for p in parts] != shapes:
             return Verdict(False, f"shapes {[list(p.shape) for p in parts]}, not {shapes}")
-        parts = [cut(p, self.spans) for p in parts]
+        parts = [cut(pick(p, self.items), self.spans) for p in parts]
         excused = torch.zeros_like(self.wanted[0][:, 0], dtype=torch.bool)  # [B, F]
         wrong = ties = same = total = 0
         for found, wanted, margin, bound in zip(parts, self.wanted, self.margins, self.bounds, strict=True):

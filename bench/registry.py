@@ -14,7 +14,7 @@ from dualcodec_ext import testing
 from dualcodec_ext.reference import DualCodec, ResidualVectorQuantize
 from dualcodec_ext.reference import ops as reference_ops
 
-from .correctness import CodesCheck, Error, WaveCheck
+from .correctness import CodesCheck, Error, WaveCheck, exact_math
 from .peers import faiss_peer
 from .peers.base import Call, Unavailable
 from .peers.folded import (
@@ -53,6 +53,30 @@ class Row:
     def name(self) -> str:
         return f"{self.op} {self.where} {self.shape}"
 
+    @property
+    def device(self) -> str:
+        assert self.args[0] is not None
+        return self.args[0].device.type
+
+    @property
+    def steps(self) -> int:
+        """Of all items together: what the choice of a family goes by."""
+        assert self.args[0] is not None
+        return self.args[0].shape[0] * self.args[0].shape[-1]
+
+    def to(self, device: str) -> Row:
+        """The row with its arguments on a device; peers are built from the state wherever that is."""
+
+        def moved(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        return replace(
+            self,
+            args=tuple(map(moved, self.args)),
+            options={k: moved(v) for k, v in self.options.items()},
+            quantizer_tensors=tuple(map(moved, self.quantizer_tensors)),
+        )
+
     def touched_bytes(self, dtype: torch.dtype) -> float:
         size = 8 if self.op == "rvq_lookup" else dtype.itemsize
         return float(self.touched_elements * dtype.itemsize + (size - dtype.itemsize) * self.args[0].numel())
@@ -85,7 +109,7 @@ def _alpha(state: State, key: str) -> Tensor:
     return state[key].reshape(-1).float()
 
 
-def _layer_row(layer: Layer, where: str, steps: int, frames: int, state: State) -> Row:
+def _layer_row(layer: Layer, where: str, steps: int, frames: int, batch: int, state: State) -> Row:
     def folded(key: str) -> tuple[Tensor, Tensor]:
         weight, bias = folded_weight(state, key)
         return weight.float(), bias.float()
@@ -116,30 +140,38 @@ def _layer_row(layer: Layer, where: str, steps: int, frames: int, state: State) 
         options = {"stride": layer.stride, "dilation": layer.dilation, "padding": (layer.left, layer.right)}
         options["activation"] = "tanh" if layer.tanh else "none"
         shape = f"{channels}->{c_out} T={steps} K={layer.taps}" + (f" S={layer.stride}" if layer.stride > 1 else "")
-    x = _noise(1, 1, channels, steps)
+    x = _noise(1, batch, channels, steps)
     flops = 2.0 * layer.channels * layer.taps * steps if isinstance(layer, ConvNeXt) else layer.flops(steps)
-    touched = _count(x, *args) + c_out * layer.out_length(steps)
-    return Row(op, where, shape, (x, *args), options, flops, touched, frames, layer, state)
+    touched = _count(x, *args) + batch * c_out * layer.out_length(steps)
+    shape = f"B={batch} {shape}" if batch > 1 else shape
+    return Row(op, where, shape, (x, *args), options, batch * flops, touched, batch * frames, layer, state)
 
 
-def _quantizer_rows(quantizer: Quantizer, where: str, frames: int, model: DualCodec) -> Iterator[Row]:
+def _quantizer_rows(quantizer: Quantizer, where: str, frames: int, batch: int, model: DualCodec) -> Iterator[Row]:
     rvq = model.get_submodule(quantizer.key)
     assert isinstance(rvq, ResidualVectorQuantize)
     weights = rvq.op_tensors(torch.float32)
     tensors, state = tuple(weights.values()), model.state_dict()
     stages, shape = len(quantizer.dims), f"Q={len(quantizer.dims)} N={quantizer.entries} F={frames}"
-    z = _noise(2, 1, quantizer.channels, frames)
-    flops, touched = quantizer.search_flops(frames), _count(z, *tensors) + stages * frames
-    yield Row("rvq_search", where, shape, (z, *tensors), {}, flops, touched, frames, quantizer, state, tensors)
-    codes = torch.randint(quantizer.entries, (1, stages, frames), generator=torch.Generator().manual_seed(3))
+    shape = f"B={batch} {shape}" if batch > 1 else shape
+    z, every = _noise(2, batch, quantizer.channels, frames), batch * frames
+    flops, touched = quantizer.search_flops(every), _count(z, *tensors) + stages * every
+    yield Row("rvq_search", where, shape, (z, *tensors), {}, flops, touched, every, quantizer, state, tensors)
+    codes = torch.randint(quantizer.entries, (batch, stages, frames), generator=torch.Generator().manual_seed(3))
     # Of a codebook only the rows that are looked up.
-    touched = _count(codes, *tensors[3:], z) + stages * frames * max(quantizer.dims)
-    flops, args = quantizer.lookup_flops(frames), (codes, *tensors[2:])
-    yield Row("rvq_lookup", where, shape, args, {}, flops, touched, frames, quantizer, state, tensors)
+    touched = _count(codes, *tensors[3:], z) + stages * every * max(quantizer.dims)
+    flops, args = quantizer.lookup_flops(every), (codes, *tensors[2:])
+    yield Row("rvq_lookup", where, shape, args, {}, flops, touched, every, quantizer, state, tensors)
 
 
 def rows(
-    program: Program, model: DualCodec, seconds: float, *, every: bool = False, ops: tuple[str, ...] = OPS
+    program: Program,
+    model: DualCodec,
+    seconds: float,
+    *,
+    every: bool = False,
+    ops: tuple[str, ...] = OPS,
+    batch: int = 1,
 ) -> Iterator[Row]:
     """The rows of a codec, made one at a time.
 
@@ -149,6 +181,7 @@ def rows(
         seconds: of audio; sets the lengths.
         every: also the residual units of dilations 1 and 9 (same cost, other taps) and repeated blocks.
         ops: names of the ops wanted.
+        batch: items of `seconds` each.
     """
     frames, state = program.frames(seconds), model.state_dict()
     parts: tuple[tuple[str, tuple[Layer, ...], int], ...] = (
@@ -157,7 +190,7 @@ def rows(
         ("decoder", program.decoder, frames),
     )
     for where, quantizer in (("semantic", program.semantic_vq), ("acoustic", program.rvq)):
-        yield from (r for r in _quantizer_rows(quantizer, where, frames, model) if r.op in ops)
+        yield from (r for r in _quantizer_rows(quantizer, where, frames, batch, model) if r.op in ops)
     names = {
         Unit: "residual_unit",
         Upsample: "snake_upsample1d",
@@ -172,7 +205,7 @@ def rows(
             for layer, length, _ in walk(layers, steps):
                 if names[type(layer)] != op or (isinstance(layer, Unit) and layer.dilation != 3 and not every):
                     continue
-                made = _layer_row(layer, where, length, frames, state)
+                made = _layer_row(layer, where, length, frames, batch, state)
                 if made.shape not in seen or every:
                     seen.add(made.shape)
                     yield made
@@ -190,28 +223,43 @@ def _first(found: Any) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
-def our_call(row: Row, dtype: torch.dtype) -> Call:
-    """The compiled op, weights packed, the input channels-last as the engine keeps it."""
-    from dualcodec_ext import ops
+def our_call(row: Row, dtype: torch.dtype, family: str = "auto") -> Call:
+    """The op on one backend, weights packed as the engine packs them, the input channels-last as it keeps it."""
+    from dualcodec_ext import backend, ops
     from dualcodec_ext.ops import packing
 
     options = {k: v.float() if isinstance(v, Tensor) and dtype != torch.float64 else v for k, v in row.options.items()}
     x, weights = row.input(dtype, channels_last=True), row.weights_in(dtype)
-    if row.op == "snake_conv1d":
-        options["packed"] = packing.pack_conv1d(weights[0], options["stride"], options["dilation"])
-    elif row.op == "residual_unit":
-        options["packed"] = packing.pack_residual_unit(weights[1], weights[4])
-    elif row.op == "snake_upsample1d":
-        options["packed"] = packing.pack_upsample1d(weights[1], options["stride"], options["mode"], options["padding"])
-    elif row.quantizer_tensors:
-        options["packed"] = packing.pack_rvq(*(t.to(weights[0].dtype) for t in row.quantizer_tensors))
+
+    def kept(i: int) -> Tensor:
+        weight = weights[i]
+        assert weight is not None
+        return weight if row.device == "cpu" else weight.to(dtype)
+
+    with backend(family):
+        if row.op == "snake_conv1d":
+            options["packed"] = packing.pack_conv1d(kept(0), options["stride"], options["dilation"])
+        elif row.op == "residual_unit":
+            options["packed"] = packing.pack_residual_unit(kept(1), kept(4))
+        elif row.op == "snake_upsample1d":
+            packed = packing.pack_upsample1d(kept(1), options["stride"], options["mode"], options["padding"])
+            options["packed"] = packed
+        elif row.quantizer_tensors:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            options["packed"] = packing.pack_rvq(*(t.to(wide) for t in row.quantizer_tensors))
+    if row.op == "rvq_lookup" and row.device != "cpu":  # carries the dtype, as in the engine
+        options["addend"] = _signal(x.shape[0], x.shape[2], row.layer.channels, x.device, dtype)
     function: Callable[..., Any] = getattr(ops, row.op)
 
     def call() -> object:
-        with torch.inference_mode():
+        with torch.inference_mode(), backend(family):
             return _first(function(x, *weights, **options))
 
     return call
+
+
+def _signal(batch: int, steps: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(batch, steps, channels, device=device, dtype=dtype).transpose(1, 2)
 
 
 class _Depthwise(nn.Module):
@@ -246,12 +294,12 @@ def _folded_op(row: Row, form: str, dtype: torch.dtype) -> tuple[nn.Module, tupl
         # Codes are searched in float32 in every mode, here and in ours.
         dtype = torch.float32 if row.op == "rvq_search" and dtype != torch.float64 else dtype
         module: nn.Module = _Search(quantizer) if row.op == "rvq_search" else _Lookup(quantizer)
-        return finish(module, "1d", dtype), (x.to(dtype) if x.is_floating_point() else x,)
+        return finish(module, "1d", dtype, row.device), (x.to(dtype) if x.is_floating_point() else x,)
     if isinstance(layer, ConvNeXt):
         module = _Depthwise(FoldedConvNeXt(layer, row.state, form))
     else:
         module = fold_layers([layer], row.state, form)
-    return finish(module, form, dtype), (x[:, :, None] if form == "2d" else x,)
+    return finish(module, form, dtype, row.device), (x[:, :, None] if form == "2d" else x,)
 
 
 def _flat(call: Call) -> Call:
@@ -277,6 +325,8 @@ def _compiled(row: Row, dtype: torch.dtype, form: str, freeze: bool) -> Call:
 def _faiss(row: Row, dtype: torch.dtype) -> Call:
     if row.op != "rvq_search":
         raise Unavailable("searches codebooks only")
+    if row.device != "cpu":
+        raise Unavailable("runs on the CPU here")
     assert isinstance(row.layer, Quantizer)
     return faiss_peer.search_call(row.layer, row.state, row.input(torch.float32, channels_last=True))
 
@@ -307,14 +357,13 @@ PROVIDERS: tuple[Provider, ...] = (
 @torch.no_grad()
 def make_check(row: Row, dtype: torch.dtype) -> WaveCheck | CodesCheck:
     """The float64 result for the input as `dtype` holds it, and what is allowed beside it."""
-    x, *weights = row.cast(torch.float64)
-    assert x is not None
-    if row.op == "rvq_search":
-        z = row.input(dtype, channels_last=False).double()
-        codes, _, margins = reference_ops.rvq_search_ref(z, *weights, return_margin=True)
-        assert margins is not None
-        bounds = testing.rvq_margin_bound(z, *weights)
-        return CodesCheck((codes,), (margins,), (bounds,))
-    exact = replace(row, args=(row.input(dtype, channels_last=False), *row.args[1:]))
-    wanted = torch.as_tensor(reference_call(exact, torch.float64)())
-    return WaveCheck(wanted, Error.of(torch.as_tensor(reference_call(row, dtype)()), wanted))
+    with exact_math():
+        if row.op == "rvq_search":
+            z, weights = row.input(dtype, channels_last=False).double(), row.cast(torch.float64)[1:]
+            codes, _, margins = reference_ops.rvq_search_ref(z, *weights, return_margin=True)
+            assert margins is not None
+            bounds = testing.rvq_margin_bound(z, *weights)
+            return CodesCheck((codes.cpu(),), (margins.cpu(),), (bounds.cpu(),))
+        exact = replace(row, args=(row.input(dtype, channels_last=False), *row.args[1:]))
+        wanted = torch.as_tensor(reference_call(exact, torch.float64)()).cpu()
+        return WaveCheck(wanted, Error.of(torch.as_tensor(reference_call(row, dtype)()), wanted))

@@ -35,6 +35,9 @@ class Case:
     def name(self) -> str:
         return self.op.__name__
 
+    def to(self, device: str) -> Case:
+        return moved(self, device)
+
     def call(self, f: Callable[..., Any], dtype: torch.dtype | None = None, x: Tensor | None = None) -> Any:
         cast = (lambda t: t) if dtype is None else (lambda t: None if t is None else t.to(dtype))
         weights = {k: cast(v) for k, v in self.weights.items()}
@@ -47,15 +50,27 @@ class Case:
     def expected(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """In float64, of the values that the dtype holds."""
         rounded = replace(
-            self,
-            x=self.x.to(dtype).double(),
-            weights={k: None if v is None else v.to(dtype).double() for k, v in self.weights.items()},
+            self.to("cpu"),
+            x=self.x.cpu().to(dtype).double(),
+            weights={k: None if v is None else v.cpu().to(dtype).double() for k, v in self.weights.items()},
         )
         return rounded.call(self.ref)
 
 
+def moved(value: Any, device: str) -> Any:
+    """A case, or tensors in dicts, lists and tuples, on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Case):
+        names = ("x", "weights", "options", "lengths")
+        return replace(value, **{name: moved(getattr(value, name), device) for name in names})
+    if isinstance(value, dict):
+        return {k: moved(v, device) for k, v in value.items()}
+    return type(value)(moved(v, device) for v in value) if isinstance(value, list | tuple) else value
+
+
 def check(case: Case, dtype: torch.dtype = torch.float32) -> float:
-    actual, expected = case.actual(dtype), case.expected(dtype)
+    actual, expected = case.actual(dtype).cpu(), case.expected(dtype)
     assert actual.dtype == dtype
     return testing.assert_close(actual, expected, TOLERANCE[case.name, dtype])
 
@@ -64,11 +79,14 @@ def check_2x(case: Case, dtype: torch.dtype) -> None:
     """The project's rule: at most twice plain PyTorch's error in the same dtype."""
     with torch.no_grad():
         baseline = case.call(case.ref, dtype)
-    testing.assert_close_to_f64(case.actual(dtype), case.expected(dtype), baseline)
+    testing.assert_close_to_f64(case.actual(dtype).cpu(), case.expected(dtype), baseline.cpu())
 
 
-def check_layouts(case: Case) -> None:
-    expected = case.actual()
+def check_layouts(case: Case, dtype: torch.dtype = torch.float32) -> None:
+    expected = case.actual(dtype)
+    if dtype != torch.float32:
+        weights = {k: None if v is None else v.to(dtype) for k, v in case.weights.items()}
+        case = replace(case, x=case.x.to(dtype), weights=weights)
     for name, x in testing.strided_copies(case.x).items():
         with torch.no_grad():
             y = case.call(case.op, x=x)
@@ -90,11 +108,18 @@ def check_gradients(case: Case) -> None:
     doubles = [t.double().requires_grad_() for t in [case.x, *[case.weights[n] for n in names]]]  # type: ignore[union-attr]
     assert torch.autograd.gradcheck(functools.partial(of, case.op), doubles, fast_mode=True)
     assert torch.autograd.gradgradcheck(functools.partial(of, case.op), doubles, fast_mode=True)
+    check_same_gradients(case)
+
+
+def check_same_gradients(case: Case) -> None:
+    """The reference's gradients, in float32."""
+    names = [k for k, v in case.weights.items() if v is not None]
     grads = []
     for f in (case.op, case.ref):
         leaves = [t.clone().requires_grad_() for t in [case.x, *[case.weights[n] for n in names]]]  # type: ignore[union-attr]
-        y = of(f, *leaves)
-        y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+        weights = {**case.weights, **dict(zip(names, leaves[1:], strict=True))}
+        y = f(leaves[0], **weights, **case.options, lengths=case.lengths)
+        y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).reshape(y.shape))
         grads.append([t.grad for t in leaves])
     for name, ours, theirs in zip(["x", *names], *grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -126,7 +151,7 @@ def check_mixed_gradients(case: Case) -> None:
 
 def check_lengths(case: Case, lengths: list[int], dtype: torch.dtype = torch.float32) -> None:
     """A padded batch gives each item, bit for bit, what it gets alone, and zeros behind it; padding may hold NaN."""
-    values = torch.tensor(lengths)
+    values = torch.tensor(lengths, device=case.x.device)
     padded = replace(case, x=testing.poison_past_lengths(case.x, values), lengths=values)
     y = padded.actual(dtype)
     for i, n in enumerate(lengths):
@@ -157,12 +182,12 @@ def check_threads(case: Case) -> None:
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
-def check_alone(case: Case) -> None:
+def check_alone(case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Every item of a batch has the bits that it has alone."""
-    whole = case.actual()
+    whole = case.actual(dtype)
     for i in range(case.x.shape[0]):
         options = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in case.options.items()}
-        assert torch.equal(replace(case, x=case.x[i : i + 1], options=options).actual(), whole[i : i + 1])
+        assert torch.equal(replace(case, x=case.x[i : i + 1], options=options).actual(dtype), whole[i : i + 1])
 
 
 def check_compiles(case: Case) -> None:
