@@ -25,7 +25,7 @@ CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp tests/si
 extra = $(BIN)/python -c "import sys, tomllib; \
   print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]], sep='\n')" $(1)
 
-.PHONY: build demo test pytest ctest cuda cuda-archs neon bench lint wheel sdist clean
+.PHONY: build demo test pytest ctest cuda cuda-archs gpu-check neon bench lint wheel sdist peers clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -69,6 +69,18 @@ bench: $(VENV)/.built
 	$(BIN)/python -m bench decode
 	$(BIN)/python -m bench encode
 	$(BIN)/python -m bench ops
+
+# On a machine with a GPU, torch, nvcc, ninja and pytest; nothing is installed. Within nine minutes, or part by part:
+# make gpu-check PART=test,bench RESULTS=/tmp/results
+PART ?= build,test,sanitize,bench
+RESULTS ?= bench/results
+gpu-check:
+	$(PYTHON) -m bench.gpu_check --parts $(PART) --results $(RESULTS)
+
+# The PyPI package, to be carried to a machine without network; gpu-check finds it there, others by DUALCODEC_EXT_PEERS.
+peers:
+	rm -rf build/peers
+	$(PYTHON) -m pip --disable-pip-version-check install -q --no-deps --target build/peers $(PEER)
 
 # With the tests' packages there, so that mypy sees the same types on every machine.
 lint: $(VENV)/.lint $(VENV)/.built $(VENV)/.test

@@ -58,7 +58,14 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
     }
     if device != "cpu" and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        facts = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": facts.name,
+            "gpu_capability": f"{facts.major}.{facts.minor}",
+            "gpu_multiprocessors": facts.multi_processor_count,
+            "gpu_memory_gib": round(facts.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
     return found
 
 
@@ -80,9 +87,17 @@ def commit() -> tuple[str | None, bool | None]:
     return head, bool(changed) if changed is not None else None
 
 
-def peak_extra_bytes(call: Callable[[], object]) -> int | None:
-    """Most resident memory during one call beyond what was resident before it, its result included; Linux
-    only."""
+def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """Most memory during one call beyond what was in use before it, its result included: of torch's allocator
+    on a GPU, resident memory elsewhere (Linux only)."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - held
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the call would reuse pages that still count as resident
         before = int((_field(_read("/proc/self/status"), "VmRSS") or "").split()[0])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .correctness import Verdict
+from .gpu_timing import Repeated, repeated, synchronize
 from .machine import peak_extra_bytes
 from .peers.base import Call, Unavailable
 from .probes import Ceilings
@@ -41,6 +42,7 @@ class Outcome:
     prepare_s: float | None = None
     verdict: Verdict | None = None
     peak_bytes: int | None = None
+    timed: str = "call by call"
     samples_s: list[float] = field(default_factory=list)
 
 
@@ -54,6 +56,7 @@ class Case:
     audio_s: float
     frames: int
     check: Callable[..., Verdict]  # (output, dtype, ours=, fast=)
+    facts: dict[str, Any] = field(default_factory=dict)  # what a program that reads the run picks the case by
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Timing:
     settle_s: float = 0.02
     memory: bool = False
     device: str = "cpu"
+    record: bool = False  # calls in a CUDA graph: the time of the kernels; otherwise what a caller waits for
 
 
 def _one_line(error: BaseException, limit: int = 160) -> str:
@@ -79,29 +83,43 @@ def _synchronous(call: Call, device: str) -> Call:
 
     def waited() -> object:
         found = call()
-        torch.cuda.synchronize()
+        synchronize(device)
         return found
 
     return waited
 
 
+def _held_to(side: Side, device: str) -> torch.dtype:
+    """PyTorch's convolutions on a GPU use TF32 by default, which has float16's mantissa."""
+    tf32 = device != "cpu" and side.dtype == torch.float32 and not side.ours
+    return torch.float16 if tf32 else side.dtype
+
+
 def _prepare(case: Case, side: Side, timing: Timing) -> tuple[Outcome, Call | None]:
     start = time.perf_counter()
     try:
-        call = _synchronous(side.build(), timing.device)
+        built = side.build()
+        call = _synchronous(built, timing.device)
         output = call()
     except Unavailable as why:
         return Outcome(side, UNAVAILABLE, str(why)), None
     except Exception as error:  # whatever a side raises ends that side and no other
         return Outcome(side, FAILED, _one_line(error)), None
     outcome = Outcome(side, TIMED, prepare_s=time.perf_counter() - start)
-    outcome.verdict = case.check(output, side.dtype, ours=side.ours, fast=side.fast)
+    outcome.verdict = case.check(output, _held_to(side, timing.device), ours=side.ours, fast=side.fast)
     if not outcome.verdict.ok:
         outcome.status, outcome.reason = WRONG, f"wrong: {outcome.verdict.text}; not timed"
         return outcome, None
     del output
-    if timing.memory:
-        outcome.peak_bytes = peak_extra_bytes(call)
+    try:
+        if timing.memory:
+            outcome.peak_bytes = peak_extra_bytes(getattr(built, "eager", call), timing.device)
+        if timing.record:
+            call = repeated(built, timing.device)
+            outcome.timed = call.how
+    except Exception as error:
+        outcome.status, outcome.reason = FAILED, _one_line(error)
+        return outcome, None
     return outcome, call
 
 
@@ -124,8 +142,9 @@ def measure_case(case: Case, sides: Sequence[Side], timing: Timing) -> list[Outc
             min_sample_s=timing.min_sample_s,
             settle_s=timing.settle_s,
         )
-        for outcome, samples in zip(timed, found, strict=True):
-            outcome.samples_s = samples
+        for outcome, call, samples in zip(timed, calls, found, strict=True):
+            count = call.calls if isinstance(call, Repeated) else 1
+            outcome.samples_s = [sample / count for sample in samples]
     # Compiled graphs of finished cases would pile up, one per shape.
     torch.compiler.reset()
     return outcomes
@@ -149,6 +168,7 @@ def describe(case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype
             "reason": outcome.reason,
             "prepare_s": outcome.prepare_s,
             "peak_extra_bytes": outcome.peak_bytes,
+            "timed": outcome.timed,
             "samples_s": outcome.samples_s,
         }
         if outcome.verdict is not None:
@@ -178,6 +198,7 @@ def describe(case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype
         rows.append(row)
     return {
         "case": case.name,
+        **case.facts,
         "flops": case.flops,
         "audio_s": case.audio_s,
         "frames": case.frames,

@@ -24,6 +24,30 @@ def require_module() -> None:
         raise Unavailable(f"no compiled module: {missing}")
 
 
+class CodecCall:
+    """A call of the drop-in. On a GPU the first call of a shape runs eagerly, the second records, later ones replay."""
+
+    def __init__(self, model: dx.DualCodec, task: Task, dtype: torch.dtype) -> None:
+        self.model, self.decode, self.family = model, task.kind == "decode", task.family or task.device
+        self.inputs = task.cast_inputs(dtype)
+
+    def __call__(self) -> object:
+        # By name, so that a kernel that can't run raises; "auto" would fall back.
+        with torch.inference_mode(), dx.backend(self.family):
+            if self.decode:
+                return self.model.decode_from_codes(*self.inputs)
+            return self.model.encode(self.inputs[0], semantic_repr=self.inputs[1])
+
+    def eager(self) -> object:
+        """The same without a recording, whose memory would not be seen as this call's."""
+        graphs = self.model._engine_state[1]
+        cap, graphs.cap_bytes = graphs.cap_bytes, 0
+        try:
+            return self()
+        finally:
+            graphs.cap_bytes = cap
+
+
 def codec_call(task: Task, dtype: torch.dtype, *, fast: bool) -> Call:
     """The drop-in on a reference model's parameters."""
     require_module()
@@ -36,13 +60,9 @@ def codec_call(task: Task, dtype: torch.dtype, *, fast: bool) -> Call:
         if fast:
             raise Unavailable(" ".join(str(error).split())) from None
         raise
-    first, second = task.cast_inputs(dtype)
-
-    def call() -> object:
-        # By name, so that a kernel that can't run raises; "auto" would fall back.
-        with torch.inference_mode(), dx.backend(task.device):
-            if task.kind == "decode":
-                return model.decode_from_codes(first, second)
-            return model.encode(first, semantic_repr=second)
-
+    call = CodecCall(model, task, dtype)
+    with dx.backend(call.family):
+        model.prepare()
+    if model._engine_state is None:
+        raise Unavailable("the engine can't run here: dx.doctor() says why")
     return call

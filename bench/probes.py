@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 
+from .correctness import exact_math
+from .gpu_timing import repeated
+
 # The k=7 convolution of a residual unit as one GEMM, [rows x 7C] times [7C x C], on a tile of rows that stays
 # in L2. 70 % # of a decode's FLOPs are of this shape, and these are its channels.
 _CPU_ROWS = 256
 _CPU_WIDTHS = (48, 96, 192, 384)
-_CUDA_SHAPES = ((4096, 4096), (8192, 8192))
+_CUDA_SQUARES = (4096, 8192)
+_CUDA_ROWS = 1 << 16
+_CUDA_COPY_BYTES = (1 << 24, 1 << 30)  # within a GPU's L2 and far beyond it
 _COPY_BYTES = (1 << 20, 1 << 24, 1 << 28)
 
 
@@ -174,43 +179,57 @@ def _read_rate(size: int, threads: int, seconds: float) -> float:
     return _rate(work, threads, seconds) / 1e9
 
 
-def _cuda_rate(work: Callable[[], float], seconds: float) -> float:
-    for _ in range(3):
-        work()
-    torch.cuda.synchronize()
+def _device_rate(work: Callable[[], float], device: str, seconds: float) -> float:
+    """Work units per second / 1e9, from a recording on a GPU, where a small call would be bound by its launch."""
+    call = repeated(work, device, *(() if device != "cpu" else (lambda once, count: once,)))
+    each = work() * call.calls
+    call()
     units, start = 0.0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        for _ in range(8):
-            units += work()
-        torch.cuda.synchronize()
-    return units / (time.perf_counter() - start) / 1e9
+    while (spent := time.perf_counter() - start) < seconds or not units:
+        call()
+        units += each
+    return units / spent / 1e9
 
 
-def _measure_cuda(dtype: torch.dtype, seconds: float) -> Ceilings:
+def _measure_device(
+    dtype: torch.dtype,
+    device: str,
+    seconds: float,
+    squares: tuple[int, ...] = _CUDA_SQUARES,
+    rows: int = _CUDA_ROWS,
+    copies: tuple[int, ...] = _CUDA_COPY_BYTES,
+) -> Ceilings:
+    """The direct limit is the rate of large square products; those of the codec's widths stand beside it."""
     rates: dict[str, float] = {}
-    for rows, width in _CUDA_SHAPES:
-        a = torch.randn(rows, width, device="cuda").to(dtype)
-        b = torch.randn(width, width, device="cuda").to(dtype)
+    shapes = [(f"mm {n}x{n}x{n}", n, n, n) for n in squares]
+    shapes += [(f"mm {rows}x{7 * c}x{c}", rows, 7 * c, c) for c in _CPU_WIDTHS]
+    for name, m, k, n in shapes:
+        a = torch.randn(m, k, device=device).to(dtype)
+        b = torch.randn(k, n, device=device).to(dtype)
 
         def gemm(a: torch.Tensor = a, b: torch.Tensor = b) -> float:
             torch.mm(a, b)
             return 2.0 * a.shape[0] * b.shape[0] * b.shape[1]
 
-        rates[f"mm {rows}x{width}x{width}"] = _cuda_rate(gemm, seconds)
-    source = torch.ones(1 << 28, device="cuda")
-    target = torch.empty_like(source)
+        with exact_math():
+            rates[name] = _device_rate(gemm, device, seconds)
+    copied, read_gbs = {}, 0.0
+    for size in copies:
+        source = torch.ones(size // 4, device=device)
+        target = torch.empty_like(source)
 
-    def copy() -> float:
-        target.copy_(source)
-        return 2.0 * source.nbytes
+        def copy(source: torch.Tensor = source, target: torch.Tensor = target) -> float:
+            target.copy_(source)
+            return 2.0 * source.nbytes
 
-    def read() -> float:
-        source.sum()
-        return float(source.nbytes)
+        def read(source: torch.Tensor = source) -> float:
+            source.sum()
+            return float(source.nbytes)
 
-    copied = {source.nbytes: _cuda_rate(copy, seconds)}
+        copied[size] = _device_rate(copy, device, seconds)
+        read_gbs = _device_rate(read, device, seconds)  # of the largest, which comes last
     peak = max(rates.values())
-    return Ceilings(peak, peak, rates, copied, _cuda_rate(read, seconds))
+    return Ceilings(peak, peak, rates, copied, read_gbs)
 
 
 def measure(threads: int, dtype: torch.dtype, device: str = "cpu", seconds: float = 0.15) -> Ceilings:
@@ -226,7 +245,7 @@ def measure(threads: int, dtype: torch.dtype, device: str = "cpu", seconds: floa
         The best rate of each kind.
     """
     if device != "cpu":
-        return _measure_cuda(dtype, seconds)
+        return _measure_device(dtype, device, seconds)
     before = torch.get_num_threads()
     try:
         rates = _gemm_rates(threads, dtype, seconds)

@@ -15,6 +15,7 @@ from dualcodec_ext.reference import DualCodec, ResidualVectorQuantize
 from dualcodec_ext.reference import ops as reference_ops
 
 from .correctness import CodesCheck, Error, WaveCheck, exact_math
+from .machine import ROOT
 from .peers import faiss_peer
 from .peers.base import Call, Unavailable
 from .peers.folded import (
@@ -221,6 +222,11 @@ def reference_call(row: Row, dtype: torch.dtype) -> Call:
 
 def _first(found: Any) -> Any:
     return found[0] if isinstance(found, tuple) else found
+
+
+def has_kernels(op: str, family: str) -> bool:
+    """Whether a family has an op at all; every op has compiled kernels."""
+    return family != "triton" or (ROOT / "kernels" / op / f"{op}_triton.py").is_file()
 
 
 def our_call(row: Row, dtype: torch.dtype, family: str = "auto") -> Call:

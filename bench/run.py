@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .program import build_program
 from .workload import decode_check, encode_check, load_settings, make_task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BACKENDS = {"cpu": ("cpu", "auto"), "cuda": ("cuda", "triton", "auto")}
 SCHEMA = 1
 
 
@@ -37,7 +39,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", choices=("decode", "encode", "ops"))
     parser.add_argument("--preset", default="12hz_v1", help="one or several, separated by commas (12hz_v1)")
     parser.add_argument("--config", help="a JSON file with the settings of a codec, instead of a preset")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of audio (10)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of audio (10); less than a frame is one frame")
+    parser.add_argument("--batch", type=int, default=1, help="clips of that length at once (1)")
     parser.add_argument("--threads", type=int, help="cores to use (all that this process may)")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     parser.add_argument("--peers", default="all", help="all, none, or names separated by commas")
@@ -46,18 +49,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", action="store_true", help="for ops: every layer, equal shapes and all dilations too")
     parser.add_argument("--fast", action="store_true", help="for decode: also accelerate(fast=True)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--backends",
+        help="ours by backend: for ops each of several (cpu; on a GPU cuda,triton), else one (the device's)",
+    )
     parser.add_argument("--json", metavar="F", help="write everything, all samples included")
     parser.add_argument("--markdown", metavar="F", help="write the tables as Markdown")
     parser.add_argument("--list", action="store_true", help="list the peers and what they need, and stop")
     args = parser.parse_args(argv)
     if args.seconds <= 0:
         parser.error(f"--seconds must be positive, got {args.seconds}")
-    for name in ("threads", "rounds"):
+    for name in ("threads", "rounds", "batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU and a CUDA build of torch")
+    everything = "cuda,triton" if args.device == "cuda" and args.what == "ops" else args.device
+    args.backends = tuple(name.strip() for name in (args.backends or everything).split(","))
+    for name in args.backends:
+        if name not in _BACKENDS[args.device]:
+            known = ", ".join(_BACKENDS[args.device])
+            parser.error(f"--backends must name some of {known} on {args.device}, got {name}")
+    if args.what != "ops" and len(args.backends) > 1:
+        parser.error(f"--backends must name one for {args.what}, got {','.join(args.backends)}")
     args.threads = args.threads or _cores()
     args.rounds = args.rounds or (15 if args.what == "ops" else 9)
     args.ops = tuple(name.strip() for name in args.ops.split(","))
@@ -80,7 +95,7 @@ def _cores() -> int:
 def choose_peers(args: argparse.Namespace) -> list[Any]:
     """Codec peers, or for ops the providers, that --peers names."""
     if args.what != "ops":
-        return list(select(args.peers, _DTYPES[args.dtype]))
+        return list(select(args.peers, _DTYPES[args.dtype], device=args.device))
     known = {p.name: p for p in registry.PROVIDERS}
     if args.peers in ("all", "none"):
         return list(known.values()) if args.peers == "all" else []
@@ -93,20 +108,22 @@ def choose_peers(args: argparse.Namespace) -> list[Any]:
 def codec_case(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> tuple[Case, list[Side]]:
     """Decode or encode of a whole clip."""
     dtype = _DTYPES[args.dtype]
-    task = make_task(args.what, settings, args.seconds, args.threads, args.device)
+    task = make_task(args.what, settings, args.seconds, args.threads, args.device, args.batch, family=args.backends[0])
     program = task.program
     frames = program.frames(args.seconds)
     decode = args.what == "decode"
-    samples = frames * program.hop_samples
+    every = args.batch * frames
+    samples = every * program.hop_samples
     weights = program.decode_weights() if decode else program.encode_weights()
     check: WaveCheck | CodesCheck = decode_check(task, dtype) if decode else encode_check(task)
     case = Case(
-        name=f"{args.what} {name}",
-        flops=program.decode_flops(frames) if decode else program.encode_flops(frames),
+        name=f"{args.what} {name}" + (f" B={args.batch}" if args.batch > 1 else ""),
+        flops=program.decode_flops(every) if decode else program.encode_flops(every),
         touched_bytes=lambda kind: float((weights + samples) * kind.itemsize),
         audio_s=samples / program.sample_rate_hz,
-        frames=frames,
+        frames=every,
         check=check,
+        facts={"model": name, "batch": args.batch, "item_frames": frames},
     )
     build: Callable[..., Any] = partial(codec_call, task, dtype)
     sides = [Side("dualcodec_ext", "ours", dtype, partial(build, fast=False), ours=True)]
@@ -125,7 +142,9 @@ def op_cases(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> I
     """Every op at the shapes that the model gives it."""
     dtype = _DTYPES[args.dtype]
     program, model = build_program(settings), testing.seeded_model(settings)
-    for row in registry.rows(program, model, args.seconds, every=args.every, ops=args.ops):
+    made = registry.rows(program, model, args.seconds, every=args.every, ops=args.ops, batch=args.batch)
+    for row in (row.to(args.device) for row in made):
+        facts = {"model": name, "batch": args.batch, "op": row.op, "where": row.where, "steps": row.steps}
         case = Case(
             name=f"{name} {row.name}",
             flops=row.flops,
@@ -133,8 +152,15 @@ def op_cases(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> I
             audio_s=row.frames * program.hop_samples / program.sample_rate_hz,
             frames=row.frames,
             check=registry.make_check(row, dtype),
+            facts=facts,
         )
-        sides = [Side("dualcodec_ext", "ours", dtype, partial(_our_op, row, dtype), ours=True)]
+        sides = [
+            Side(f"dualcodec_ext {family}", "ours", dtype, partial(_our_op, row, dtype, family), ours=True)
+            for family in args.backends
+            if registry.has_kernels(row.op, family)
+        ]
+        if len(sides) == 1:
+            sides = [replace(sides[0], name="dualcodec_ext")]
         sides += [
             Side(p.name, p.what, dtype, partial(p.build, row, dtype)) for p in args.chosen if _fits(p.name, row.op)
         ]
@@ -145,15 +171,33 @@ def _fits(provider: str, op: str) -> bool:
     return provider != "faiss" or op == "rvq_search"
 
 
-def _our_op(row: registry.Row, dtype: torch.dtype) -> Callable[[], object]:
-    require_module()
-    return registry.our_call(row, dtype)
+def _our_op(row: registry.Row, dtype: torch.dtype, family: str) -> Callable[[], object]:
+    if family != "triton":
+        require_module()
+    return registry.our_call(row, dtype, family)
 
 
 def _ceilings(args: argparse.Namespace) -> dict[torch.dtype, probes.Ceilings]:
     dtypes = {_DTYPES[args.dtype]} | ({p.dtype for p in args.chosen} if args.what != "ops" else set())
     ordered = sorted(dtypes, key=lambda d: d != _DTYPES[args.dtype])
     return {dtype: probes.measure(args.threads, dtype, args.device) for dtype in ordered}
+
+
+def _timing(args: argparse.Namespace) -> Timing:
+    per_op = args.what == "ops"
+    if args.device == "cpu":
+        return Timing(args.rounds, min_sample_s=0.005 if per_op else 0.0, memory=not per_op)
+    # Nothing spins between samples there, and the second call of a shape records a graph.
+    span = 0.0 if per_op else 0.005
+    return Timing(args.rounds, 3, span, settle_s=0.0, memory=True, device=args.device, record=per_op)
+
+
+def _write(args: argparse.Namespace, run: dict[str, Any]) -> None:
+    """After every case: a run that is cut short leaves what it has."""
+    if args.json:
+        Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    if args.markdown:
+        Path(args.markdown).write_text(report.markdown(run), encoding="utf-8")
 
 
 def list_peers() -> None:
@@ -185,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "what": args.what,
         "seconds": args.seconds,
+        "batch": args.batch,
+        "backends": args.backends,
         "threads": args.threads,
         "dtype": args.dtype,
         "device": args.device,
@@ -203,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(flush=True)
     ours_ok = True
     per_op = args.what == "ops"
-    timing = Timing(args.rounds, min_sample_s=0.005 if per_op else 0.0, memory=not per_op, device=args.device)
+    timing = _timing(args)
     for name, settings in args.models:
         cases = op_cases(args, name, settings) if per_op else iter([codec_case(args, name, settings)])
         for case, sides in cases:
@@ -214,11 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             run["cases"].append(describe(case, outcomes, ceilings))
             print("\n".join(report.table_lines(run["cases"][-1], per_op)), end="\n\n", flush=True)
+            _write(args, run)
     print(report.LEGEND)
-    if args.json:
-        Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    if args.markdown:
-        Path(args.markdown).write_text(report.markdown(run), encoding="utf-8")
+    _write(args, run)
     if not ours_ok:
         print("Ours was wrong, failed, or could not run: see its lines above.", file=sys.stderr)
     return 0 if ours_ok else 1

@@ -16,9 +16,9 @@ from dualcodec_ext.config import DualCodecConfig
 from dualcodec_ext.reference import DualCodec, ResidualVectorQuantize
 from dualcodec_ext.reference.ops import rvq_search_ref
 
-from .correctness import CodesCheck, Error, WaveCheck
+from .correctness import CodesCheck, Error, WaveCheck, exact_math
 from .peers.base import Task
-from .program import ConvNeXt, Quantizer, build_program
+from .program import ConvNeXt, Program, Quantizer, build_program
 
 _F64, _F32 = torch.float64, torch.float32
 
@@ -35,7 +35,15 @@ def load_settings(preset: str, config: str | None) -> tuple[str, dict[str, Any]]
     return Path(config).stem, DualCodecConfig.from_dict(fields).to_dict()
 
 
-def make_task(kind: str, settings: Mapping[str, Any], seconds: float, threads: int, device: str) -> Task:
+def make_task(
+    kind: str,
+    settings: Mapping[str, Any],
+    seconds: float,
+    threads: int,
+    device: str,
+    batch: int = 1,
+    family: str = "",
+) -> Task:
     """Seeded weights under which every activation is of order one and the codebooks are in use, and seeded
     inputs.
 
@@ -44,6 +52,8 @@ def make_task(kind: str, settings: Mapping[str, Any], seconds: float, threads: i
         settings: all of a codec's settings.
         seconds: of audio, rounded to whole frames.
         threads, device: where it will run.
+        batch: clips of `seconds` each.
+        family: the backend that ours runs on, empty: the device's.
     """
     program = build_program(settings)
     state = testing.seeded_model(dict(settings)).state_dict()
@@ -51,20 +61,34 @@ def make_task(kind: str, settings: Mapping[str, Any], seconds: float, threads: i
     generator = torch.Generator().manual_seed(1)
 
     def codes(quantizer: Quantizer) -> Tensor:
-        return torch.randint(quantizer.entries, (1, len(quantizer.dims), frames), generator=generator)
+        return torch.randint(quantizer.entries, (batch, len(quantizer.dims), frames), generator=generator)
 
     if kind == "decode":
         inputs: tuple[Tensor, ...] = (codes(program.semantic_vq), codes(program.rvq))
     else:
-        audio = testing.make_speech(frames * program.hop_samples, sample_rate_hz=program.sample_rate_hz)
-        inputs = (audio, testing.make_features(frames, dim=program.semantic_dim))
-    return Task(kind, settings, program, state, tuple(x.to(device) for x in inputs), threads, device)
+        audio = testing.make_speech(frames * program.hop_samples, batch, sample_rate_hz=program.sample_rate_hz)
+        inputs = (audio, testing.make_features(frames, batch, dim=program.semantic_dim))
+    return Task(kind, settings, program, state, tuple(x.to(device) for x in inputs), threads, device, family)
+
+
+def compared_items(task: Task) -> tuple[int, ...] | None:
+    """Of a batch the first and the last clip are compared; None: all there are."""
+    batch = task.inputs[0].shape[0]
+    return None if batch <= 2 else (0, batch - 1)
+
+
+def _picked(task: Task) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The inputs that are compared, and what a check is told of them."""
+    items = compared_items(task)
+    if items is None:
+        return task.inputs, {}
+    return tuple(x[list(items)] for x in task.inputs), {"items": items, "batch": task.inputs[0].shape[0]}
 
 
 def _reference(task: Task, dtype: torch.dtype) -> DualCodec:
     model = DualCodec(**task.settings)
     model.load_state_dict(task.state)
-    return model.to(dtype).eval()
+    return model.to(device=task.device, dtype=dtype).eval()
 
 
 def check_windows(frames: int, limit: int) -> list[tuple[int, int, int, int]]:
@@ -84,19 +108,21 @@ def check_windows(frames: int, limit: int) -> list[tuple[int, int, int, int]]:
 def decode_check(task: Task, dtype: torch.dtype, limit_s: float = 30.0) -> WaveCheck:
     """Float64 audio, and the error of the plain reference in `dtype`, which ours is held to."""
     hop, frames = task.program.hop_samples, task.inputs[0].shape[-1]
+    inputs, told = _picked(task)
     exact, rounded = _reference(task, torch.float64), _reference(task, dtype)
     spans, wanted, plain = [], [], []
     # Centred decoders with odd strides return a few samples less than hop * frames.
     short = hop * frames - exact_length(task, frames)
     for first, last, start, stop in check_windows(frames, task.program.frames(limit_s)):
-        codes = tuple(x[..., first:last].cpu() for x in task.inputs)
+        codes = tuple(x[..., first:last] for x in inputs)
         stop_sample = hop * stop - (short if stop == frames else 0)
         spans.append((hop * start, stop_sample))
         kept = slice(hop * (start - first), stop_sample - hop * first)
-        wanted.append(exact.decode_from_codes(*codes)[..., kept])
-        plain.append(rounded.decode_from_codes(*codes)[..., kept])
+        with exact_math():
+            wanted.append(exact.decode_from_codes(*codes)[..., kept].cpu())
+            plain.append(rounded.decode_from_codes(*codes)[..., kept].cpu())
     whole = torch.cat(wanted, -1)
-    return WaveCheck(whole, Error.of(torch.cat(plain, -1), whole), tuple(spans), hop * frames - short)
+    return WaveCheck(whole, Error.of(torch.cat(plain, -1), whole), tuple(spans), hop * frames - short, **told)
 
 
 def exact_length(task: Task, frames: int) -> int:
@@ -115,33 +141,26 @@ def encode_check(task: Task, limit_s: float = 30.0) -> CodesCheck:
     semantic codes).
     """
     program, hop = task.program, task.program.hop_samples
+    inputs, told = _picked(task)
     exact, rounded = _reference(task, torch.float64), _reference(task, torch.float32)
     frames = task.inputs[1].shape[-1]
     spans: list[tuple[int, int]] = []
     parts: tuple[list[_Part], list[_Part]] = ([], [])
     for first, last, start, stop in check_windows(frames, program.frames(limit_s)):
-        audio, features = (
-            task.inputs[0][..., first * hop : last * hop].cpu(),
-            task.inputs[1][..., first:last].cpu(),
-        )
+        audio, features = inputs[0][..., first * hop : last * hop], inputs[1][..., first:last]
         kept = slice(start - first, stop - first)
-        latents = [model.convnext_encoder(features.to(dtype)) for model, dtype in ((exact, _F64), (rounded, _F32))]
-        semantic = _search(exact.semantic_vq, *latents)
-        parts[0].append(semantic.frames(kept))
-        for i, (model, dtype) in enumerate(((exact, _F64), (rounded, _F32))):
-            decoded = semantic.quantized.to(dtype)
-            if program.semantic_decoder:
-                decoded = model.convnext_decoder(decoded)
-            latents[i] = model.dac.encoder(audio.to(dtype)) - decoded
-        parts[1].append(_search(exact.dac.quantizer, *latents).frames(kept))
+        with exact_math():
+            found = _search_both(program, exact, rounded, audio, features)
+        for part, new in zip(parts, found, strict=True):
+            part.append(new.frames(kept))
         spans.append((start, stop))
     blocks = [x for x in program.semantic_decoder if isinstance(x, ConvNeXt)]
     reach = (sum(x.right for x in blocks), sum(x.left for x in blocks))
 
     def joined(name: str) -> tuple[Tensor, ...]:
-        return tuple(torch.cat([getattr(piece, name) for piece in pieces], -1) for pieces in parts)
+        return tuple(torch.cat([getattr(piece, name) for piece in pieces], -1).cpu() for pieces in parts)
 
-    return CodesCheck(joined("codes"), joined("margins"), joined("bounds"), reach, tuple(spans), frames)
+    return CodesCheck(joined("codes"), joined("margins"), joined("bounds"), reach, tuple(spans), frames, **told)
 
 
 @dataclass(frozen=True)
@@ -153,6 +172,21 @@ class _Part:
 
     def frames(self, kept: slice) -> _Part:
         return _Part(*(x[..., kept] for x in (self.codes, self.margins, self.bounds, self.quantized)))
+
+
+def _search_both(
+    program: Program, exact: DualCodec, rounded: DualCodec, audio: Tensor, features: Tensor
+) -> tuple[_Part, _Part]:
+    """The semantic and the acoustic part."""
+    models = ((exact, _F64), (rounded, _F32))
+    latents = [model.convnext_encoder(features.to(dtype)) for model, dtype in models]
+    semantic = _search(exact.semantic_vq, *latents)
+    for i, (model, dtype) in enumerate(models):
+        decoded = semantic.quantized.to(dtype)
+        if program.semantic_decoder:
+            decoded = model.convnext_decoder(decoded)
+        latents[i] = model.dac.encoder(audio.to(dtype)) - decoded
+    return semantic, _search(exact.dac.quantizer, *latents)
 
 
 def _search(rvq: ResidualVectorQuantize, exact: Tensor, rounded: Tensor) -> _Part:

@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from bench import correctness, machine, measure, probes, report, run, timing
+from bench import correctness, machine, measure, probes, report, run, timing, workload
 from bench.ours import missing_module
 from bench.peers import base, catalog
 from dualcodec_ext import DualCodecConfig, testing
@@ -269,9 +269,68 @@ def test_ops_command(quick, tiny_file, capsys):
     assert "us/frame" in out
 
 
+def test_batches_and_backends(quick, tiny_file, tmp_path, capsys):
+    data = tmp_path / "run.json"
+    words = ("--config", str(tiny_file), "--seconds", "0.005", "--batch", "4", "--json", str(data))
+    wanted = 1 if missing_module() else 0
+    for what in ("decode", "encode"):
+        assert quick(what, *words, "--peers", "folded", "--backends", "auto") == wanted
+        case = json.loads(data.read_text())["cases"][0]
+        assert (case["case"], case["batch"], case["item_frames"], case["frames"]) == (f"{what} tiny B=4", 4, 4, 16)
+        assert [row["status"] for row in case["sides"]][1:] == ["timed"]
+    assert quick("ops", *words, "--ops", "snake_upsample1d", "--peers", "folded2d", "--backends", "cpu,auto") == wanted
+    found = json.loads(data.read_text())
+    assert found["backends"] == ["cpu", "auto"]
+    for case in found["cases"]:
+        assert case["op"] == "snake_upsample1d" and case["steps"] % 4 == 0 and " B=4 " in case["case"]
+        assert [row["side"] for row in case["sides"]] == ["dualcodec_ext cpu", "dualcodec_ext auto", "folded2d"]
+
+
+def test_of_a_batch_the_first_and_the_last_item_are_compared():
+    task = workload.make_task("decode", DualCodecConfig.from_dict(testing.TINY).to_dict(), 0.005, 1, "cpu", batch=4)
+    check = workload.decode_check(task, torch.float32)
+    whole = workload._reference(task, torch.float64).decode_from_codes(*task.inputs).detach()
+    assert check(whole, torch.float32, ours=True).ok
+    assert not check(whole[:3], torch.float32, ours=True).ok
+    for item, fine in ((0, False), (1, True), (3, False)):
+        wrong = whole.clone()
+        wrong[item, 0, 5] += 0.1
+        assert check(wrong, torch.float32, ours=True).ok == fine
+    audio = workload.make_task("encode", dict(task.settings), 0.005, 1, "cpu", batch=4)
+    codes = workload.encode_check(audio)
+    found = workload._reference(audio, torch.float64).encode(
+        audio.inputs[0].double(), semantic_repr=audio.inputs[1].double()
+    )
+    assert codes(found, torch.float32, ours=True).ok
+    found[1][3, 1, 2] += 1
+    assert not codes(found, torch.float32, ours=True).ok
+
+
+def test_the_pypi_package_under_autocast_and_tuned_graphs(tiny_file):
+    settings = DualCodecConfig.from_dict({**testing.TINY, "codebook_dim": 8, "semantic_dim": 1024}).to_dict()
+    task = workload.make_task("decode", settings, 0.005, 1, "cpu")
+    by_name = {peer.name: peer for peer in catalog.CODEC_PEERS}
+    with pytest.raises(base.Unavailable, match="needs a GPU"):
+        by_name["autotune-bf16"].build(task)
+    try:
+        call = by_name["pypi-fp16"].build(task)
+    except base.Unavailable as why:
+        pytest.skip(str(why))
+    assert workload.decode_check(task, torch.float16)(call(), torch.float16).ok
+
+
+def test_peers_on_a_gpu():
+    names = {peer.name for peer in catalog.select("all", torch.bfloat16, device="cuda")}
+    assert {"pypi", "pypi-fp16", "autotune-bf16", "folded-bf16", "compile-bf16"} <= names
+    assert not any(name.startswith(("ort", "openvino", "zentorch", "frozen")) for name in names)
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
+        (["decode", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["ops", "--backends", "triton"], "--backends must name some of cpu, auto on cpu, got triton"),
+        (["decode", "--backends", "cpu,auto"], "--backends must name one for decode, got cpu,auto"),
         (["decode", "--peers", "nobody"], "--peers must name some of pypi, reference"),
         (["ops", "--peers", "nobody"], "--peers must name some of eager"),
         (["ops", "--ops", "nothing"], "--ops must name some of rvq_search"),

@@ -31,6 +31,7 @@ class Task:
     inputs: tuple[Tensor, ...]  # codes int64, audio and features float32
     threads: int
     device: str = "cpu"
+    family: str = ""  # the backend that ours runs on, empty: the device's
     cache: dict[str, Any] = field(default_factory=dict)  # what several peers share, such as an exported graph
 
     def cast_inputs(self, dtype: torch.dtype) -> tuple[Tensor, ...]:

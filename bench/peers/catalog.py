@@ -28,11 +28,16 @@ def _peers(dtype: torch.dtype) -> Iterator[Peer]:
     if dtype == _F32:
         packages = ("dualcodec", "easydict", "einops")
         yield peer("pypi", "the PyPI package as it stands", torch_peers.pypi, packages=packages)
+    if dtype == _F16:
+        packages = ("dualcodec", "easydict", "einops")
+        yield peer("pypi", "the PyPI package under autocast", torch_peers.pypi_autocast, packages=packages)
     yield peer("reference", "the plain reference, eager", torch_peers.reference, dtype)
     for form, label in (("1d", ""), ("2d", f", {_H1}")):
         name = "folded" if form == "1d" else "folded2d"
         yield peer(name, f"folded weights, eager{label}", torch_peers.folded, form, dtype)
     yield peer("compile", "folded weights, torch.compile", torch_peers.compiled, "1d", dtype, False)
+    tuned = "folded weights, torch.compile max-autotune with CUDA graphs"
+    yield peer("autotune", tuned, torch_peers.autotuned, "1d", dtype)
     yield peer("frozen2d", f"{_H1}, torch.compile with freezing", torch_peers.compiled, "2d", dtype, True)
     for form, label in (("1d", "Conv1d"), ("2d", _H1)):
         if dtype == _F32:  # ONNX Runtime has no half-precision convolution on the CPU
@@ -50,14 +55,15 @@ def _peers(dtype: torch.dtype) -> Iterator[Peer]:
 CODEC_PEERS: tuple[Peer, ...] = (*_peers(_F32), *_peers(_BF16), *_peers(_F16))
 
 
-def select(wanted: str, dtype: torch.dtype, known: tuple[Peer, ...] = CODEC_PEERS) -> list[Peer]:
+def select(wanted: str, dtype: torch.dtype, known: tuple[Peer, ...] = CODEC_PEERS, device: str = "cpu") -> list[Peer]:
     """Choose peers.
 
     Args:
-        wanted: "none", "all" (those of the run's dtype, and the PyPI package and folded-bf16 in any run) or
-            names separated by commas.
+        wanted: "none", "all" (those of the run's dtype, and the PyPI package and folded-bf16 in any run; on a GPU
+            also the PyPI package under autocast, and none that runs on the CPU alone) or names separated by commas.
         dtype: of the run.
         known: what can be named.
+        device: of the run.
 
     Raises:
         ValueError: an unknown name, with those that are known.
@@ -65,8 +71,10 @@ def select(wanted: str, dtype: torch.dtype, known: tuple[Peer, ...] = CODEC_PEER
     if wanted == "none":
         return []
     if wanted == "all":
-        always = ("pypi", "folded-bf16")
-        return [peer for peer in known if peer.dtype == dtype or peer.name in always]
+        always = ("pypi", "folded-bf16") if device == "cpu" else ("pypi", "pypi-fp16", "folded-bf16")
+        elsewhere = ("autotune",) if device == "cpu" else ("ort", "openvino", "zentorch", "frozen")
+        chosen = [peer for peer in known if peer.dtype == dtype or peer.name in always]
+        return [peer for peer in chosen if not peer.name.startswith(elsewhere)]
     by_name = {peer.name: peer for peer in known}
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     for name in names:

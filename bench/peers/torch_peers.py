@@ -30,6 +30,17 @@ def _codec_call(model: Any, task: Task, dtype: torch.dtype) -> Call:
     return call
 
 
+def pypi_autocast(task: Task) -> Call:
+    """As its own Inference runs it on a GPU."""
+    plain = pypi(task)
+
+    def call() -> object:
+        with torch.autocast(task.device, torch.float16):
+            return plain()
+
+    return call
+
+
 def pypi(task: Task) -> Call:
     from dualcodec_ext.peer import find_peer
 
@@ -75,7 +86,12 @@ def module_call(module: Callable[..., object], inputs: tuple[torch.Tensor, ...])
 
 
 def compiled_call(
-    module: nn.Module, inputs: tuple[torch.Tensor, ...], *, freeze: bool = False, backend: str = "inductor"
+    module: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    freeze: bool = False,
+    backend: str = "inductor",
+    mode: str | None = None,
 ) -> Call:
     """The module compiled for these very inputs; the compilation happens here."""
     if inputs[0].device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
@@ -86,7 +102,7 @@ def compiled_call(
     # Every peer is a shape of its own; the default limit would send the later ones back to eager without a
     # word.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 512)
-    call = module_call(torch.compile(module, dynamic=False, fullgraph=True, backend=backend), inputs)
+    call = module_call(torch.compile(module, dynamic=False, fullgraph=True, backend=backend, mode=mode), inputs)
     patched: AbstractContextManager[Any] = inductor.patch(freezing=True) if freeze else nullcontext()
     with patched:
         call()
@@ -96,6 +112,13 @@ def compiled_call(
 
 def compiled(task: Task, form: str, dtype: torch.dtype, freeze: bool) -> Call:
     return compiled_call(folded_module(task, form, dtype), task.cast_inputs(dtype), freeze=freeze)
+
+
+def autotuned(task: Task, form: str, dtype: torch.dtype, mode: str = "max-autotune") -> Call:
+    """torch.compile at its best on a GPU: tuned kernels, replayed from a CUDA graph."""
+    if task.device == "cpu" and mode == "max-autotune":
+        raise Unavailable("needs a GPU")
+    return compiled_call(folded_module(task, form, dtype), task.cast_inputs(dtype), mode=mode)
 
 
 def zentorch(task: Task, form: str, dtype: torch.dtype) -> Call:

@@ -1,0 +1,75 @@
+"""`python -m bench.gpu_runs --results FOLDER`: what is measured on a GPU, the goals first, in one process.
+
+Each run leaves its JSON and Markdown as soon as it has a case. A run that leaves the GPU unusable ends the process
+with 3; the runs that were begun stand in --begun, so that a second process goes on behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import probes, run
+
+_EAGER = "pypi-fp16,pypi,folded-bf16"
+RUNS: dict[str, str] = {
+    "decode-12hz_v1-b1": f"decode --dtype bfloat16 --peers {_EAGER}",
+    "decode-12hz_v1-b32": "decode --dtype bfloat16 --batch 32 --peers pypi-fp16,folded-bf16",
+    "decode-12hz_v1-frame-b1": "decode --dtype bfloat16 --seconds 0.08 --peers pypi-fp16,folded-bf16",
+    "decode-12hz_v1-frame-b32": "decode --dtype bfloat16 --seconds 0.08 --batch 32 --peers pypi-fp16,folded-bf16",
+    "encode-12hz_v1-b32": "encode --dtype bfloat16 --batch 32 --peers pypi-fp16,folded-bf16",
+    "rvq_search-12hz_v1-2000": "ops --ops rvq_search --seconds 160 --peers eager,compile",
+    "ops-12hz_v1-b1": "ops --dtype bfloat16 --peers eager",
+    "ops-12hz_v1-frame": "ops --dtype bfloat16 --seconds 0.08 --peers none",
+    "ops-12hz_v1-b8": "ops --dtype bfloat16 --batch 8 --peers none",
+    "decode-12hz_v1-b1-tuned": "decode --dtype bfloat16 --peers autotune-bf16",
+    "decode-12hz_v1-b32-tuned": "decode --dtype bfloat16 --batch 32 --peers autotune-bf16",
+    "decode-12hz_v1-b1-fp32": "decode --peers pypi,folded",
+    "decode-25hz_v1-b1": f"decode --preset 25hz_v1 --dtype bfloat16 --peers {_EAGER}",
+    "ops-12hz_v1-b1-fp32": "ops --peers eager",
+    "ops-12hz_v1-frame-fp32": "ops --seconds 0.08 --peers none",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_runs", description="The runs of make gpu-check.")
+    parser.add_argument("--results", default="bench/results", help="folder for JSON and Markdown")
+    parser.add_argument("--begun", help="a file of names to pass over; each run that begins is added to it")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--more", default="", help="options for every run")
+    args = parser.parse_args(argv)
+    folder, begun = Path(args.results), Path(args.begun) if args.begun else None
+    folder.mkdir(parents=True, exist_ok=True)
+    passed = set(begun.read_text().split()) if begun is not None and begun.exists() else set()
+    wanted = [name for name in (args.only.split(",") if args.only else RUNS) if name not in passed]
+    probes.measure = functools.cache(probes.measure)  # once for all runs
+    wrong = 0
+    for name in wanted:
+        if begun is not None:
+            with begun.open("a") as file:
+                file.write(name + "\n")
+        page, data = (str(folder / f"{args.device}-{name}.{kind}") for kind in ("md", "json"))
+        words = [*RUNS[name].split(), "--device", args.device, *args.more.split()]
+        print(f"== {name}: python -m bench {' '.join(words)}", flush=True)
+        try:
+            wrong |= run.main([*words, "--json", data, "--markdown", page])
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+        except torch.AcceleratorError as error:  # every later call in this process would raise it too
+            print(f"{name} left the GPU unusable: {error}", flush=True)
+            return 3
+        except (RuntimeError, ValueError) as error:
+            print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
+            wrong = 1
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

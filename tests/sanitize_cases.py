@@ -1,0 +1,94 @@
+"""Small calls of every op on a GPU, one after another, to run under compute-sanitizer.
+
+    export PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize_cases.py
+
+Each case is printed before it runs, so that an error has its name. Nothing is compared here.
+Words behind the command choose the ops; DUALCODEC_EXT_TEST_DEVICE=cpu runs the cases on the CPU's kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gpu
+import opsuite as suite
+import test_rvq_search as search
+import torch
+from gpu_cases import BUILDERS, MODULES, in_dtype
+
+import dualcodec_ext as dx
+from dualcodec_ext.ops import packing
+
+# Every width of the residual units, more than one tile and a tail, the codec's taps, strides and dilations.
+SHAPES: dict[str, list[dict[str, Any]]] = {
+    "causal_dwconv1d": [{"channels": 768, "steps": 21}, {"channels": 96, "taps": 31, "steps": 40, "norm": False}],
+    "residual_unit": [
+        *({"channels": c, "steps": 140, "dilation": d} for c, d in ((48, 9), (96, 3), (192, 1))),
+        {"channels": 384, "steps": 20, "dilation": 3, "causal": True},
+        {"channels": 33, "steps": 20},
+    ],
+    "rvq_lookup": [{"channels": 1024, "frames": 9, "stages": 7, "entries": 4096}, {"channels": 33, "dim": 5}],
+    "rvq_search": [
+        {"channels": 1024, "frames": 9, "stages": 7, "entries": 4096, "batch": 1},
+        {"channels": 1024, "frames": 5, "stages": 11, "entries": 1024, "batch": 1},
+        {"channels": 768, "frames": 3, "stages": 1, "entries": 16384, "batch": 1},
+        {"channels": 40, "frames": 70, "stages": 2, "entries": 33, "dim": 5},
+    ],
+    "snake_conv1d": [
+        {"cin": 1024, "cout": 96, "taps": 7, "padding": (3, 3), "snake": False, "steps": 9},
+        {"cin": 48, "cout": 1, "taps": 7, "padding": (3, 3), "activation": "tanh", "steps": 300},
+        {"cin": 1, "cout": 32, "taps": 7, "padding": (3, 3), "snake": False, "steps": 300},
+        {"cin": 64, "cout": 128, "taps": 10, "stride": 5, "padding": (3, 3), "steps": 150},
+        {"cin": 96, "cout": 200, "taps": 1, "activation": "gelu", "residual": True, "steps": 30},
+        {"cin": 33, "cout": 19, "taps": 3, "dilation": 2, "steps": 30},
+    ],
+    "snake_upsample1d": [
+        {"cin": 192, "cout": 96, "stride": 4, "steps": 40},
+        {"cin": 96, "cout": 48, "stride": 5, "mode": "repeat", "steps": 40},
+        {"cin": 33, "cout": 19, "stride": 3, "steps": 20},
+    ],
+}
+assert SHAPES.keys() == MODULES.keys()
+
+
+def signal_calls(op: str, shape: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    case = in_dtype(BUILDERS[op](**shape).to(gpu.DEVICE), dtype)
+    yield "contiguous", lambda: case.call(case.op)
+    cut = BUILDERS[op](**shape).to(gpu.DEVICE)
+    cut.x = cut.x.transpose(1, 2).contiguous().transpose(1, 2)
+    cut.lengths = torch.tensor([cut.x.shape[-1], 5], device=gpu.DEVICE)
+    cut = in_dtype(cut, dtype)
+    yield "channels-last, lengths", lambda: cut.call(cut.op)
+
+
+def search_calls(shape: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    q = search.make(**shape).to(gpu.DEVICE)
+    z, packed = q.z.to(dtype), packing.pack_rvq(**q.weights)
+    yield "codes", lambda: q.search(z, packed=packed)
+    lengths = torch.tensor([2] * z.shape[0], device=gpu.DEVICE)
+    last = z.transpose(1, 2).contiguous().transpose(1, 2)
+    everything: dict[str, Any] = {"return_quantized": True, "return_margin": True, "lengths": lengths}
+    yield "everything, lengths", lambda: q.search(last, packed=packed, **everything)
+
+
+def main(wanted: list[str]) -> None:
+    with torch.no_grad():
+        for op in wanted or SHAPES:
+            for family in gpu.families(op):
+                for dtype in gpu.DTYPES:
+                    for shape in SHAPES[op]:
+                        with dx.backend(family):
+                            calls = search_calls(shape, dtype) if op == "rvq_search" else signal_calls(op, shape, dtype)
+                            for how, call in calls:
+                                print(f"{family} {op} {dtype} {shape} {how}", flush=True)
+                                call()
+                                gpu.synchronize()
+    print("all cases ran")
+
+
+if __name__ == "__main__":
+    suite.must_have_module()
+    main(sys.argv[1:])

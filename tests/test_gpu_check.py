@@ -1,0 +1,177 @@
+"""make gpu-check, without a GPU: parts with limits, goals from runs, and the runs themselves on the CPU."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import goals, gpu_check, gpu_runs, gpu_timing, probes, registry, run
+from dualcodec_ext import DualCodecConfig, testing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code: str) -> gpu_check.Command:
+    return [sys.executable, "-c", code], {"ADDED": "1"}
+
+
+def a_check(tmp_path: Path, seconds: float = 60.0, parts: tuple[str, ...] = ("build", "bench")) -> gpu_check.Check:
+    return gpu_check.Check(tmp_path / "results", seconds, parts, tmp_path / "work")
+
+
+def test_what_fails_stops_nothing_and_everything_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = a_check(tmp_path)
+    check.run_all("build", {"right": python("import os; print('sum', os.environ['ADDED'])")})
+    check.run_all("build", {"wrong": python("print('the reason'); raise SystemExit(7)"), "next": python("")}, at_once=2)
+    steps = json.loads((tmp_path / "work" / "summary.json").read_text())
+    assert sorted((s["name"], s["status"], s["code"]) for s in steps) == [
+        ("next", "ok", 0),
+        ("right", "ok", 0),
+        ("wrong", "failed", 7),
+    ]
+    assert "build-right.log: sum 1" in steps[0]["note"]
+    assert "the reason" in capsys.readouterr().out
+
+
+def test_a_part_ends_in_time_and_leaves_its_rest_to_the_next(tmp_path: Path) -> None:
+    check = a_check(tmp_path, 2.0)
+    assert check.left("build") < 1.1 < check.left("bench") <= 2.0
+    start = time.monotonic()
+    sleep = python("import time; print('begun', flush=True); time.sleep(60)")
+    steps = check.run_all("build", {"long": sleep, "late": sleep})
+    assert time.monotonic() - start < 5
+    assert [(s.name, s.status) for s in steps] == [("late", "skipped"), ("long", "out of time")]
+    assert steps[1].code is None
+
+
+def test_parts_and_ops_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(gpu_check.OPS) == set(registry.OPS)
+    assert sum(gpu_check.PARTS.values()) < 9 * 60
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--parts", "bake"])
+    assert "--parts must name some of build, test, sanitize, bench, got bake" in capsys.readouterr().err
+
+
+def test_the_tree_looks_like_an_install(tmp_path: Path) -> None:
+    check = a_check(tmp_path)
+    for _ in range(2):
+        check.link_tree()
+    code = "import dualcodec_ext.kernels, bench, opsuite; print(dualcodec_ext.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], env=check.environment, capture_output=True, text=True)
+    assert done.stdout.startswith(str(tmp_path / "work" / "tree")), done.stderr
+
+
+@pytest.mark.parametrize("name", gpu_runs.RUNS)
+def test_every_run_is_a_command(name: str) -> None:
+    args = run.parse([*gpu_runs.RUNS[name].split(), "--device", "cpu"])
+    assert args.what == name.split("-")[0] or args.ops == ("rvq_search",)
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(DualCodecConfig.from_dict(testing.TINY).to_dict()))
+    return path
+
+
+def test_runs_leave_results_and_go_on_where_a_process_ended(
+    tmp_path: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probes, "measure", lambda *_: probes.Ceilings(1.0, 1.0, {}, {1 << 20: 1.0}, 1.0))
+    short = f"--config {tiny_file} --seconds 0.005 --rounds 1 --threads 1"
+    monkeypatch.setattr(
+        gpu_runs, "RUNS", {"one": "decode --peers none", "two": "ops --ops rvq_search --batch 3 --peers none"}
+    )
+    begun = tmp_path / "begun.txt"
+    begun.write_text("one\n")
+    words = ["--results", str(tmp_path), "--begun", str(begun), "--device", "cpu", "--more", short]
+    code = gpu_runs.main(words)
+    assert code == (1 if run.missing_module() else 0)
+    assert not (tmp_path / "cpu-one.json").exists() and begun.read_text().split() == ["one", "two"]
+    found = json.loads((tmp_path / "cpu-two.json").read_text())
+    assert [c["where"] for c in found["cases"]] == ["semantic", "acoustic"]
+    assert found["cases"][1]["op"] == "rvq_search" and found["cases"][1]["steps"] == 3 * 4
+    assert "B=3" in (tmp_path / "cpu-two.md").read_text()
+    assert "== two: python -m bench ops" in capsys.readouterr().out
+
+
+# Goals
+
+
+def a_run(started: str, batch: int, p50_s: float, peers: dict[str, float]) -> dict[str, object]:
+    def side(name: str, seconds: float, ours: bool) -> dict[str, object]:
+        return {"side": name, "ours": ours, "status": "timed", "p50_s": seconds, "peak_extra_bytes": 2**21}
+
+    sides = [side("dualcodec_ext", p50_s, True), *(side(name, s, False) for name, s in peers.items())]
+    case = {"case": "decode", "model": "12hz_v1", "batch": batch, "item_frames": 125, "sides": sides}
+    facts = {"what": "decode", "dtype": "bfloat16", "device": "cuda", "started": started, "commit": "abc"}
+    return {**facts, "machine": {"gpu": "a GPU", "cpu": "a CPU"}, "cases": [case]}
+
+
+def test_goals_are_read_off_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        a_run("2026-01-02", 1, 0.6e-3, {"pypi-fp16": 9e-3}),
+        a_run("2026-01-01", 1, 0.4e-3, {"autotune-bf16": 0.8e-3}),
+        a_run("2026-01-01", 32, 11e-3, {"pypi-fp16": 66e-3, "folded-bf16": 44e-3}),
+    ]
+    table = {cells[0]: cells[1:] for cells in goals.rows(runs)}
+    assert table["decode 12hz_v1, 1 x 10 s, bf16"] == [
+        "700, then 500",
+        "600",
+        "met",
+        "pypi-fp16 15.0x (>= 10x); autotune-bf16 2.0x (>= 3x)",
+        "2",
+    ]
+    assert table["decode 12hz_v1, 32 x 10 s, bf16"][1:4] == ["11000", "missed", "the best peer 4.0x (>= 3x)"]
+    assert table["decode of one frame, batch 1, bf16"][2] == "not measured"
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    for path, one in zip(paths, runs, strict=True):
+        path.write_text(json.dumps(one))
+    assert goals.main([str(path) for path in paths]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("a GPU, commit abc\n\n| goal |") and page.count("\n| ") == 2 + len(goals.GOALS)
+
+
+# Timing on a device, with a recording that repeats calls on the CPU
+
+
+def test_calls_are_repeated_from_a_recording() -> None:
+    counts = {"calls": 0, "replays": 0}
+
+    def call() -> None:
+        counts["calls"] += 1
+        time.sleep(0.0002)
+
+    def recorder(once: gpu_timing.Call, count: int) -> gpu_timing.Call:
+        assert count > 1
+
+        def replay() -> None:
+            counts["replays"] += 1
+            time.sleep(0.001)
+
+        return replay
+
+    made = gpu_timing.repeated(call, "cpu", recorder)
+    before = counts["replays"]
+    made()
+    assert made.graph and counts["replays"] - before == made.replays
+    assert made.calls % made.replays == 0 and made.how == f"{made.calls} calls, in a CUDA graph"
+
+
+def test_what_cannot_be_recorded_is_repeated_one_by_one() -> None:
+    def refuse(once: gpu_timing.Call, count: int) -> gpu_timing.Call:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    made = gpu_timing.repeated(lambda: time.sleep(0.001), "cpu", refuse)
+    assert not made.graph and 1 <= made.calls == made.replays <= 5
+
+
+def test_ceilings_of_a_device() -> None:
+    import torch
+
+    found = probes._measure_device(torch.float32, "cpu", 0.002, (32,), 64, (1 << 16, 1 << 18))
+    assert list(found.copy_gbs) == [1 << 16, 1 << 18]
+    assert found.gemm_gflops == max(found.gemm_by_kernel.values()) > 0 < found.read_gbs
