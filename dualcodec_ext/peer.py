@@ -36,7 +36,8 @@ def find_peer() -> tuple[type[Any] | None, str]:
     """Loads the class `DualCodec` of the PyPI package, and says which one or why not.
 
     The package is looked for among the installed ones, then in the folders that the environment variable
-    DUALCODEC_EXT_PEERS names (separated as in PATH; each holds a folder `dualcodec`).
+    DUALCODEC_EXT_PEERS names (separated as in PATH; each holds a folder `dualcodec`, and beside it what that
+    imports and nobody installed; `make peers` makes one).
 
     Returns:
         (class, `dualcodec 0.4.2`) or (None, the reason).
@@ -96,9 +97,12 @@ def _stand_ins(folder: str) -> Iterator[None]:
     for name in hidden:
         del sys.modules[name]
     sys.modules.update(stand_ins)
+    path = list(sys.path)
+    sys.path.append(os.path.dirname(folder))  # last, so that what is installed comes first
     try:
         yield
     finally:
+        sys.path[:] = path
         # The class keeps its modules alive. Left in sys.modules, the stand-ins would break a later `import dualcodec`.
         for name in list(sys.modules):
             if name.split(".")[0] in ("dualcodec", "audiotools"):

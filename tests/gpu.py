@@ -1,6 +1,7 @@
 """What the tests on a GPU share: the device, the families of kernels there, and plain PyTorch in exact float32.
 
 DUALCODEC_EXT_TEST_DEVICE=cpu runs the same tests on the CPU's kernels: what keeps them in order where there is no GPU.
+With DUALCODEC_EXT_TEST_DEVICE=cuda they fail without one, where they would be skipped.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import torch
 
 from dualcodec_ext import DualCodecConfig, reference, testing
 
-DEVICE = os.environ.get("DUALCODEC_EXT_TEST_DEVICE") or "cuda"
+ASKED = os.environ.get("DUALCODEC_EXT_TEST_DEVICE", "")
+DEVICE = ASKED or "cuda"
 assert DEVICE in ("cuda", "cpu"), f"DUALCODEC_EXT_TEST_DEVICE must be cuda or cpu, got {DEVICE}"
 ON_GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 
 needs_device = pytest.mark.skipif(
-    ON_GPU and not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
+    not ASKED and not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
 )
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 gpu_alone = pytest.mark.skipif(not ON_GPU, reason="of GPUs alone")

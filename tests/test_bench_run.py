@@ -307,7 +307,8 @@ def test_of_a_batch_the_first_and_the_last_item_are_compared():
 
 
 def test_the_pypi_package_under_autocast_and_tuned_graphs(tiny_file):
-    settings = DualCodecConfig.from_dict({**testing.TINY, "codebook_dim": 8, "semantic_dim": 1024}).to_dict()
+    theirs = {"codebook_dim": 8, "semantic_dim": 1024, "convnext_intermediate_dim": 2048, "latent_dim": 1024}
+    settings = DualCodecConfig.from_dict({**testing.TINY, **theirs}).to_dict()
     task = workload.make_task("decode", settings, 0.005, 1, "cpu")
     by_name = {peer.name: peer for peer in catalog.CODEC_PEERS}
     with pytest.raises(base.Unavailable, match="needs a GPU"):

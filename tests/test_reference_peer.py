@@ -1,6 +1,9 @@
 """The reference model against the PyPI package: both presets at full size, and odd settings in float64."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -203,3 +206,22 @@ def test_fresh_parameters_are_spread_as_the_pypi_package_spreads_them(peer_class
             assert float(value.std()) == pytest.approx(float(theirs[name].std()), rel=0.15), name
         if not theirs[name].any():
             assert not value.any(), name
+
+
+def test_the_peer_is_found_in_a_folder_with_what_it_imports(tmp_path):
+    """A package that is not installed, beside one that it needs; neither can be imported afterwards."""
+    package = tmp_path / "dualcodec" / "model_codec"
+    package.mkdir(parents=True)
+    (tmp_path / "beside_the_peer.py").write_text("NAME = 'beside'\n")
+    (package / "dualcodec_model.py").write_text("import beside_the_peer as b\n\nclass DualCodec:\n    name = b.NAME\n")
+    code = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "dualcodec" else find_spec(name, *a)
+from dualcodec_ext import peer
+before = list(sys.path)
+print(peer.find_peer()[0].name, sys.path == before, "dualcodec" in sys.modules)
+"""
+    environment = {**os.environ, "DUALCODEC_EXT_PEERS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["beside", "True", "False"], done.stderr
