@@ -244,8 +244,8 @@ def test_repeats_and_batches_have_the_same_bits(family: str, op: str, dtype: tor
 @by_op
 def test_runs_on_the_current_stream(family: str, op: str) -> None:
     """Its input is written late on a side stream: a kernel on another one would read NaN."""
-    call, x = call_of(op)
     with dx.backend(family):
+        call, x = call_of(op)
         expected = call(x)
         late, side = torch.full_like(x, torch.nan), torch.cuda.Stream()
         torch.cuda.synchronize()
@@ -260,8 +260,8 @@ def test_runs_on_the_current_stream(family: str, op: str) -> None:
 @gpu_alone
 @by_op
 def test_a_graph_has_the_eager_bits(family: str, op: str) -> None:
-    call, x = call_of(op)
     with dx.backend(family):
+        call, x = call_of(op)
         expected = call(x)
         held = torch.zeros_like(x)
         side = torch.cuda.Stream()
@@ -290,17 +290,27 @@ def test_another_device_index(family: str, op: str) -> None:
 
 
 def call_of(op: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """An op as a function of its signal alone; rvq_search's sum, which hangs on its codes."""
+    """An op as a function of its signal alone; rvq_search's sum, which hangs on its codes. Packed, as in an engine."""
+    q = search.make(channels=200, frames=330, stages=7, entries=50).to(DEVICE)
+    packed = packing.pack_rvq(**q.weights)
     if op == "rvq_search":
-        q = search.make(channels=200, frames=100, entries=500).to(DEVICE)
-        return lambda z: q.search(z, return_quantized=True)[1], q.z  # type: ignore[return-value]
+        return lambda z: q.search(z, return_quantized=True, packed=packed)[1], q.z  # type: ignore[return-value]
     case = typical(op)
+    if op == "rvq_lookup":
+        tables = {name: q.weights[name] for name in case.weights}
+        case = replace(case, weights=tables, options={**case.options, "packed": packed})
 
     def call(x: Tensor) -> Tensor:
         with torch.no_grad():
             return case.call(case.op, x=x)
 
     return call, case.x
+
+
+def test_calls_of_a_signal_alone() -> None:
+    for op in MODULES:
+        call, x = call_of(op)
+        assert torch.equal(call(x), call(x.clone()))
 
 
 # Precision flags

@@ -1,14 +1,16 @@
 """make gpu-check, without a GPU: parts with limits, goals from runs, and the runs themselves on the CPU."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import goals, gpu_check, gpu_runs, gpu_timing, probes, registry, run
+from bench import correctness, goals, gpu_check, gpu_runs, gpu_timing, measure, probes, registry, run
 from dualcodec_ext import DualCodecConfig, testing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +64,25 @@ def test_the_tree_looks_like_an_install(tmp_path: Path) -> None:
     code = "import dualcodec_ext.kernels, bench, opsuite; print(dualcodec_ext.__file__)"
     done = subprocess.run([sys.executable, "-c", code], env=check.environment, capture_output=True, text=True)
     assert done.stdout.startswith(str(tmp_path / "work" / "tree")), done.stderr
+
+
+@pytest.mark.skipif(bool(run.missing_module()), reason="needs the compiled module")
+@pytest.mark.parametrize(
+    ("words", "last"),
+    [
+        (["tests/sanitize_cases.py", "rvq_lookup", "causal_dwconv1d"], "all cases ran"),
+        (
+            ["-m", "pytest", "-q", "tests/test_cuda_ops.py", "tests/test_cuda_rvq.py", "-k", "alone or tf32 or nan"],
+            "passed",
+        ),
+        (["-m", "pytest", "-q", "tests/test_cuda_model.py", "-k", "nothing or raise"], "passed"),
+    ],
+    ids=["sanitize", "ops", "model"],
+)
+def test_the_gpus_tests_run_on_the_cpu(words: list[str], last: str) -> None:
+    environment = {**os.environ, "DUALCODEC_EXT_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and last in done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", gpu_runs.RUNS)
@@ -161,6 +182,26 @@ def test_calls_are_repeated_from_a_recording() -> None:
     assert made.calls % made.replays == 0 and made.how == f"{made.calls} calls, in a CUDA graph"
 
 
+def test_samples_of_repeated_calls_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = torch.zeros(1, 1, 10, dtype=torch.float64)
+
+    def build() -> gpu_timing.Call:
+        return lambda: time.sleep(0.0005) or wanted.float()
+
+    def recorder(once: gpu_timing.Call, count: int) -> gpu_timing.Call:
+        return lambda: [once() for _ in range(count)]
+
+    monkeypatch.setattr(measure, "repeated", lambda call, device: gpu_timing.repeated(call, device, recorder))
+    case = measure.Case("a case", 1.0, lambda dtype: 1.0, 1.0, 1, correctness.WaveCheck(wanted), {"op": "some"})
+    side = measure.Side("ours", "ours", torch.float32, build, ours=True)
+    how = measure.Timing(2, settle_s=0.0, record=True)
+    found = measure.describe(case, measure.measure_case(case, [side], how), {})
+    assert found["op"] == "some" and found["sides"][0]["timed"].endswith("in a CUDA graph")
+    assert all(0.0005 <= s < 0.003 for s in found["sides"][0]["samples_s"])
+    monkeypatch.setattr(measure, "repeated", lambda call, device: 1 / 0)
+    assert [o.status for o in measure.measure_case(case, [side], how)] == ["failed"]
+
+
 def test_what_cannot_be_recorded_is_repeated_one_by_one() -> None:
     def refuse(once: gpu_timing.Call, count: int) -> gpu_timing.Call:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -170,8 +211,6 @@ def test_what_cannot_be_recorded_is_repeated_one_by_one() -> None:
 
 
 def test_ceilings_of_a_device() -> None:
-    import torch
-
     found = probes._measure_device(torch.float32, "cpu", 0.002, (32,), 64, (1 << 16, 1 << 18))
     assert list(found.copy_gbs) == [1 << 16, 1 << 18]
     assert found.gemm_gflops == max(found.gemm_by_kernel.values()) > 0 < found.read_gbs
