@@ -74,8 +74,9 @@ bench: $(VENV)/.built
 # make gpu-check PART=test,bench RESULTS=/tmp/results
 PART ?= build,test,sanitize,bench
 RESULTS ?= bench/results
+LOGS ?= build/gpu-check
 gpu-check:
-	$(PYTHON) -m bench.gpu_check --parts $(PART) --results $(RESULTS)
+	$(PYTHON) -m bench.gpu_check --parts $(PART) --results $(RESULTS) --logs $(LOGS)
 
 # The PyPI package, to be carried to a machine without network; gpu-check finds it there, others by DUALCODEC_EXT_PEERS.
 peers:

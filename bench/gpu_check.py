@@ -2,8 +2,7 @@
 
 Needs torch, nvcc, ninja and pytest in the Python that runs it, and installs nothing. Every part has a limit; what a
 part leaves of its time goes to the next, and a part that fails stops none. Each op is tested and sanitized in processes
-of its own, since an illegal access ends all CUDA calls of a process. Logs and summary.json are in build/gpu-check, each
-written as it comes.
+of its own, since an illegal access ends all CUDA calls of a process. Logs and summary.json are written as they come.
 """
 
 from __future__ import annotations
@@ -67,15 +66,18 @@ class _Running:
 class Check:
     """The steps so far, and what they share."""
 
-    def __init__(self, results: Path, seconds: float, parts: Sequence[str], work: Path = WORK) -> None:
-        self.results, self.work, self.steps = results.resolve(), work, list[Step]()
+    def __init__(
+        self, results: Path, seconds: float, parts: Sequence[str], logs: Path = WORK, work: Path = WORK
+    ) -> None:
+        self.results, self.logs, self.work, self.steps = results.resolve(), logs.resolve(), work, list[Step]()
         share = seconds / sum(PARTS[part] for part in parts)
         start = time.monotonic()
         self.ends: dict[str, float] = {}
         for part in parts:
             start += PARTS[part] * share
             self.ends[part] = start
-        work.mkdir(parents=True, exist_ok=True)
+        for folder in (self.results, self.logs, work):
+            folder.mkdir(parents=True, exist_ok=True)
         self.environment = self._environment()
 
     def _environment(self) -> dict[str, str]:
@@ -111,7 +113,7 @@ class Check:
     def note(self, step: Step) -> Step:
         self.steps.append(step)
         print(step.line(), flush=True)
-        (self.work / "summary.json").write_text(json.dumps([asdict(s) for s in self.steps], indent=1) + "\n")
+        (self.logs / "summary.json").write_text(json.dumps([asdict(s) for s in self.steps], indent=1) + "\n")
         return step
 
     def run_all(self, part: str, commands: Mapping[str, Command], at_once: int = 1) -> list[Step]:
@@ -132,7 +134,7 @@ class Check:
 
     def _start(self, part: str, name: str, command: Command) -> _Running:
         words, more = command
-        path = self.work / f"{part}-{name}.log"
+        path = self.logs / f"{part}-{name}.log"
         log = path.open("w")
         log.write(f"$ {' '.join(words)}\n")
         log.flush()
@@ -219,14 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description="Build, test, sanitize, measure.")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
     parser.add_argument("--results", default="bench/results", help="folder for the measured JSON and Markdown")
+    parser.add_argument("--logs", default=str(WORK), help="folder for logs and summary.json (build/gpu-check)")
     parser.add_argument("--seconds", type=float, default=sum(PARTS.values()), help="for all parts together (530)")
     args = parser.parse_args(argv)
     parts = [name.strip() for name in args.parts.split(",")]
     for name in parts:
         if name not in PARTS:
             parser.error(f"--parts must name some of {', '.join(PARTS)}, got {name}")
-    check = Check(Path(args.results), args.seconds, parts)
-    check.results.mkdir(parents=True, exist_ok=True)
+    check = Check(Path(args.results), args.seconds, parts, Path(args.logs))
     works = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
     for part in parts:
         check.link_tree()

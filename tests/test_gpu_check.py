@@ -21,14 +21,14 @@ def python(code: str) -> gpu_check.Command:
 
 
 def a_check(tmp_path: Path, seconds: float = 60.0, parts: tuple[str, ...] = ("build", "bench")) -> gpu_check.Check:
-    return gpu_check.Check(tmp_path / "results", seconds, parts, tmp_path / "work")
+    return gpu_check.Check(tmp_path / "results", seconds, parts, tmp_path / "logs", tmp_path / "work")
 
 
 def test_what_fails_stops_nothing_and_everything_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = a_check(tmp_path)
     check.run_all("build", {"right": python("import os; print('sum', os.environ['ADDED'])")})
     check.run_all("build", {"wrong": python("print('the reason'); raise SystemExit(7)"), "next": python("")}, at_once=2)
-    steps = json.loads((tmp_path / "work" / "summary.json").read_text())
+    steps = json.loads((tmp_path / "logs" / "summary.json").read_text())
     assert sorted((s["name"], s["status"], s["code"]) for s in steps) == [
         ("next", "ok", 0),
         ("right", "ok", 0),
@@ -44,7 +44,7 @@ def test_a_part_ends_in_time_and_leaves_its_rest_to_the_next(tmp_path: Path) -> 
     start = time.monotonic()
     sleep = python("import time; print('begun', flush=True); time.sleep(60)")
     steps = check.run_all("build", {"long": sleep, "late": sleep})
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert [(s.name, s.status) for s in steps] == [("late", "skipped"), ("long", "out of time")]
     assert steps[1].code is None
 
@@ -197,7 +197,7 @@ def test_samples_of_repeated_calls_are_per_call(monkeypatch: pytest.MonkeyPatch)
     how = measure.Timing(2, settle_s=0.0, record=True)
     found = measure.describe(case, measure.measure_case(case, [side], how), {})
     assert found["op"] == "some" and found["sides"][0]["timed"].endswith("in a CUDA graph")
-    assert all(0.0005 <= s < 0.003 for s in found["sides"][0]["samples_s"])
+    assert 0.0005 <= min(found["sides"][0]["samples_s"]) < 0.004  # which all calls of a sample together take at least
     monkeypatch.setattr(measure, "repeated", lambda call, device: 1 / 0)
     assert [o.status for o in measure.measure_case(case, [side], how)] == ["failed"]
 
