@@ -177,6 +177,7 @@ def test(check: Check) -> None:
     pytest = [sys.executable, "-m", "pytest", *options]
     files = [*sorted(path.stem for path in ROOT.glob("tests/test_cuda_*.py")), "test_graphs"]
     commands = {name: [*pytest, f"tests/{name}.py"] for name in files if name != "test_cuda_ops"}
+    commands["triton_ops"] = [*pytest, "tests/triton_ops"]
     commands |= {f"test_cuda_ops-{op}": [*pytest, "tests/test_cuda_ops.py", "-k", op] for op in OPS}
     # Asked for by name, so that nothing is skipped for want of a GPU.
     more = {"DUALCODEC_EXT_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dualcodec_ext import testing
+from dualcodec_ext.ops._choice import TRITON_OPS
 from dualcodec_ext.reference import DualCodec, ResidualVectorQuantize
 from dualcodec_ext.reference import ops as reference_ops
 
 from .correctness import CodesCheck, Error, WaveCheck, exact_math
-from .machine import ROOT
 from .peers import faiss_peer
 from .peers.base import Call, Unavailable
 from .peers.folded import (
@@ -226,7 +226,7 @@ def _first(found: Any) -> Any:
 
 def has_kernels(op: str, family: str) -> bool:
     """Whether a family has an op at all; every op has compiled kernels."""
-    return family != "triton" or (ROOT / "kernels" / op / f"{op}_triton.py").is_file()
+    return family != "triton" or op in TRITON_OPS
 
 
 def our_call(row: Row, dtype: torch.dtype, family: str = "auto") -> Call:

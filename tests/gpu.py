@@ -11,20 +11,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dualcodec_ext import DualCodecConfig, reference, testing
+from dualcodec_ext import DualCodecConfig, build, reference, testing
+from dualcodec_ext.ops import _choice
 
 ASKED = os.environ.get("DUALCODEC_EXT_TEST_DEVICE", "")
 DEVICE = ASKED or "cuda"
 assert DEVICE in ("cuda", "cpu"), f"DUALCODEC_EXT_TEST_DEVICE must be cuda or cpu, got {DEVICE}"
 ON_GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 
 needs_device = pytest.mark.skipif(
     not ASKED and not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
@@ -34,11 +33,9 @@ gpu_alone = pytest.mark.skipif(not ON_GPU, reason="of GPUs alone")
 
 
 def families(op: str) -> list[str]:
-    """The backends that have kernels for an op on DEVICE."""
-    if not ON_GPU:
-        return ["cpu"]
-    triton = importlib.util.find_spec("triton") is not None and (KERNELS / op / f"{op}_triton.py").is_file()
-    return ["cuda", "triton"] if triton else ["cuda"]
+    """The backends that have kernels for an op on DEVICE; on the CPU Triton's with TRITON_INTERPRET=1."""
+    has_triton = op in _choice.TRITON_OPS and importlib.util.find_spec("triton") is not None
+    return [DEVICE, "triton"] if has_triton and (ON_GPU or build.triton_interprets()) else [DEVICE]
 
 
 def pairs(*ops: str) -> list[Any]:
