@@ -253,8 +253,8 @@ def our_call(row: Row, dtype: torch.dtype, family: str = "auto") -> Call:
         elif row.quantizer_tensors:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             options["packed"] = packing.pack_rvq(*(t.to(wide) for t in row.quantizer_tensors))
-    if row.op == "rvq_lookup" and row.device != "cpu":  # carries the dtype, as in the engine
-        options["addend"] = _signal(x.shape[0], x.shape[2], row.layer.channels, x.device, dtype)
+    if row.op == "rvq_lookup" and row.device != "cpu":  # the result takes the weight's dtype, as in the engine
+        weights, options["channels_last"] = (weights[0], kept(1), weights[2]), True
     function: Callable[..., Any] = getattr(ops, row.op)
 
     def call() -> object:
@@ -262,10 +262,6 @@ def our_call(row: Row, dtype: torch.dtype, family: str = "auto") -> Call:
             return _first(function(x, *weights, **options))
 
     return call
-
-
-def _signal(batch: int, steps: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(batch, steps, channels, device=device, dtype=dtype).transpose(1, 2)
 
 
 class _Depthwise(nn.Module):
