@@ -215,11 +215,11 @@ struct RvqSearch {
     return winner;
   }
 
-  // Over the lanes of a warp: each step hands half of the frames to the lane `mask` away and takes the other half's
+  // Over the lanes of a warp: each step hands half of the frames to the lane kMask away and takes the other half's
   // candidates from it; lane l ends with frame l * kFrames / 32.
-  template <int kCount>
-  static DCX_DEVICE void fold(Best& best, int mask) {
-    const bool upper = (thread_index() & mask) != 0;
+  template <int kCount, int kMask>
+  static DCX_DEVICE void fold(Best& best) {
+    const bool upper = (thread_index() & kMask) != 0;
     constexpr int kHalf = kCount / 2 > 0 ? kCount / 2 : 1;
     DCX_UNROLL
     for (int i = 0; i < kHalf; ++i) {
@@ -227,15 +227,15 @@ struct RvqSearch {
       const auto at = [&](int f) { return Candidate{best.score[f], best.group[f], kMargin ? best.second[f] : 0.0f}; };
       const Candidate kept = upper ? at(high) : at(low), given = upper ? at(low) : at(high);
       Candidate other;
-      other.score = shuffle_xor(given.score, mask);
-      other.group = shuffle_xor(given.group, mask);
-      other.second = kMargin ? shuffle_xor(given.second, mask) : 0.0f;
+      other.score = shuffle_xor(given.score, kMask);
+      other.group = shuffle_xor(given.group, kMask);
+      other.second = kMargin ? shuffle_xor(given.second, kMask) : 0.0f;
       const Candidate winner = better_of(kept, other);
       best.score[i] = winner.score;
       best.group[i] = winner.group;
       if constexpr (kMargin) best.second[i] = winner.second;
     }
-    if (mask > 1) fold<kHalf>(best, mask / 2);
+    if constexpr (kMask > 1) fold<kHalf, kMask / 2>(best);
   }
 
   static DCX_DEVICE void search(const RvqSearchParams& p, const Shared& s, int64_t stage, Ring& ring) {
@@ -252,7 +252,7 @@ struct RvqSearch {
       search_any(p, s, stage, best);
     DCX_UNROLL
     for (int f = 0; f < kFrames; ++f) best.group[f] = best.group[f] * kPass + thread_index();
-    fold<kFrames>(best, kWarp / 2);
+    fold<kFrames, kWarp / 2>(best);
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     if (lane % (kWarp / kFrames) == 0)
       s.candidates[warp * kFrames + lane * kFrames / kWarp] =
