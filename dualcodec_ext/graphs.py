@@ -125,15 +125,12 @@ class Graphs:
                 audio, lowest, highest = self._replay(recording)
                 samples = self.engine.decoded_samples(frames)
                 audio = audio[..., :samples].clone()
-                extremes = torch.stack([lowest, highest]).clone()
+                extremes = torch.stack([lowest, highest])
                 self._release(recording)
-        if recording is None:
-            lengths = None if frame_lengths is None else self.engine.decode_lengths(frame_lengths)
-            return self.engine.decode(semantic_codes, acoustic_codes, self._to_device(lengths))
-        if self._out_of_range(extremes, stages):
-            # Names the code, on the codes as they came; padding that nobody looks at may hold anything.
-            lengths = None if frame_lengths is None else self.engine.decode_lengths(frame_lengths)
-            return self.engine.decode(semantic_codes, acoustic_codes, self._to_device(lengths))
+        if recording is None or self._out_of_range(extremes, stages):
+            # Of a code out of range the eager engine names the place, unless it lies where nobody looks.
+            rows = None if frame_lengths is None else self.engine.decode_lengths(frame_lengths)
+            return self.engine.decode(semantic_codes, acoustic_codes, self._to_device(rows))
         return audio
 
     def encode(
