@@ -41,17 +41,14 @@ bool fit(const CudaContext& context, ConvGemmPlan& plan) {
   p.tile_items = minimum(p.batch, K::kTileRows / p.tile_rows);
   p.row_tiles = ceil_div(p.rows, p.tile_rows);
   p.column_tiles = ceil_div(p.columns, int64_t{K::kTileColumns});
-  int64_t fewest_taps = p.taps;
-  if (p.phases.stride > 0) {
-    fewest_taps = p.phases.taps(0);
-    for (int64_t i = 1; i < p.phases.stride; ++i) fewest_taps = minimum(fewest_taps, p.phases.taps(i));
+  int64_t fewest_taps = p.phases.stride > 0 ? p.phases.taps(0) : p.taps, most_taps = fewest_taps;
+  for (int64_t i = 1; i < p.phases.stride; ++i) {
+    fewest_taps = minimum(fewest_taps, p.phases.taps(i));
+    most_taps = maximum(most_taps, p.phases.taps(i));
   }
   // Several clips in a tile would each bring the reach of all taps along.
   p.per_tap = p.tile_items > 1;
-  for (int turn = 0;; ++turn) {
-    int64_t most_taps = p.taps;
-    for (int64_t i = 0; i < p.phases.stride; ++i)
-      most_taps = i == 0 ? p.phases.taps(0) : maximum(most_taps, p.phases.taps(i));
+  for (;;) {
     p.segment = (p.tile_rows - 1) * p.row_scale + 1 + (p.per_tap ? 0 : (most_taps - 1) * p.dilation);
     p.row_buffers = static_cast<int>(ceil_div(K::kDepthStages - 1, p.per_tap ? 1 : fewest_taps)) + 1;
     plan.smem_bytes = K::smem_bytes(p);
