@@ -55,8 +55,13 @@ at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,         // [B, C, T] f32|f64
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.channels, x);
   const at::Tensor norm_weight = has_norm ? padded_bias(op, "ln_weight", ln_weight, p.channels, x) : at::Tensor();
   const at::Tensor norm_bias = has_norm ? padded_bias(op, "ln_bias", ln_bias, p.channels, x) : at::Tensor();
-  at::Tensor taps_first = at::zeros({p.taps, round_up(p.channels, kColumnUnit)}, bias_values.options());
-  taps_first.narrow(1, 0, p.channels).copy_(weight.detach().t());
+  at::Tensor taps_first = weight.t();
+  // A weight that lies taps first is taken as it is: a copy costs as much as a few rows.
+  if (taps_first.scalar_type() != bias_values.scalar_type() || !taps_first.is_contiguous() ||
+      p.channels % kColumnUnit != 0) {
+    taps_first = at::zeros({p.taps, round_up(p.channels, kColumnUnit)}, bias_values.options());
+    taps_first.narrow(1, 0, p.channels).copy_(weight.detach().t());
+  }
   at::Tensor y = empty_signal(p.batch, p.channels, p.out_steps, x.options(), is_channels_last(x));
   if (y.numel() == 0) return y;
   p.y = view_of(y);

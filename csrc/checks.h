@@ -61,15 +61,19 @@ inline at::Tensor small_vector(const char* op, const char* name, const OptionalT
                                const at::Tensor& x) {
   if (!t.has_value() || !t->defined()) return at::Tensor();
   check_shape(op, name, *t, {size}, "[C]", x);
-  return t->detach().to(accumulate_dtype(x.scalar_type())).contiguous();
+  const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
+  if (t->scalar_type() == dtype && t->is_contiguous()) return *t;
+  return t->detach().to(dtype).contiguous();
 }
 
-// A bias padded with zeros to a multiple of kColumnUnit; zeros when there is none.
+// A bias padded with zeros to a multiple of kColumnUnit; zeros when there is none. Not copied where it is as it must
+// be: a copy costs as much as a narrow layer's few rows.
 inline at::Tensor padded_bias(const char* op, const char* name, const OptionalTensor& t, int64_t size,
                               const at::Tensor& x) {
-  at::Tensor padded = at::zeros({round_up(size, kColumnUnit)}, x.options().dtype(accumulate_dtype(x.scalar_type())));
   const at::Tensor values = small_vector(op, name, t, size, x);
-  if (values.defined() && size > 0) padded.narrow(0, 0, size).copy_(values);
+  if (values.defined() && size % kColumnUnit == 0) return values;
+  at::Tensor padded = at::zeros({round_up(size, kColumnUnit)}, x.options().dtype(accumulate_dtype(x.scalar_type())));
+  if (values.defined() && size > 0) padded.narrow(0, 0, size).copy_(values.detach());
   return padded;
 }
 

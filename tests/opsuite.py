@@ -170,13 +170,13 @@ def check_lengths(case: Case, lengths: list[int], dtype: torch.dtype = torch.flo
     assert not y.isnan().any()
 
 
-def check_threads(case: Case) -> None:
+def check_threads(case: Case, dtype: torch.dtype = torch.float32) -> None:
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(case.actual())
+            results.append(case.actual(dtype))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], r) for r in results[1:])
@@ -188,6 +188,16 @@ def check_alone(case: Case, dtype: torch.dtype = torch.float32) -> None:
     for i in range(case.x.shape[0]):
         options = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in case.options.items()}
         assert torch.equal(replace(case, x=case.x[i : i + 1], options=options).actual(dtype), whole[i : i + 1])
+
+
+def check_few_rows(case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """A batch of clips of a few steps: split by columns while it is small, by time when not, with the same bits."""
+    small = replace(case, x=case.x[:2])
+    check_threads(small, dtype)
+    check_alone(small, dtype)
+    assert torch.equal(case.actual(dtype)[:2], small.actual(dtype))
+    expected = small.expected(dtype)
+    testing.assert_close(small.actual(dtype).cpu(), expected, TOLERANCE[case.name, dtype])
 
 
 def check_compiles(case: Case) -> None:

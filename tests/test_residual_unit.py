@@ -157,6 +157,12 @@ def test_determinism() -> None:
     suite.check_alone(big)
 
 
+@pytest.mark.parametrize("dtype", suite.DTYPES, ids=str)
+def test_few_rows(dtype: torch.dtype) -> None:
+    suite.check_few_rows(case(100, 2, batch=70, dilation=3), dtype)
+    suite.check_lengths(case(100, 2, batch=3), [2, 0, 1], dtype)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_cut_gives_the_same_bits(causal: bool) -> None:
     """With 6d context rows in front and no padding, a piece gives what the whole gives there."""

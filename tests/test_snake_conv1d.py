@@ -218,6 +218,17 @@ def test_determinism() -> None:
     suite.check_alone(big)
 
 
+@pytest.mark.parametrize("dtype", suite.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"taps": 7, "padding": (6, 0)}, {"taps": 4, "stride": 2, "padding": (1, 1)}, {"taps": 1, "activation": "gelu"}],
+    ids=str,
+)
+def test_few_rows(options: dict[str, Any], dtype: torch.dtype) -> None:
+    suite.check_few_rows(case(cin=30, cout=100, steps=2, batch=70, **options), dtype)
+    suite.check_lengths(case(cin=30, cout=100, steps=3, batch=3, **options), [3, 0, 1], dtype)
+
+
 def test_a_cut_gives_the_same_bits() -> None:
     whole = case(cin=40, taps=7, dilation=3, padding=(18, 0), steps=700)
     y = whole.actual()

@@ -190,6 +190,13 @@ def test_determinism(mode: str) -> None:
     suite.check_alone(big)
 
 
+@pytest.mark.parametrize("dtype", suite.DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["transposed", "repeat"])
+def test_few_rows(mode: str, dtype: torch.dtype) -> None:
+    suite.check_few_rows(case(30, 100, 3, mode, steps=2, batch=70), dtype)
+    suite.check_lengths(case(30, 100, 5, mode, steps=3, batch=3), [3, 0, 1], dtype)
+
+
 def test_a_cut_gives_the_same_bits() -> None:
     """One frame of context in front makes a piece of a causal repeat equal the whole."""
     whole = case(40, 20, 5, "repeat", 70)

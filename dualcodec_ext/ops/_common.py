@@ -289,9 +289,10 @@ def conv_steps(steps: Any, taps: int, stride: int, dilation: int, padding: Seque
 
 def check_types(op: str, tensors: dict[str, Any], optional: dict[str, Any], **integers: Any) -> None:
     """Raise one line unless arguments, given by name, are of their types; the dispatcher's own error fills a page."""
-    for name, value in (tensors | optional).items():
-        if not (isinstance(value, Tensor) or (value is None and name in optional)):
-            raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    for values, needed in ((tensors, True), (optional, False)):
+        for name, value in values.items():
+            if not isinstance(value, Tensor) and (needed or value is not None):
+                raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     for name, value in integers.items():
         if isinstance(value, bool) or not (isinstance(value, int | torch.SymInt) or hasattr(value, "__index__")):
             raise ValueError(f"{op}: {name} must be an integer, got {value!r}")

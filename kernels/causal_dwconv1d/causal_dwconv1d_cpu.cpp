@@ -55,7 +55,7 @@ void run(const CausalDwconv1dParams& p) {
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
 
-  parallel(p.batch * tiles, [&](int64_t task) {
+  parallel(p.batch * tiles, p.batch * p.out_steps * (p.taps + 8) * p.channels, [&](int64_t task) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;

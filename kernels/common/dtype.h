@@ -26,6 +26,13 @@ DCX_HOST_DEVICE inline int64_t element_size(DType dtype) {
   return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
 }
 
+// The view without its first channels and steps.
+DCX_HOST_DEVICE inline TensorView view_from(TensorView view, int64_t channel, int64_t step = 0) {
+  view.data =
+      static_cast<char*>(view.data) + (channel * view.stride_c + step * view.stride_t) * element_size(view.dtype);
+  return view;
+}
+
 // Channel counts are padded to this many columns in packed weights and scratch tiles: one AVX-512 register of floats,
 // so that no kernel needs a masked column.
 constexpr int64_t kColumnUnit = 16;

@@ -30,5 +30,18 @@ struct GemmOperand {
 template <class T>
 void conv_gemm(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, T* c, int64_t ld_c);
 
+// Clips of m rows each that share one pass over the weights: clip i reads a + i * a_step and writes c + i * c_step.
+struct GemmClips {
+  int64_t count = 1;
+  int64_t a_step = 0;
+  int64_t c_step = 0;
+};
+
+// As conv_gemm, bit for bit, for one panel's columns alone; c points at the first of them. The weights are read in the
+// order in which they lie, once for all clips: what a few rows of a wide layer are bound by.
+template <class T>
+void conv_gemm_panel(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, int64_t panel, T* c,
+                     int64_t ld_c, const GemmClips& clips);
+
 }  // namespace DCX_NS
 }  // namespace dcx

@@ -101,38 +101,74 @@ inline bool library_gemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, b
   return false;
 }
 
+// One block of the reduction: a run of taps, or some channels of one tap.
+struct Block {
+  int64_t tap, taps, c0, c1;
+  bool add;
+};
+
+// Calls f with the blocks in order.
+template <class T, class F>
+inline void for_each_block(const GemmOperand<T>& op, const F& f) {
+  const int64_t blocks_per_tap = ceil_div(op.channels, op.block);
+  const int64_t taps_per_block = op.channels >= op.block ? 1 : op.block / op.channels;
+  for (int64_t tap = 0; tap < op.taps; tap += taps_per_block) {
+    const int64_t taps = op.taps - tap < taps_per_block ? op.taps - tap : taps_per_block;
+    for (int64_t block = 0; block < blocks_per_tap; ++block)
+      f(Block{tap, taps, op.channels * block / blocks_per_tap, op.channels * (block + 1) / blocks_per_tap,
+              tap > 0 || block > 0});
+  }
+}
+
+// One panel, of `width` columns, over one block.
+template <class T>
+inline void panel_block(int64_t m, const GemmOperand<T>& op, const Block& block, const T* panel, int64_t width, T* c,
+                        int64_t ld_c) {
+  const T* a = op.a + block.tap * op.tap_stride + block.c0;
+  const T* slice = panel + (block.tap * op.channels + block.c0) * width;
+  const int64_t channels = block.c1 - block.c0;
+  for (int64_t k = 0; k < block.taps; ++k)
+    if (!library_gemm(m, width, channels, op.row_stride, width, ld_c, block.add || k > 0, a + k * op.tap_stride,
+                      slice + k * op.channels * width, c)) {
+      gemm_panel<T>(m, a, op.row_stride, op.tap_stride, block.taps, channels, slice, width, c, ld_c, block.add);
+      return;
+    }
+}
+
 }  // namespace
 
 template <class T>
 void conv_gemm(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, T* c, int64_t ld_c) {
   if (m <= 0) return;
-  const int64_t blocks_per_tap = ceil_div(op.channels, op.block);
-  const int64_t taps_per_block = op.channels >= op.block ? 1 : op.block / op.channels;
-  for (int64_t tap = 0; tap < op.taps; tap += taps_per_block) {
-    const int64_t taps = op.taps - tap < taps_per_block ? op.taps - tap : taps_per_block;
-    for (int64_t block = 0; block < blocks_per_tap; ++block) {
-      const int64_t c0 = op.channels * block / blocks_per_tap, c1 = op.channels * (block + 1) / blocks_per_tap;
-      const bool add = tap > 0 || block > 0;
-      const T* a = op.a + tap * op.tap_stride + c0;
-      const T* panel = b;
-      for (int64_t p = 0; p < panel_count(columns); ++p) {
-        const int64_t n0 = panel_begin(columns, p), width = panel_begin(columns, p + 1) - n0;
-        const T* slice = panel + (tap * op.channels + c0) * width;
-        bool done = false;
-        for (int64_t k = 0; k < taps; ++k) {
-          done = library_gemm(m, width, c1 - c0, op.row_stride, width, ld_c, add || k > 0, a + k * op.tap_stride,
-                              slice + k * op.channels * width, c + n0);
-          if (!done) break;
-        }
-        if (!done) gemm_panel<T>(m, a, op.row_stride, op.tap_stride, taps, c1 - c0, slice, width, c + n0, ld_c, add);
-        panel += op.taps * op.channels * width;
-      }
+  // Panels inside blocks: a block of the rows stays in L1 while the panels pass.
+  for_each_block(op, [&](const Block& block) {
+    for (int64_t p = 0; p < panel_count(columns); ++p) {
+      const int64_t n0 = panel_begin(columns, p), width = panel_begin(columns, p + 1) - n0;
+      panel_block<T>(m, op, block, b + op.taps * op.channels * n0, width, c + n0, ld_c);
     }
-  }
+  });
+}
+
+template <class T>
+void conv_gemm_panel(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, int64_t panel, T* c,
+                     int64_t ld_c, const GemmClips& clips) {
+  if (m <= 0) return;
+  const int64_t n0 = panel_begin(columns, panel), width = panel_begin(columns, panel + 1) - n0;
+  for_each_block(op, [&](const Block& block) {
+    for (int64_t i = 0; i < clips.count; ++i) {
+      GemmOperand<T> clip = op;
+      clip.a += i * clips.a_step;
+      panel_block<T>(m, clip, block, b + op.taps * op.channels * n0, width, c + i * clips.c_step, ld_c);
+    }
+  });
 }
 
 template void conv_gemm<float>(int64_t, const GemmOperand<float>&, const float*, int64_t, float*, int64_t);
 template void conv_gemm<double>(int64_t, const GemmOperand<double>&, const double*, int64_t, double*, int64_t);
+template void conv_gemm_panel<float>(int64_t, const GemmOperand<float>&, const float*, int64_t, int64_t, float*,
+                                     int64_t, const GemmClips&);
+template void conv_gemm_panel<double>(int64_t, const GemmOperand<double>&, const double*, int64_t, int64_t, double*,
+                                      int64_t, const GemmClips&);
 
 }  // namespace DCX_NS
 }  // namespace dcx

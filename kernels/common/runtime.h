@@ -48,6 +48,23 @@ inline void parallel(int64_t count, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// parallel where the work, in multiply-adds, is worth waking threads for; else in the calling thread. With 64k one row
+// of a layer is 256 KB of weights, some 10 microseconds, and a wake-up takes 2 to 5.
+constexpr int64_t kMinParallelWork = 64 * 1024;
+template <class F>
+inline void parallel(int64_t count, int64_t work, const F& body) {
+  if (work >= kMinParallelWork) {
+    parallel(count, body);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+// Whether a call should share out a layer's columns instead of time tiles: its rows, over all clips, are so few that
+// reading the weights bounds it, so that every weight should be read once, by one thread.
+constexpr int64_t kShortRows = 64;
+inline bool is_short(int64_t rows, int64_t batch) { return rows * batch <= kShortRows; }
+
 // Rows per time tile: at most max_rows, and as many tiles as keep every thread busy. Free to choose, since no kernel's
 // result depends on where a tile starts.
 inline int64_t tile_rows(int64_t rows, int64_t batch, int64_t max_rows, int64_t unit) {

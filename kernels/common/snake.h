@@ -16,8 +16,10 @@ static inline float snake_scalar(float x, float alpha) {
   return static_cast<float>(static_cast<double>(x) + s * s / static_cast<double>(alpha + 1e-9f));
 }
 
-// alpha and inverse: [channels padded to ld with zeros]; inverse is 1 / (alpha + 1e-9), 0 in the padding.
-static void snake_rows(float* tile, int64_t ld, int64_t rows, const float* alpha, const float* inverse) {
+// On `columns` of each row, a multiple of 16. alpha and inverse: [columns], zero where there is no channel; inverse is
+// 1 / (alpha + 1e-9).
+static void snake_rows(float* tile, int64_t ld, int64_t rows, const float* alpha, const float* inverse,
+                       int64_t columns) {
   const Vec<float> inv_pi = vset1(0.318309886183790672f), magic = vset1(12582912.0f), limit = vset1(1e4f);
   const Vec<float> pi_a = vset1(-3.140625f), pi_b = vset1(-9.67502593994140625e-4f),
                    pi_c = vset1(-1.509957990978376e-7f);
@@ -26,7 +28,7 @@ static void snake_rows(float* tile, int64_t ld, int64_t rows, const float* alpha
                    k5 = vset1(-2.38880801039586421e-8f), one = vset1(1.0f);
   for (int64_t r = 0; r < rows; ++r) {
     float* row = tile + r * ld;
-    for (int64_t c = 0; c < ld; c += kLanes<float>) {
+    for (int64_t c = 0; c < columns; c += kLanes<float>) {
       const Vec<float> x = vload<float>(row + c), a = vload<float>(alpha + c);
       const Vec<float> y = a * x;
       const IVec<float> inside = (y <= limit) & (y >= -limit);
@@ -52,9 +54,10 @@ static void snake_rows(float* tile, int64_t ld, int64_t rows, const float* alpha
   }
 }
 
-static void snake_rows(double* tile, int64_t ld, int64_t rows, const double* alpha, const double* inverse) {
+static void snake_rows(double* tile, int64_t ld, int64_t rows, const double* alpha, const double* inverse,
+                       int64_t columns) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < ld; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       const double s = sin(alpha[c] * tile[r * ld + c]);
       tile[r * ld + c] += s * s * inverse[c];
     }
@@ -70,9 +73,9 @@ static void snake_prepare(T* out, int64_t ld, const T* alpha, int64_t channels) 
 }
 
 template <class T>
-static void add_bias(T* tile, int64_t ld, int64_t rows, const T* bias) {
+static void add_bias(T* tile, int64_t ld, int64_t rows, const T* bias, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < ld; c += kLanes<T>)
+    for (int64_t c = 0; c < columns; c += kLanes<T>)
       vstore<T>(tile + r * ld + c, vload<T>(tile + r * ld + c) + vload<T>(bias + c));
 }
 

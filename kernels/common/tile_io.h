@@ -115,14 +115,23 @@ static void store_rows(const T* tile, int64_t ld, int64_t rows, int64_t channels
           Io::put(base + c * stride_c + r * stride_t, tile[r * ld + c]);
 }
 
-// Tile row r takes time step begin + r of batch item b; ld >= round_up(channels, 16), columns up to ld become zero.
-template <class T>
-static void load_tile(T* tile, int64_t ld, int64_t rows, int64_t channels, const TensorView& x, int64_t b,
-                      int64_t begin, int64_t valid) {
+// Tile rows [first, last) hold time steps in [0, valid) when row 0 holds step `begin`.
+struct RowRange {
+  int64_t first, last;
+};
+static inline RowRange rows_inside(int64_t begin, int64_t rows, int64_t valid) {
   int64_t first = begin < 0 ? -begin : 0;
   if (first > rows) first = rows;
   int64_t last = valid - begin < rows ? valid - begin : rows;
   if (last < first) last = first;
+  return {first, last};
+}
+
+// Tile row r takes time step begin + r of batch item b; ld >= round_up(channels, 16), columns up to ld become zero.
+template <class T>
+static void load_tile(T* tile, int64_t ld, int64_t rows, int64_t channels, const TensorView& x, int64_t b,
+                      int64_t begin, int64_t valid) {
+  const auto [first, last] = rows_inside(begin, rows, valid);
   memset(tile, 0, static_cast<size_t>(first * ld) * sizeof(T));
   memset(tile + last * ld, 0, static_cast<size_t>((rows - last) * ld) * sizeof(T));
   if (ld > channels)

@@ -18,7 +18,67 @@ constexpr int64_t kTileBytes = 576 * 1024;
 // Wide layers stream megabytes of weights per tile; fewer rows than this and the stream would bound them.
 constexpr int64_t kMinTileRows = 128;
 
-enum Slot { kInput = 0, kMiddle = 1, kOutput = 2, kShared = 7 };
+enum Slot { kInput = 0, kMiddle = 1, kOutput = 2, kResidual = 3, kAllInput = 4, kAllMiddle = 5, kShared = 7 };
+
+inline int64_t in_valid_steps(const ResidualUnitParams& p, int64_t b) {
+  return p.lengths != nullptr ? p.lengths[b] : p.in_steps;
+}
+inline int64_t out_valid_steps(const ResidualUnitParams& p, int64_t b) {
+  return p.lengths != nullptr
+             ? conv_output_steps(p.lengths[b], kResidualUnitTaps, 1, p.dilation, p.pad_left, p.pad_right)
+             : p.out_steps;
+}
+
+// out [rows][columns of ld] += bias2 + x, of the channels and steps that begin at x's.
+template <class T>
+void add_residual(T* out, T* extra, int64_t ld, int64_t rows, int64_t channels, const T* bias, const TensorView& x,
+                  int64_t b, int64_t begin, int64_t valid) {
+  load_tile<T>(extra, ld, rows, channels, x, b, begin, valid);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < ld; c += kLanes<T>) {
+      T* value = out + r * ld + c;
+      vstore<T>(value, vload<T>(value) + vload<T>(bias + c) + vload<T>(extra + r * ld + c));
+    }
+}
+
+// A few rows of every clip: tasks are panels of the output's columns, first of W1 with Snake behind it, then of W2.
+template <class T>
+void run_short(const ResidualUnitParams& p, const T* shared) {
+  const int64_t ld = round_up(p.channels, kColumnUnit), rows = p.out_steps;
+  const int64_t halo = p.dilation * (kResidualUnitTaps - 1), in_rows = rows + halo;
+  const int64_t shift = p.centre * p.dilation - p.pad_left;
+  T* in = static_cast<T*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * ld) * sizeof(T)));
+  T* middle = static_cast<T*>(thread_scratch(kAllMiddle, static_cast<size_t>(p.batch * rows * ld) * sizeof(T)));
+  for (int64_t b = 0; b < p.batch; ++b) {
+    T* tile = in + b * in_rows * ld;
+    load_tile<T>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, in_valid_steps(p, b));
+    const RowRange inside = rows_inside(-p.pad_left, in_rows, in_valid_steps(p, b));
+    snake_rows(tile + inside.first * ld, ld, inside.last - inside.first, shared, shared + ld, ld);
+  }
+  const int64_t panels = panel_count(p.channels), work = p.batch * rows * p.channels * p.channels;
+  parallel(panels, work * kResidualUnitTaps, [&](int64_t panel) {
+    const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
+    const GemmOperand<T> dilated{in, ld, p.dilation * ld, kResidualUnitTaps, p.channels};
+    conv_gemm_panel<T>(rows, dilated, static_cast<const T*>(p.weight1), p.channels, panel, middle + n0, ld,
+                       GemmClips{p.batch, in_rows * ld, rows * ld});
+    add_bias<T>(middle + n0, ld, p.batch * rows, static_cast<const T*>(p.bias1) + n0, width);
+    snake_rows(middle + n0, ld, p.batch * rows, shared + 2 * ld + n0, shared + 3 * ld + n0, width);
+  });
+  parallel(panels, work, [&](int64_t panel) {
+    const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
+    const int64_t channels = p.channels - n0 < width ? p.channels - n0 : width;
+    T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(p.batch * rows * width) * sizeof(T)));
+    T* extra = static_cast<T*>(thread_scratch(kResidual, static_cast<size_t>(rows * width) * sizeof(T)));
+    const GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
+    conv_gemm_panel<T>(p.batch * rows, pointwise, static_cast<const T*>(p.weight2), p.channels, panel, out, width, {});
+    for (int64_t b = 0; b < p.batch; ++b) {
+      T* tile = out + b * rows * width;
+      add_residual<T>(tile, extra, width, rows, channels, static_cast<const T*>(p.bias2) + n0, view_from(p.x, n0), b,
+                      shift, in_valid_steps(p, b));
+      store_tile<T>(tile, width, rows, channels, view_from(p.y, n0), b, 0, out_valid_steps(p, b));
+    }
+  });
+}
 
 template <class T>
 void run(const ResidualUnitParams& p) {
@@ -27,6 +87,10 @@ void run(const ResidualUnitParams& p) {
   T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>(4 * ld) * sizeof(T)));
   snake_prepare<T>(shared, ld, static_cast<const T*>(p.alpha1), p.channels);
   snake_prepare<T>(shared + 2 * ld, ld, static_cast<const T*>(p.alpha2), p.channels);
+  if (is_short(p.out_steps, p.batch)) {
+    run_short<T>(p, shared);
+    return;
+  }
 
   const int64_t fitting = (kTileBytes / (ld * static_cast<int64_t>(sizeof(T))) - halo) / 3;
   const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kColumnUnit);
@@ -35,31 +99,23 @@ void run(const ResidualUnitParams& p) {
   parallel(p.batch * tiles, [&](int64_t task) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
-    const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    const int64_t out_valid =
-        p.lengths != nullptr ? conv_output_steps(in_valid, kResidualUnitTaps, 1, p.dilation, p.pad_left, p.pad_right)
-                             : p.out_steps;
+    const int64_t in_valid = in_valid_steps(p, b);
     const size_t tile_bytes = static_cast<size_t>(rows * ld) * sizeof(T);
     T* in = static_cast<T*>(thread_scratch(kInput, tile_bytes + static_cast<size_t>(halo * ld) * sizeof(T)));
     T* middle = static_cast<T*>(thread_scratch(kMiddle, tile_bytes));
     T* out = static_cast<T*>(thread_scratch(kOutput, tile_bytes));
     load_tile<T>(in, ld, count + halo, p.channels, p.x, b, t0 - p.pad_left, in_valid);
-    snake_rows(in, ld, count + halo, shared, shared + ld);
+    snake_rows(in, ld, count + halo, shared, shared + ld, ld);
     const GemmOperand<T> dilated{in, ld, p.dilation * ld, kResidualUnitTaps, p.channels};
     conv_gemm<T>(count, dilated, static_cast<const T*>(p.weight1), p.channels, middle, ld);
-    add_bias<T>(middle, ld, count, static_cast<const T*>(p.bias1));
-    snake_rows(middle, ld, count, shared + 2 * ld, shared + 3 * ld);
+    add_bias<T>(middle, ld, count, static_cast<const T*>(p.bias1), ld);
+    snake_rows(middle, ld, count, shared + 2 * ld, shared + 3 * ld, ld);
     const GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
     conv_gemm<T>(count, pointwise, static_cast<const T*>(p.weight2), p.channels, out, ld);
     // The residual is read again, un-snaked: it is still in L2, and a copy of the tile would take its place there.
-    load_tile<T>(in, ld, count, p.channels, p.x, b, t0 - p.pad_left + p.centre * p.dilation, in_valid);
-    const T* bias2 = static_cast<const T*>(p.bias2);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t c = 0; c < ld; c += kLanes<T>) {
-        T* value = out + r * ld + c;
-        vstore<T>(value, vload<T>(value) + vload<T>(bias2 + c) + vload<T>(in + r * ld + c));
-      }
-    store_tile<T>(out, ld, count, p.channels, p.y, b, t0, out_valid);
+    add_residual<T>(out, in, ld, count, p.channels, static_cast<const T*>(p.bias2), p.x, b,
+                    t0 - p.pad_left + p.centre * p.dilation, in_valid);
+    store_tile<T>(out, ld, count, p.channels, p.y, b, t0, out_valid_steps(p, b));
   });
 }
 

@@ -29,7 +29,7 @@ void run(const RvqLookupParams& p) {
   const int64_t rows = tile_rows(p.frames, p.batch, kTileFrames, 8);
   const int64_t tiles = ceil_div(p.frames, rows);
 
-  parallel(p.batch * tiles, [&](int64_t task) {
+  parallel(p.batch * tiles, p.batch * p.frames * layout.stages * dim * layout.channels, [&](int64_t task) {
     const int64_t b = task / tiles, f0 = task % tiles * rows;
     const int64_t count = p.frames - f0 < rows ? p.frames - f0 : rows;
     const int64_t valid = p.lengths != nullptr ? p.lengths[b] : p.frames;

@@ -18,7 +18,7 @@ constexpr int64_t kTileBytes = 448 * 1024;
 // Wide layers stream megabytes of weights per tile; fewer rows than this and the stream would bound them.
 constexpr int64_t kMinTileRows = 96;
 
-enum Slot { kInput = 0, kOutput = 1, kResidual = 2, kShared = 7 };
+enum Slot { kInput = 0, kOutput = 1, kResidual = 2, kAllInput = 4, kShared = 7 };
 
 inline float tanh_of(float x) { return tanhf(x); }
 inline double tanh_of(double x) { return tanh(x); }
@@ -49,6 +49,53 @@ void single_output(T* out, int64_t rows, const T* in, int64_t ld, int64_t row_st
   }
 }
 
+inline int64_t out_valid_steps(const SnakeConv1dParams& p, int64_t b) {
+  return p.lengths != nullptr ? conv_output_steps(p.lengths[b], p.taps, p.stride, p.dilation, p.pad_left, p.pad_right)
+                              : p.out_steps;
+}
+
+// Activation, residual and the way to memory, for `channels` of a tile [rows][ld] whose bias is added.
+template <class T>
+void finish(const SnakeConv1dParams& p, T* out, int64_t ld, int64_t rows, int64_t channel, int64_t channels, int64_t b,
+            int64_t t0) {
+  const int64_t valid = out_valid_steps(p, b);
+  activate<T>(out, ld, rows, channels, p.activation);
+  if (p.residual.data != nullptr) {
+    T* extra = static_cast<T*>(thread_scratch(kResidual, static_cast<size_t>(rows * ld) * sizeof(T)));
+    load_tile<T>(extra, ld, rows, channels, view_from(p.residual, channel), b, t0, valid);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < channels; ++c) out[r * ld + c] += extra[r * ld + c];
+  }
+  store_tile<T>(out, ld, rows, channels, view_from(p.y, channel), b, t0, valid);
+}
+
+// A few rows of every clip: tasks are panels of the output's columns.
+template <class T>
+void run_short(const SnakeConv1dParams& p, const T* shared) {
+  const int64_t in_ld = round_up(p.in_channels, kColumnUnit), rows = p.out_steps;
+  const int64_t in_rows = (rows - 1) * p.stride + p.dilation * (p.taps - 1) + 1;
+  T* in = static_cast<T*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * in_ld) * sizeof(T)));
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
+    T* tile = in + b * in_rows * in_ld;
+    load_tile<T>(tile, in_ld, in_rows, p.in_channels, p.x, b, -p.pad_left, valid);
+    const RowRange inside = rows_inside(-p.pad_left, in_rows, valid);
+    if (p.alpha != nullptr)
+      snake_rows(tile + inside.first * in_ld, in_ld, inside.last - inside.first, shared, shared + in_ld, in_ld);
+  }
+  const int64_t work = p.batch * rows * p.taps * p.in_channels * p.out_channels;
+  parallel(panel_count(p.out_channels), work, [&](int64_t panel) {
+    const int64_t n0 = panel_begin(p.out_channels, panel), width = panel_begin(p.out_channels, panel + 1) - n0;
+    const int64_t channels = p.out_channels - n0 < width ? p.out_channels - n0 : width;
+    T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(p.batch * rows * width) * sizeof(T)));
+    const GemmOperand<T> operand{in, p.stride * in_ld, p.dilation * in_ld, p.taps, p.in_channels};
+    conv_gemm_panel<T>(rows, operand, static_cast<const T*>(p.weight), p.out_channels, panel, out, width,
+                       GemmClips{p.batch, in_rows * in_ld, rows * width});
+    add_bias<T>(out, width, p.batch * rows, static_cast<const T*>(p.bias) + n0, width);
+    for (int64_t b = 0; b < p.batch; ++b) finish<T>(p, out + b * rows * width, width, rows, n0, channels, b, 0);
+  });
+}
+
 template <class T>
 void run(const SnakeConv1dParams& p) {
   const bool single_input = p.in_channels == 1 && p.dilation == 1 && p.alpha == nullptr;
@@ -59,6 +106,10 @@ void run(const SnakeConv1dParams& p) {
 
   T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>((2 + p.taps) * in_ld) * sizeof(T)));
   if (p.alpha != nullptr) snake_prepare<T>(shared, in_ld, static_cast<const T*>(p.alpha), p.in_channels);
+  if (!single_input && !single_column && is_short(p.out_steps, p.batch)) {
+    run_short<T>(p, shared);
+    return;
+  }
   T* column = shared + 2 * in_ld;
   if (single_column)
     for (int64_t k = 0; k < p.taps; ++k)
@@ -77,14 +128,11 @@ void run(const SnakeConv1dParams& p) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    const int64_t out_valid = p.lengths != nullptr
-                                  ? conv_output_steps(in_valid, p.taps, p.stride, p.dilation, p.pad_left, p.pad_right)
-                                  : p.out_steps;
     T* in = static_cast<T*>(thread_scratch(kInput, static_cast<size_t>(in_rows * in_ld) * sizeof(T)));
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(rows * out_ld) * sizeof(T)));
     const int64_t used = (count - 1) * p.stride + halo;
     load_tile<T>(in, in_ld, used, p.in_channels, p.x, b, t0 * p.stride - p.pad_left, in_valid);
-    if (p.alpha != nullptr) snake_rows(in, in_ld, used, shared, shared + in_ld);
+    if (p.alpha != nullptr) snake_rows(in, in_ld, used, shared, shared + in_ld, in_ld);
     if (single_column) {
       single_output<T>(out, count, in, in_ld, p.stride * in_ld, p.dilation * in_ld, p.taps, column);
     } else {
@@ -95,15 +143,8 @@ void run(const SnakeConv1dParams& p) {
     if (single_column)
       for (int64_t r = 0; r < count; ++r) out[r * out_ld] += static_cast<const T*>(p.bias)[0];
     else
-      add_bias<T>(out, out_ld, count, static_cast<const T*>(p.bias));
-    activate<T>(out, out_ld, count, p.out_channels, p.activation);
-    if (p.residual.data != nullptr) {
-      T* extra = static_cast<T*>(thread_scratch(kResidual, static_cast<size_t>(rows * out_ld) * sizeof(T)));
-      load_tile<T>(extra, out_ld, count, p.out_channels, p.residual, b, t0, out_valid);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t c = 0; c < p.out_channels; ++c) out[r * out_ld + c] += extra[r * out_ld + c];
-    }
-    store_tile<T>(out, out_ld, count, p.out_channels, p.y, b, t0, out_valid);
+      add_bias<T>(out, out_ld, count, static_cast<const T*>(p.bias), out_ld);
+    finish<T>(p, out, out_ld, count, 0, p.out_channels, b, t0);
   });
 }
 

@@ -70,7 +70,7 @@ void check_snake() {
     input[i] = i % ld >= 20 ? 0.0f : i < ld * 9 ? special[i / ld] : scale * uniform();
     tile[i] = input[i];
   }
-  snake_rows(tile, ld, rows, prepared, prepared + ld);
+  snake_rows(tile, ld, rows, prepared, prepared + ld, ld);
   for (int64_t i = 0; i < rows * ld; ++i) {
     const int64_t c = i % ld;
     const double x = input[i], a = c < 20 ? alpha[c] : 0.0f;
@@ -163,6 +163,13 @@ void check_gemm(int64_t taps, int64_t channels, int64_t columns, double toleranc
     conv_gemm<T>(1, row, packed, columns, alone, ld);
     CHECK(memcmp(alone, c + m * ld, static_cast<size_t>(ld) * sizeof(T)) == 0);
   }
+  // Panel by panel for three clips at once, the same bits.
+  static T clips[3][rows * max_columns];
+  for (int64_t panel = 0; panel < panel_count(columns); ++panel)
+    conv_gemm_panel<T>(rows - 4, operand, packed, columns, panel, clips[0] + panel_begin(columns, panel), ld,
+                       GemmClips{3, 2 * max_channels, rows * max_columns});
+  for (int64_t i = 0; i < 3; ++i)
+    CHECK(memcmp(clips[i], c + 2 * i * ld, static_cast<size_t>((rows - 4) * ld) * sizeof(T)) == 0);
 }
 
 }  // namespace
