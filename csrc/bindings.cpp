@@ -11,30 +11,44 @@
 
 #include "../kernels/common/runtime.h"
 
+namespace {
+
+// An op, and the same into memory that the caller has: name.out(.., *, out) -> (). An op that returned `out` would be
+// none that torch.compile takes.
+void define_with_out(torch::Library& m, const std::string& name, const std::string& arguments,
+                     const std::string& more = "") {
+  m.def((name + "(" + arguments + ") -> Tensor").c_str());
+  m.def((name + ".out(" + arguments + ", *, " + more + "Tensor(a!) out) -> ()").c_str());
+}
+
+}  // namespace
+
 TORCH_LIBRARY(dualcodec_ext, m) {
-  m.def(
-      "causal_dwconv1d(Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, float "
-      "eps, Tensor? lengths) -> Tensor");
+  define_with_out(m, "causal_dwconv1d",
+                  "Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, float "
+                  "eps, Tensor? lengths");
   m.def("pack_conv1d(Tensor weight, int stride=1, int dilation=1) -> Tensor");
   m.def("pack_residual_unit(Tensor weight1, Tensor weight2) -> Tensor");
   m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");
   m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding) -> Tensor");
-  m.def(
-      "residual_unit(Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? "
-      "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed) -> Tensor");
-  m.def(
-      "rvq_lookup(Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? lengths, "
-      "bool channels_last, Tensor? packed) -> Tensor");
+  define_with_out(m, "residual_unit",
+                  "Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? "
+                  "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed");
+  define_with_out(m, "rvq_lookup",
+                  "Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? "
+                  "lengths, bool channels_last, Tensor? packed");
   m.def(
       "rvq_search(Tensor z, Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias, "
       "int num_quantizers, bool return_quantized, bool return_margin, Tensor? lengths, Tensor? packed) -> (Tensor "
       "codes, Tensor quantized, Tensor margin)");
-  m.def(
-      "snake_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? alpha, int stride, int dilation, int[] padding, str "
-      "activation, Tensor? residual, Tensor? lengths, Tensor? packed) -> Tensor");
-  m.def(
-      "snake_upsample1d(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, "
-      "Tensor? lengths, Tensor? packed) -> Tensor");
+  define_with_out(m, "snake_conv1d",
+                  "Tensor x, Tensor weight, Tensor? bias, Tensor? alpha, int stride, int dilation, int[] padding, str "
+                  "activation, Tensor? residual, Tensor? lengths, Tensor? packed");
+  // With `first` the output begins at that step and is as long as `out`: a stretch of an upsampling.
+  define_with_out(m, "snake_upsample1d",
+                  "Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? "
+                  "lengths, Tensor? packed",
+                  "int first, ");
 }
 
 namespace {

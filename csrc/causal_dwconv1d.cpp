@@ -40,7 +40,8 @@ CausalDwconv1dParams check_causal_dwconv1d(const at::Tensor& x, const at::Tensor
   return p;
 }
 
-at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,         // [B, C, T] f32|f64|bf16|f16
+at::Tensor causal_dwconv1d_cpu(const OptionalTensor& out,   // [B, C, T'], x's dtype
+                               const at::Tensor& x,         // [B, C, T] f32|f64|bf16|f16
                                const at::Tensor& weight,    // [C, K]
                                const OptionalTensor& bias,  // [C]
                                at::IntArrayRef padding,
@@ -55,14 +56,13 @@ at::Tensor causal_dwconv1d_cpu(const at::Tensor& x,         // [B, C, T] f32|f64
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.channels, x);
   const at::Tensor norm_weight = has_norm ? padded_bias(op, "ln_weight", ln_weight, p.channels, x) : at::Tensor();
   const at::Tensor norm_bias = has_norm ? padded_bias(op, "ln_bias", ln_bias, p.channels, x) : at::Tensor();
-  at::Tensor taps_first = weight.t();
-  // A weight that lies taps first is taken as it is: a copy costs as much as a few rows.
-  if (taps_first.scalar_type() != bias_values.scalar_type() || !taps_first.is_contiguous() ||
-      p.channels % kColumnUnit != 0) {
+  // A weight that lies [K][C] already is read where it is: a copy costs as much as a few rows.
+  at::Tensor taps_first = weight.detach().to(bias_values.scalar_type()).t();
+  if (!taps_first.is_contiguous() || p.channels % kColumnUnit != 0) {
     taps_first = at::zeros({p.taps, round_up(p.channels, kColumnUnit)}, bias_values.options());
     taps_first.narrow(1, 0, p.channels).copy_(weight.detach().t());
   }
-  at::Tensor y = empty_signal(p.batch, p.channels, p.out_steps, x.options(), is_channels_last(x));
+  at::Tensor y = output_signal(op, out, p.batch, p.channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight = taps_first.const_data_ptr();
@@ -106,7 +106,10 @@ at::Tensor causal_dwconv1d_cuda(const at::Tensor& x, const at::Tensor& weight, c
 }  // namespace
 }  // namespace dcx
 
-TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) { m.impl("causal_dwconv1d", dcx::causal_dwconv1d_cpu); }
+TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
+  m.impl("causal_dwconv1d", dcx::WithOut<&dcx::causal_dwconv1d_cpu>::functional);
+  m.impl("causal_dwconv1d.out", dcx::WithOut<&dcx::causal_dwconv1d_cpu>::out);
+}
 
 #ifdef DCX_WITH_CUDA
 TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) { m.impl("causal_dwconv1d", dcx::causal_dwconv1d_cuda); }

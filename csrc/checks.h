@@ -106,6 +106,27 @@ inline at::Tensor empty_signal(int64_t batch, int64_t channels, int64_t steps, c
   return at::empty({batch, channels, steps}, options);
 }
 
+// What an op writes: `out` where it is given, once checked, or an uninitialised [B, C, T] laid out as x is.
+inline at::Tensor output_signal(const char* op, const OptionalTensor& out, int64_t batch, int64_t channels,
+                                int64_t steps, const at::Tensor& x) {
+  if (!out.has_value()) return empty_signal(batch, channels, steps, x.options(), is_channels_last(x));
+  DCX_CHECK(out->sizes() == at::IntArrayRef({batch, channels, steps}), op, ": out must be [B, C, T'] = [", batch, ", ",
+            channels, ", ", steps, "], got ", shape_text(*out));
+  DCX_CHECK(out->scalar_type() == x.scalar_type(), op, ": out must be ", x.scalar_type(), " as the input is, got ",
+            out->scalar_type());
+  DCX_CHECK(out->device() == x.device(), op, ": out must be on ", x.device(), " as the input is, got ", out->device());
+  return *out;
+}
+
+// The two overloads of an op that `kImpl`, which takes `out` first, stands behind: op(..) and op.out(.., *, out).
+template <auto kImpl>
+struct WithOut;
+template <class... Args, at::Tensor (*kImpl)(const OptionalTensor&, Args...)>
+struct WithOut<kImpl> {
+  static at::Tensor functional(Args... args) { return kImpl(std::nullopt, args...); }
+  static void out(Args... args, at::Tensor& out) { kImpl(out, args...); }
+};
+
 inline TensorView view_of(const at::Tensor& t) {
   TensorView view;
   view.data = const_cast<void*>(t.const_data_ptr());

@@ -76,7 +76,8 @@ ResidualUnitParams check_residual_unit(const at::Tensor& x, const at::Tensor& we
   return p;
 }
 
-at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|bf16|f16
+at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dtype
+                             const at::Tensor& x,          // [B, C, T] f32|f64|bf16|f16
                              const at::Tensor& alpha1,     // [C]
                              const at::Tensor& weight1,    // [C, C, 7]
                              const OptionalTensor& bias1,  // [C]
@@ -99,7 +100,7 @@ at::Tensor residual_unit_cpu(const at::Tensor& x,          // [B, C, T] f32|f64|
     const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
     return pack_residual_unit_cpu(weight1.to(dtype), weight2.to(dtype));
   });
-  at::Tensor y = empty_signal(p.batch, channels, p.out_steps, x.options(), is_channels_last(x));
+  at::Tensor y = output_signal(op, out, p.batch, channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight1 = panels.const_data_ptr();
@@ -176,7 +177,8 @@ at::Tensor residual_unit_cuda(const at::Tensor& x, const at::Tensor& alpha1, con
 }  // namespace dcx
 
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
-  m.impl("residual_unit", dcx::residual_unit_cpu);
+  m.impl("residual_unit", dcx::WithOut<&dcx::residual_unit_cpu>::functional);
+  m.impl("residual_unit.out", dcx::WithOut<&dcx::residual_unit_cpu>::out);
   m.impl("pack_residual_unit", dcx::pack_residual_unit_cpu);
 }
 

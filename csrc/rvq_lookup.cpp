@@ -59,7 +59,8 @@ at::Tensor empty_output(const Lookup& call, bool channels_last) {
             ", stage ", stage, ", frame ", position % p.frames);
 }
 
-at::Tensor rvq_lookup_cpu(const at::Tensor& codes,        // [B, q, F] integers, q <= Q
+at::Tensor rvq_lookup_cpu(const OptionalTensor& out,      // [B, C, F]; may be the addend itself
+                          const at::Tensor& codes,        // [B, q, F] integers, q <= Q
                           const at::Tensor& codebooks,    // [Q, N, D]
                           const at::Tensor& out_weight,   // [Q, C, D]
                           const at::Tensor& out_bias,     // [Q, C]
@@ -76,7 +77,8 @@ at::Tensor rvq_lookup_cpu(const at::Tensor& codes,        // [B, q, F] integers,
     return pack_quantizer(p.layout, at::Tensor(), at::Tensor(), codebooks, out_weight, out_bias, dtype);
   });
   const at::Tensor code_values = codes.to(at::kLong).contiguous();
-  at::Tensor y = empty_output(call, channels_last);
+  const at::Tensor y = out.has_value() ? output_signal(op, out, p.batch, p.layout.channels, p.frames, call.like)
+                                       : empty_output(call, channels_last);
   if (y.numel() == 0) return y;
   int64_t error = kNoError;
   p.codes = code_values.const_data_ptr<int64_t>();
@@ -134,7 +136,10 @@ at::Tensor rvq_lookup_cuda(const at::Tensor& codes, const at::Tensor& codebooks,
 }  // namespace
 }  // namespace dcx
 
-TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) { m.impl("rvq_lookup", dcx::rvq_lookup_cpu); }
+TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
+  m.impl("rvq_lookup", dcx::WithOut<&dcx::rvq_lookup_cpu>::functional);
+  m.impl("rvq_lookup.out", dcx::WithOut<&dcx::rvq_lookup_cpu>::out);
+}
 
 #ifdef DCX_WITH_CUDA
 TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) { m.impl("rvq_lookup", dcx::rvq_lookup_cuda); }

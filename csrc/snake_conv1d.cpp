@@ -75,7 +75,8 @@ SnakeConv1dParams check_snake_conv1d(const at::Tensor& x, const at::Tensor& weig
   return p;
 }
 
-at::Tensor snake_conv1d_cpu(const at::Tensor& x,          // [B, Cin, T] f32|f64|bf16|f16
+at::Tensor snake_conv1d_cpu(const OptionalTensor& out,    // [B, Cout, T'], x's dtype
+                            const at::Tensor& x,          // [B, Cin, T] f32|f64|bf16|f16
                             const at::Tensor& weight,     // [Cout, Cin, K]
                             const OptionalTensor& bias,   // [Cout]
                             const OptionalTensor& alpha,  // [Cin]
@@ -88,7 +89,7 @@ at::Tensor snake_conv1d_cpu(const at::Tensor& x,          // [B, Cin, T] f32|f64
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
-  at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
+  at::Tensor y = output_signal(op, out, p.batch, p.out_channels, p.out_steps, x);
   const at::Tensor panels =
       packed_or(op, packed, p.taps * p.in_channels * round_up(p.out_channels, kColumnUnit), x,
                 [&] { return pack_conv1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), 1, 1); });
@@ -158,7 +159,8 @@ at::Tensor snake_conv1d_cuda(const at::Tensor& x, const at::Tensor& weight, cons
 }  // namespace dcx
 
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
-  m.impl("snake_conv1d", dcx::snake_conv1d_cpu);
+  m.impl("snake_conv1d", dcx::WithOut<&dcx::snake_conv1d_cpu>::functional);
+  m.impl("snake_conv1d.out", dcx::WithOut<&dcx::snake_conv1d_cpu>::out);
   m.impl("pack_conv1d", dcx::pack_conv1d_cpu);
 }
 

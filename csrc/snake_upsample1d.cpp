@@ -91,7 +91,9 @@ SnakeUpsample1dParams check_snake_upsample1d(const at::Tensor& x, const at::Tens
   return p;
 }
 
-at::Tensor snake_upsample1d_cpu(const at::Tensor& x,         // [B, Cin, T] f32|f64|bf16|f16
+at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x's dtype; undefined: all T' steps
+                                 int64_t first,               // output step that `out` begins with
+                                 const at::Tensor& x,         // [B, Cin, T] f32|f64|bf16|f16
                                 const at::Tensor& alpha,     // [Cin]
                                 const at::Tensor& weight,    // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
                                 const OptionalTensor& bias,  // [Cout]
@@ -106,7 +108,14 @@ at::Tensor snake_upsample1d_cpu(const at::Tensor& x,         // [B, Cin, T] f32|
   const at::Tensor panels = packed_or(
       op, packed, p.phases.total_taps() * p.in_channels * round_up(p.out_channels, kColumnUnit), x,
       [&] { return pack_upsample1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), stride, mode, padding); });
-  at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
+  if (out.has_value()) {
+    DCX_CHECK(out->dim() == 3 && first >= 0 && first + out->size(2) <= p.out_steps, op,
+              ": out must be [B, C, N] with first + N in 0..", p.out_steps, ", got first = ", first, " and ",
+              shape_text(*out));
+    p.first = first;
+    p.out_steps = out->size(2);
+  }
+  at::Tensor y = output_signal(op, out, p.batch, p.out_channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight = panels.const_data_ptr();
@@ -115,6 +124,19 @@ at::Tensor snake_upsample1d_cpu(const at::Tensor& x,         // [B, Cin, T] f32|
   p.lengths = data_or_null<int64_t>(length_values);
   launch_snake_upsample1d_cpu(p);
   return y;
+}
+
+at::Tensor snake_upsample1d_cpu(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
+                                const OptionalTensor& bias, int64_t stride, c10::string_view mode,
+                                at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed) {
+  return snake_upsample1d_into(std::nullopt, 0, x, alpha, weight, bias, stride, mode, padding, lengths, packed);
+}
+
+void snake_upsample1d_out_cpu(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
+                              const OptionalTensor& bias, int64_t stride, c10::string_view mode,
+                              at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed,
+                              int64_t first, at::Tensor& out) {
+  snake_upsample1d_into(out, first, x, alpha, weight, bias, stride, mode, padding, lengths, packed);
 }
 
 #ifdef DCX_WITH_CUDA
@@ -168,6 +190,7 @@ at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, c
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
   m.impl("pack_upsample1d", dcx::pack_upsample1d_cpu);
   m.impl("snake_upsample1d", dcx::snake_upsample1d_cpu);
+  m.impl("snake_upsample1d.out", dcx::snake_upsample1d_out_cpu);
 }
 
 #ifdef DCX_WITH_CUDA

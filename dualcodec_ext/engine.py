@@ -3,6 +3,8 @@
 Activations are channels-last from the first convolution to the last. Every step maps lengths as it maps samples, so
 that a clip in a padded batch gives what it gives alone; all steps' lengths are worked out on the CPU before the first
 one runs, and go to the device in one copy.
+
+On the CPU whole clips run in tiles (`tiles.py`), with the bits of whole tensors; a GPU runs whole tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ from torch import Tensor
 
 from . import reference
 from .steps import Quantizer, Step, lengths_through, program, run, weight_dtype
+from .tiles import Programs, Sizes, Tiles
+
+
+def _listed(lengths: Tensor | None) -> list[int] | None:
+    return None if lengths is None else lengths.tolist()
 
 
 class Engine:
@@ -42,6 +49,26 @@ class Engine:
         self.hop_samples = model.dac.hop_length
         self.semantic_entries = self._semantic_quantizer.codebooks.shape[1]
         self.acoustic_entries = self._acoustic_quantizer.codebooks.shape[1]
+        self.set_tiles(None)
+
+    @property
+    def _parts(self) -> tuple[object, ...]:
+        programs = (self._semantic_encoder, self._semantic_decoder, self._acoustic_encoder, self._decoder)
+        return (*programs, self._semantic_quantizer, self._acoustic_quantizer)
+
+    def set_tiles(self, sizes: Sizes | None) -> None:
+        """Set how large tiles are, None: the usual sizes. Results do not depend on it, time and memory do."""
+        programs = Programs(
+            self._semantic_encoder,
+            self._semantic_quantizer,
+            self._semantic_decoder if self._decode_semantic else [],
+            self._acoustic_encoder,
+            self._acoustic_quantizer,
+            self._decoder,
+            self.hop_samples,
+            self.dtype,
+        )
+        self.tiles = Tiles(programs, sizes)
 
     def weight_bytes(self) -> int:
         """Return the memory of the packed weights, in bytes."""
@@ -58,7 +85,7 @@ class Engine:
                 for item in vars(value).values():
                     visit(item)
 
-        visit(list(vars(self).values()))
+        visit(self._parts)
         return sum(seen.values())
 
     def _channels_last(self, x: Tensor) -> Tensor:
@@ -111,6 +138,50 @@ class Engine:
         z = run(self._acoustic_encoder, self._channels_last(audio), take(self._acoustic_encoder))
         residual = z[..., : latent.shape[-1]] - latent
         return codes, self._acoustic_quantizer.search(residual, frames, num_quantizers)[0]
+
+    def encode_clips(
+        self,
+        audio: Tensor | None,
+        semantic_repr: Tensor,
+        num_quantizers: int | None,
+        frame_lengths: Tensor | None,
+        sample_lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode from the inputs' own lengths, in tiles on the CPU.
+
+        Args:
+            audio: [B, 1, S], S of any size: samples up to a whole frame, and those past a clip's length, count as 0;
+                on a GPU the caller has put them there.
+            semantic_repr, num_quantizers: as for `encode`.
+            frame_lengths: [B] on the CPU; None: none is shorter.
+            sample_lengths: [B] on the CPU or None, of the audio as it is given.
+
+        Returns:
+            As `encode`, the same bits.
+        """
+        if self.device.type != "cpu":
+            rows = None if frame_lengths is None else self.encode_lengths(frame_lengths, sample_lengths)
+            return self.encode(audio, semantic_repr, num_quantizers, None if rows is None else rows.to(self.device))
+        stages = self._acoustic_quantizer.codebooks.shape[0] if num_quantizers is None else num_quantizers
+        return self.tiles.encode(audio, semantic_repr, stages, _listed(frame_lengths), _listed(sample_lengths))
+
+    def decode_clips(
+        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None
+    ) -> Tensor:
+        """As `decode`, the same bits, from the clips' own frames [B] on the CPU; in tiles on the CPU."""
+        rows = None if frame_lengths is None else self.decode_lengths(frame_lengths)
+        if self.device.type != "cpu":
+            return self.decode(semantic_codes, acoustic_codes, None if rows is None else rows.to(self.device))
+        semantic, acoustic = semantic_codes.cpu(), None if acoustic_codes is None else acoustic_codes.cpu()
+        try:
+            samples = self.decoded_samples(semantic.shape[2])
+            return self.tiles.decode(semantic, acoustic, _listed(frame_lengths), samples)
+        except ValueError:
+            # A code out of range; a tile knows its place within the tile alone.
+            self._semantic_quantizer.lookup(semantic, frame_lengths, None)
+            if acoustic is not None:
+                self._acoustic_quantizer.lookup(acoustic, frame_lengths, None)
+            raise
 
     def decode_lengths(self, frame_lengths: Tensor) -> Tensor:
         """Return the lengths [rows, B] that `decode` needs, on the CPU, from those of the codes on the CPU."""

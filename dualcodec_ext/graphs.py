@@ -129,8 +129,7 @@ class Graphs:
                 self._release(recording)
         if recording is None or self._out_of_range(extremes, stages):
             # Of a code out of range the eager engine names the place, unless it lies where nobody looks.
-            rows = None if frame_lengths is None else self.engine.decode_lengths(frame_lengths)
-            return self.engine.decode(semantic_codes, acoustic_codes, self._to_device(rows))
+            return self.engine.decode_clips(semantic_codes, acoustic_codes, frame_lengths)
         return audio
 
     def encode(
@@ -163,11 +162,7 @@ class Graphs:
                 codes = [c[..., :frames].clone() for c in self._replay(recording)]
                 self._release(recording)
                 return codes[0], codes[1] if len(codes) > 1 else None
-        rows = None if frame_lengths is None else self.engine.encode_lengths(frame_lengths, sample_lengths)
-        return self.engine.encode(audio, semantic_repr, num_quantizers, self._to_device(rows))
-
-    def _to_device(self, rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else rows.to(self.engine.device)
+        return self.engine.encode_clips(audio, semantic_repr, num_quantizers, frame_lengths, sample_lengths)
 
     def _find(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
         """Return the bucket's recording, made now where this is its second call; None: run without one."""

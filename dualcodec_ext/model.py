@@ -200,6 +200,8 @@ class DualCodec(reference.DualCodec):
             return super()._encode(audio, feat, num_quantizers, sample_lengths, frame_lengths)
         if num_quantizers == 1:
             audio = None
+        if audio is not None and engine.engine.device.type != "cpu":
+            audio, sample_lengths = self._whole_frames(audio, sample_lengths)
         stages = None if num_quantizers is None else num_quantizers - 1
         frames = None if frame_lengths is None else frame_lengths.cpu()
         samples = None if audio is None or sample_lengths is None else sample_lengths.cpu()

@@ -109,6 +109,23 @@ class ConvStep:
             packed=self.packed,
         )
 
+    def into(self, out: Tensor, x: Tensor, residual: Tensor | None = None) -> None:
+        """Compute out from every row that it needs: nothing is padded."""
+        torch.ops.dualcodec_ext.snake_conv1d.out(
+            x,
+            self.weight,
+            self.bias,
+            self.alpha,
+            self.stride,
+            self.dilation,
+            (0, 0),
+            self.activation,
+            residual,
+            None,
+            self.packed,
+            out=out,
+        )
+
     def output_lengths(self, lengths: Tensor) -> Tensor:
         reach = (self.weight.shape[-1] - 1) * self.dilation + 1
         steps = torch.div(lengths + sum(self.padding) - reach, self.stride, rounding_mode="floor") + 1
@@ -160,6 +177,22 @@ class UpsampleStep:
             packed=self.packed,
         )
 
+    def into(self, out: Tensor, x: Tensor, first: int) -> None:
+        """Compute the output steps of x from `first` on, as many as out has."""
+        torch.ops.dualcodec_ext.snake_upsample1d.out(
+            x,
+            self.alpha,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.mode,
+            self.padding,
+            None,
+            self.packed,
+            first=first,
+            out=out,
+        )
+
     def output_lengths(self, lengths: Tensor) -> Tensor:
         if self.mode == "repeat":
             steps = lengths * self.stride + sum(self.padding) - 2 * self.stride + 1
@@ -176,6 +209,7 @@ class ResidualUnitStep:
     packed: Tensor
     dilation: int
     causal: bool
+    granularity: int = 1  # steps that are computed as one group, counted from the clip's first one
 
     @classmethod
     def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype) -> ResidualUnitStep:
@@ -206,6 +240,12 @@ class ResidualUnitStep:
             x, *self.tensors, dilation=self.dilation, causal=self.causal, lengths=lengths, packed=self.packed
         )
 
+    def into(self, out: Tensor, x: Tensor) -> None:
+        """Compute out from every row that it needs: nothing is padded."""
+        torch.ops.dualcodec_ext.residual_unit.out(
+            x, *self.tensors, self.dilation, (0, 0), self.causal, None, self.packed, out=out
+        )
+
     def output_lengths(self, lengths: Tensor) -> Tensor:
         return lengths
 
@@ -225,6 +265,8 @@ class ConvNeXtStep:
     def of(cls, block: reference.ConvNeXtBlock, dtype: torch.dtype) -> ConvNeXtStep:
         vectors = vector_dtype(dtype)
         depthwise = block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(vectors, copy=True)
+        if depthwise.device.type == "cpu":
+            depthwise = depthwise.t().contiguous().t()  # [K][C] in memory, which that kernel reads as it is
         taps = depthwise.shape[1]
         if depthwise.device.type == "cpu":  # as the kernel reads it, or every call would turn it round
             depthwise = depthwise.t().contiguous().t()
@@ -250,6 +292,16 @@ class ConvNeXtStep:
             lengths=lengths,
         )
         return self.contract(self.expand(y, lengths), lengths, residual=x)
+
+    def into(self, out: Tensor, x: Tensor, normed: Tensor, hidden: Tensor) -> None:
+        """Compute out from every row that it needs, by way of two tensors of out's length: nothing is padded."""
+        ln_weight, ln_bias, eps = self.norm
+        torch.ops.dualcodec_ext.causal_dwconv1d.out(
+            x, self.weight, self.bias, (0, 0), ln_weight, ln_bias, eps, None, out=normed
+        )
+        self.expand.into(hidden, normed)
+        left = self.padding[0]
+        self.contract.into(out, hidden, x[:, :, left : left + out.shape[2]])
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         return lengths
@@ -299,6 +351,20 @@ class Quantizer:
             packed=self.packed,
         )
         return result[0], result[1]
+
+    def lookup_into(self, out: Tensor, codes: Tensor, lengths: Tensor | None, addend: Tensor | None) -> None:
+        """Look up into out [B, C, F], which may be the addend itself."""
+        torch.ops.dualcodec_ext.rvq_lookup.out(
+            codes,
+            self.codebooks,
+            self.out_weight,
+            self.out_bias,
+            addend,
+            lengths,
+            True,
+            self.packed,
+            out=out,
+        )
 
     def lookup(self, codes: Tensor, lengths: Tensor | None, addend: Tensor | None) -> Tensor:
         return ops.rvq_lookup(

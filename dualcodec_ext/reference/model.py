@@ -173,25 +173,33 @@ class DualCodec(nn.Module):
         self._check_audio(name, audio_data, feat)
         if num_quantizers is not None:
             num_quantizers = min(num_quantizers, 1 + self.dac.n_codebooks)
-        sample_lengths = frame_lengths = None
+        frame_lengths = None
         if lengths is not None:
             check_lengths(name, lengths, audio_data)
-            audio_data = mask_past_lengths(audio_data, lengths)
             own_frames = (lengths + self.dac.hop_length - 1) // self.dac.hop_length
-            sample_lengths = own_frames * self.dac.hop_length
             frame_lengths = own_frames.clamp(max=feat.shape[-1])
-        audio = self.dac.preprocess(audio_data, sample_rate)
-        return self._encode(audio, feat, num_quantizers, sample_lengths, frame_lengths)
+        self.dac.check_rate(sample_rate)
+        return self._encode(audio_data, feat, num_quantizers, lengths, frame_lengths)
+
+    def _whole_frames(self, audio: Tensor, sample_lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Put zeros past each clip's samples, up to whole frames; returns the lengths of those."""
+        if sample_lengths is not None:
+            audio = mask_past_lengths(audio, sample_lengths)
+            hop = self.dac.hop_length
+            sample_lengths = (sample_lengths + hop - 1) // hop * hop
+        return self.dac.preprocess(audio, None), sample_lengths
 
     def _encode(
         self,
-        audio: Tensor | None,  # [B, 1, S] with S, and each sample length, padded to whole frames
+        audio: Tensor | None,  # [B, 1, S], of any S; what lies past a clip's own samples counts as zeros
         feat: Tensor,  # [B, semantic_dim, F]
         num_quantizers: int | None,  # 1 to 1 + n_codebooks; audio is read unless it is 1
         sample_lengths: Tensor | None,  # [B] int64, or None
         frame_lengths: Tensor | None,  # [B] int64, or None
     ) -> tuple[Tensor, Tensor | None]:
         """Encode arguments that have been checked."""
+        if audio is not None and num_quantizers != 1:
+            audio, sample_lengths = self._whole_frames(audio, sample_lengths)
         if frame_lengths is not None:
             samples = frame_lengths if sample_lengths is None else sample_lengths
             semantic, acoustic = [], []

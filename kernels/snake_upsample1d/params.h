@@ -13,6 +13,7 @@ struct SnakeUpsample1dParams {
   const void* alpha;       // [Cin], compute type
   const int64_t* lengths;  // [B], null: T each
   int64_t batch, in_channels, out_channels, in_steps, out_steps;
+  int64_t first;  // output step that y begins with: y may be a stretch of the output (on the CPU)
   UpsamplePhases phases;
 };
 

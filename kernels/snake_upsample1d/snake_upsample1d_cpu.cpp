@@ -68,21 +68,28 @@ void run(const SnakeUpsample1dParams& p) {
   }
   const int64_t span = last - first;  // frames under one output frame
 
+<<<<<<< HEAD
   const int64_t frames_out = ceil_div(p.out_steps, stride);
   if (is_short(frames_out, p.batch)) {
     run_short<T>(p, shared, first, span);
     return;
   }
+=======
+  const int64_t q_begin = p.first / stride, q_end = ceil_div(p.first + p.out_steps, stride);
+  const int64_t frames_out = q_end - q_begin;
+>>>>>>> 314c1d6 (Encode and decode on the CPU run in time tiles, in memory of fixed size and with the bits of whole tensors)
   const int64_t fitting = kTileBytes / ((in_ld + stride * out_ld) * static_cast<int64_t>(sizeof(T)));
   const int64_t frames = tile_rows(frames_out, p.batch, fitting < kMinTileFrames ? kMinTileFrames : fitting, 8);
   const int64_t tiles = ceil_div(frames_out, frames);
 
   parallel(p.batch * tiles, [&](int64_t task) {
-    const int64_t b = task / tiles, q0 = task % tiles * frames;
-    const int64_t count = frames_out - q0 < frames ? frames_out - q0 : frames;
-    const int64_t steps = p.out_steps - q0 * stride < count * stride ? p.out_steps - q0 * stride : count * stride;
+    const int64_t b = task / tiles, q0 = q_begin + task % tiles * frames;
+    const int64_t count = q_end - q0 < frames ? q_end - q0 : frames;
+    // The steps of these frames that y holds.
+    const int64_t t0 = q0 * stride < p.first ? p.first : q0 * stride, last_step = p.first + p.out_steps;
+    const int64_t steps = (last_step < (q0 + count) * stride ? last_step : (q0 + count) * stride) - t0;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    const int64_t out_valid = p.lengths != nullptr ? p.phases.output_steps(in_valid) : p.out_steps;
+    const int64_t out_valid = p.lengths != nullptr ? p.phases.output_steps(in_valid) : last_step;
     T* in = static_cast<T*>(thread_scratch(kInput, static_cast<size_t>((frames + span) * in_ld) * sizeof(T)));
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(frames * stride * out_ld) * sizeof(T)));
     load_tile<T>(in, in_ld, count + span - 1, p.in_channels, p.x, b, q0 + first, in_valid);
@@ -94,8 +101,14 @@ void run(const SnakeUpsample1dParams& p) {
       conv_gemm<T>(count, operand, weight, p.out_channels, out + phase * out_ld, stride * out_ld);
       weight += taps * p.in_channels * out_ld;
     }
+<<<<<<< HEAD
     add_bias<T>(out, out_ld, steps, static_cast<const T*>(p.bias), out_ld);
     store_tile<T>(out, out_ld, steps, p.out_channels, p.y, b, q0 * stride, out_valid);
+=======
+    T* kept = out + (t0 - q0 * stride) * out_ld;
+    add_bias<T>(kept, out_ld, steps, static_cast<const T*>(p.bias));
+    store_tile<T>(kept, out_ld, steps, p.out_channels, p.y, b, t0 - p.first, out_valid - p.first);
+>>>>>>> 314c1d6 (Encode and decode on the CPU run in time tiles, in memory of fixed size and with the bits of whole tensors)
   });
 }
 
