@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../kernels/common/runtime.h"
+#include "rvq.h"
 
 namespace {
 
@@ -114,5 +115,9 @@ PYBIND11_MODULE(_C, m) {
       "active_isa_error", [] { return std::string(dcx::active_isa_error()); },
       "Why DUALCODEC_EXT_ISA was not followed; empty when it was.");
   m.def("set_isa", &set_isa, "Switches kernels to generic, avx2 or avx512; False when that can't run here.");
+  m.def("rvq_search_counts", &dcx::rvq_search_counts, pybind11::arg("reset"),
+        "(codes searched for, those redone in float64) on the CPU since the last reset.");
+  m.def("set_rvq_search_bound_factor", &dcx::set_rvq_search_bound_factor,
+        "For tests: multiplies the error bound below which rvq_search redoes a code in float64.");
   m.def("set_gemm", &set_gemm, "Switches the small GEMM to own or brgemm (torch's); False when that is not built in.");
 }

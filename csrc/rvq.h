@@ -1,5 +1,7 @@
 // What the ops on packed quantisers share: the shape checks and the packer.
 #pragma once
+#include <utility>
+
 #include "../kernels/rvq_search/layout.h"
 #include "checks.h"
 #ifdef DCX_WITH_CUDA
@@ -33,6 +35,11 @@ inline RvqLayout check_quantizer(const char* op, const at::Tensor& codebooks, co
 at::Tensor pack_quantizer(const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
                           const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,
                           at::ScalarType dtype);
+
+// (codes searched for, those among them redone in float64), by the CPU's kernels since the last reset.
+std::pair<int64_t, int64_t> rvq_search_counts(bool reset);
+// For tests of the error bound: it is multiplied by this; 0 redoes nothing.
+void set_rvq_search_bound_factor(double factor);
 
 #ifdef DCX_WITH_CUDA
 // packed_or on like's device, aligned as the kernels need it: memory from torch's allocator is, a slice may not be.

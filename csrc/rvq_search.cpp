@@ -12,24 +12,46 @@
 namespace dcx {
 namespace {
 
-at::Tensor as_double(const at::Tensor& t) { return t.detach().to(at::Device(at::kCPU), at::kDouble).contiguous(); }
+RvqSearchCounts search_counts{};
+double search_bound_factor = 1;
+
+// In the type to pack in first: what float32 codes are searched for with are float32 weights, in every part.
+template <class T>
+at::Tensor as_double(const at::Tensor& t) {
+  const at::Tensor kept = t.detach().to(at::Device(at::kCPU), c10::CppTypeToScalarType<T>::value);
+  return kept.to(at::kDouble).contiguous();
+}
 
 // Everything is computed in double by plain loops, so that a packed weight does not depend on the number of threads.
 template <class T>
 void pack_into(T* out, const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
                const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias) {
   const int64_t stages = layout.stages, entries = layout.entries, dim = layout.dim, channels = layout.channels;
-  const at::Tensor books_tensor = as_double(codebooks), v_tensor = as_double(out_weight),
-                   b_tensor = as_double(out_bias);
+  const at::Tensor books_tensor = as_double<T>(codebooks), v_tensor = as_double<T>(out_weight),
+                   b_tensor = as_double<T>(out_bias);
   const double* books = books_tensor.const_data_ptr<double>();
   const double* v = v_tensor.const_data_ptr<double>();
   const double* b = b_tensor.const_data_ptr<double>();
 
+  // Rounded up: these norms go into a bound.
+  const auto above = [](double value) { return static_cast<T>(value * (1 + 0x1p-20)); };
+  const auto norm_of = [](const double* values, int64_t count) {
+    double square = 0;
+    for (int64_t i = 0; i < count; ++i) square += values[i] * values[i];
+    return std::sqrt(square);
+  };
+  // The folded bias and W_i V_j are sums over the channels in double: their error, in float32 roundings per |W| |V|.
+  const double fold_error = static_cast<double>(channels + 2) * 0x1p-29;
+
   if (in_weight.defined()) {
-    const at::Tensor w_tensor = as_double(in_weight), in_bias_tensor = as_double(in_bias);
+    const at::Tensor w_tensor = as_double<T>(in_weight), in_bias_tensor = as_double<T>(in_bias);
     const double* w = w_tensor.const_data_ptr<double>();
     pack_panels(out + layout.in_panels(), w, 1, channels, stages * dim, 0, 1, channels);
-    for (int64_t i = 0; i < stages; ++i)
+    for (int64_t i = 0; i < stages; ++i) {
+      T* norms = out + layout.norms_of(i);
+      const double w_norm = norm_of(w + i * dim * channels, dim * channels);
+      double bias_square = 0, b_norm = 0;
+      std::vector<double> cross_square(static_cast<size_t>(i));
       for (int64_t d = 0; d < dim; ++d) {
         const double* row = w + (i * dim + d) * channels;
         double bias = in_bias_tensor.const_data_ptr<double>()[i * dim + d];
@@ -38,11 +60,23 @@ void pack_into(T* out, const RvqLayout& layout, const at::Tensor& in_weight, con
           for (int64_t k = 0; k < dim; ++k) {
             double sum = 0;
             for (int64_t c = 0; c < channels; ++c) sum += row[c] * v[(j * channels + c) * dim + k];
+            cross_square[static_cast<size_t>(j)] += sum * sum;
             out[layout.cross() + ((i * stages + j) * dim + d) * dim + k] = static_cast<T>(sum);
           }
         }
+        bias_square += bias * bias;
         out[layout.in_bias() + i * dim + d] = static_cast<T>(bias);
+        out[layout.plain_in_bias() + i * dim + d] =
+            static_cast<T>(in_bias_tensor.const_data_ptr<double>()[i * dim + d]);
       }
+      for (int64_t j = 0; j < i; ++j) {
+        const double v_norm = norm_of(v + j * channels * dim, channels * dim);
+        norms[2 + j] = above(std::sqrt(cross_square[static_cast<size_t>(j)]) + fold_error * w_norm * v_norm);
+        b_norm += norm_of(b + j * channels, channels);
+      }
+      norms[0] = above(w_norm);
+      norms[1] = above(std::sqrt(bias_square) + fold_error * w_norm * b_norm);
+    }
   }
 
   std::vector<double> normalised(static_cast<size_t>(dim));
@@ -77,6 +111,7 @@ void pack_into(T* out, const RvqLayout& layout, const at::Tensor& in_weight, con
     double sum = 0;
     for (int64_t i = 0; i < stages; ++i) {
       sum += b[i * channels + c];
+      out[layout.plain_out_bias() + i * layout.channel_columns() + c] = static_cast<T>(b[i * channels + c]);
       out[layout.out_bias() + i * layout.channel_columns() + c] = static_cast<T>(sum);
     }
   }
@@ -156,6 +191,8 @@ Outputs rvq_search_cpu(const at::Tensor& z,           // [B, C, F] f32|f64|bf16|
   });
   p.packed = values.const_data_ptr();
   p.lengths = data_or_null<int64_t>(length_values);
+  p.counts = &search_counts;
+  p.bound_factor = search_bound_factor;
   return search_into_outputs(p, z, return_quantized, return_margin, launch_rvq_search_cpu);
 }
 
@@ -189,6 +226,16 @@ Outputs rvq_search_cuda(const at::Tensor& z, const at::Tensor& in_weight, const 
 #endif  // DCX_WITH_CUDA
 
 }  // namespace
+
+std::pair<int64_t, int64_t> rvq_search_counts(bool reset) {
+  int64_t values[2] = {0, 0};
+  int64_t* const kept[2] = {&search_counts.codes, &search_counts.redone};
+  for (int i = 0; i < 2; ++i)
+    values[i] = reset ? __atomic_exchange_n(kept[i], 0, __ATOMIC_RELAXED) : __atomic_load_n(kept[i], __ATOMIC_RELAXED);
+  return {values[0], values[1]};
+}
+
+void set_rvq_search_bound_factor(double factor) { search_bound_factor = factor; }
 
 at::Tensor pack_quantizer(const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
                           const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,

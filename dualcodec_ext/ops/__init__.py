@@ -5,7 +5,9 @@ from ._common import backend
 from .causal_dwconv1d import causal_dwconv1d
 from .residual_unit import residual_unit
 from .rvq_lookup import rvq_lookup
+from .rvq_search import RvqSearchStats as RvqSearchStats
 from .rvq_search import rvq_search
+from .rvq_search import rvq_search_stats as rvq_search_stats
 from .snake_conv1d import snake_conv1d
 from .snake_upsample1d import snake_upsample1d
 

@@ -104,7 +104,12 @@ def _fake_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight:
     books = stages * _columns(entries) * (dim + 1) + stages * entries * dim
     return _packed(
         codebooks,
-        (channels + 1) * codes + stages * stages * dim * dim + books + stages * dim * out + stages * out,
+        (channels + 2) * codes
+        + stages * stages * dim * dim
+        + books
+        + stages * dim * out
+        + 2 * stages * out
+        + stages * (stages + 2),
     )
 
 

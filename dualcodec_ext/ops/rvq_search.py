@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import build, reference
 from ._common import check_types, empty_signal, kernels_for, register
 
 
@@ -48,8 +48,11 @@ def rvq_search(
         ValueError: a wrong shape, dtype or range; one line.
         RuntimeError: in the backward pass: it has no gradient, train through `reference.ResidualVectorQuantize`.
 
-    Numerics: float32 at least, in the code space; of equal scores the lowest index wins. A frame with a NaN gets
-        codes 0 and a NaN sum. Bits depend neither on the batch nor on the number of threads.
+    Numerics: on the CPU the codes of a float32, bfloat16 or float16 z are those of the float64 definition with the
+        weights as float32 holds them: float32 searches, and a code whose margin is below the error bound of that search
+        is redone in float64 (its margin too); `rvq_search_stats` counts them. On a GPU the search is float32. Of equal
+        scores the lowest index wins. A frame with a NaN gets codes 0 and a NaN sum. Bits depend neither on the batch
+        nor on the number of threads.
 
     Source: kernels/rvq_search; defined by `reference.rvq_search_ref`.
     """
@@ -86,6 +89,29 @@ def rvq_search(
         packed,
     )
     return codes, quantized if return_quantized else None, margin if return_margin else None
+
+
+class RvqSearchStats(NamedTuple):
+    """How many codes `rvq_search` has searched for on the CPU, and how many of them it redid in float64."""
+
+    codes: int
+    redone: int
+
+
+def rvq_search_stats(reset: bool = False) -> RvqSearchStats:
+    """Count the codes that were searched for on the CPU, in this process, since the last reset.
+
+    A code is one frame at one stage; frames past an item's length and those of a float64 z are not counted. Safe to
+    call while other threads search.
+
+    Args:
+        reset: start again from zero.
+
+    Returns:
+        `codes` and, among them, `redone`: those that float32 could not decide and float64 did.
+    """
+    module = build.load_module()
+    return RvqSearchStats(0, 0) if module is None else RvqSearchStats(*module.rvq_search_counts(reset))
 
 
 def _fake(

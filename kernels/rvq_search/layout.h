@@ -28,7 +28,14 @@ struct RvqLayout {
   DCX_HOST_DEVICE int64_t out_panels() const { return rows() + stages * entries * dim; }
   // [Q][channel_columns]: out_bias summed over the stages up to and with this one.
   DCX_HOST_DEVICE int64_t out_bias() const { return out_panels() + stages * dim * channel_columns(); }
-  DCX_HOST_DEVICE int64_t total() const { return out_bias() + stages * channel_columns(); }
+  // What the float64 redo on the CPU needs beside the exact weights above: in_bias and out_bias as they are,
+  // [code_columns] and [Q][channel_columns], and per stage the norms of the error bound, [Q][Q + 2]: of W_i, of the
+  // folded bias, and of W_i V_j for j < i.
+  DCX_HOST_DEVICE int64_t plain_in_bias() const { return out_bias() + stages * channel_columns(); }
+  DCX_HOST_DEVICE int64_t plain_out_bias() const { return plain_in_bias() + code_columns(); }
+  DCX_HOST_DEVICE int64_t norms() const { return plain_out_bias() + stages * channel_columns(); }
+  DCX_HOST_DEVICE int64_t norms_of(int64_t stage) const { return norms() + stage * (stages + 2); }
+  DCX_HOST_DEVICE int64_t total() const { return norms_of(stages); }
 };
 
 }  // namespace dcx

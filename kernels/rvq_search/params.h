@@ -4,6 +4,11 @@
 
 namespace dcx {
 
+// Codes that were searched for, and those among them that were redone in float64. Added to atomically.
+struct RvqSearchCounts {
+  int64_t codes, redone;
+};
+
 // For stages i = 0 .. used - 1: e = W_i r + in_bias_i, code = the row nearest to e (both L2-normalised, lowest index on
 // a tie), r -= V_i row + out_bias_i; r starts as z.
 struct RvqSearchParams {
@@ -15,6 +20,8 @@ struct RvqSearchParams {
   const int64_t* lengths;  // [B], null: F each
   RvqLayout layout;
   int64_t batch, frames, used;
+  RvqSearchCounts* counts;  // CPU, float: added to; null: not wanted
+  double bound_factor;      // CPU, float: the error bound times this; 1 but in tests of the bound
 };
 
 void launch_rvq_search_cpu(const RvqSearchParams& params);
