@@ -265,11 +265,9 @@ class ConvNeXtStep:
     def of(cls, block: reference.ConvNeXtBlock, dtype: torch.dtype) -> ConvNeXtStep:
         vectors = vector_dtype(dtype)
         depthwise = block.dwconv.weight.detach().reshape(block.dwconv.weight.shape[0], -1).to(vectors, copy=True)
+        taps = depthwise.shape[1]
         if depthwise.device.type == "cpu":
             depthwise = depthwise.t().contiguous().t()  # [K][C] in memory, which that kernel reads as it is
-        taps = depthwise.shape[1]
-        if depthwise.device.type == "cpu":  # as the kernel reads it, or every call would turn it round
-            depthwise = depthwise.t().contiguous().t()
         return cls(
             depthwise,
             _vector(block.dwconv.bias, vectors),
