@@ -289,8 +289,8 @@ def test_verify_passes_and_fails(tmp_path: Path, small: str, capsys: Any, monkey
     assert code == 0 and "PASS" in out, err
     from dualcodec_ext.engine import Engine
 
-    real = Engine.decode
-    monkeypatch.setattr(Engine, "decode", lambda self, *a: real(self, *a) * 1.001)
+    real = Engine.decode_clips
+    monkeypatch.setattr(Engine, "decode_clips", lambda self, *a: real(self, *a) * 1.001)
     code, out, _ = run(capsys, "verify", "--weights", weights, "--model", small)
     assert code == 1 and "FAIL" in out
 

@@ -21,35 +21,40 @@ enum Slot { kInput = 0, kOutput = 1, kAllInput = 4, kShared = 7 };
 template <class T>
 void run_short(const SnakeUpsample1dParams& p, const T* shared, int64_t first, int64_t span) {
   const int64_t in_ld = round_up(p.in_channels, kColumnUnit), out_ld = round_up(p.out_channels, kColumnUnit);
-  const int64_t stride = p.phases.stride, frames = ceil_div(p.out_steps, stride), in_rows = frames + span - 1;
+  const int64_t stride = p.phases.stride, last_step = p.first + p.out_steps;
+  const int64_t q_begin = p.first / stride, frames = ceil_div(last_step, stride) - q_begin, in_rows = frames + span - 1;
   T* in = static_cast<T*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * in_ld) * sizeof(T)));
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
     T* tile = in + b * in_rows * in_ld;
-    load_tile<T>(tile, in_ld, in_rows, p.in_channels, p.x, b, first, valid);
-    const RowRange inside = rows_inside(first, in_rows, valid);
+    load_tile<T>(tile, in_ld, in_rows, p.in_channels, p.x, b, q_begin + first, valid);
+    const RowRange inside = rows_inside(q_begin + first, in_rows, valid);
     snake_rows(tile + inside.first * in_ld, in_ld, inside.last - inside.first, shared, shared + in_ld, in_ld);
   }
   const int64_t panels = panel_count(p.out_channels);
   const int64_t work = p.batch * frames * p.phases.total_taps() * p.in_channels * p.out_channels;
   parallel(stride * panels, work, [&](int64_t task) {
     const int64_t phase = task / panels, panel = task % panels, taps = p.phases.taps(phase);
-    const int64_t steps = ceil_div(p.out_steps - phase, stride);
+    // Steps of this phase that y holds: q0 * stride + phase is the first.
+    const int64_t q0 = q_begin * stride + phase < p.first ? q_begin + 1 : q_begin;
+    const int64_t steps = last_step > phase ? ceil_div(last_step - phase, stride) - q0 : 0;
+    if (steps <= 0) return;
     const int64_t n0 = panel_begin(p.out_channels, panel), width = panel_begin(p.out_channels, panel + 1) - n0;
     const int64_t channels = p.out_channels - n0 < width ? p.out_channels - n0 : width;
     const T* weight = static_cast<const T*>(p.weight);
     for (int64_t earlier = 0; earlier < phase; ++earlier) weight += p.phases.taps(earlier) * p.in_channels * out_ld;
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(p.batch * frames * width) * sizeof(T)));
-    const GemmOperand<T> operand{in + (p.phases.first(phase) - first) * in_ld, in_ld, in_ld, taps, p.in_channels};
+    const GemmOperand<T> operand{in + (p.phases.first(phase) - first + q0 - q_begin) * in_ld, in_ld, in_ld, taps,
+                                 p.in_channels};
     conv_gemm_panel<T>(steps, operand, weight, p.out_channels, panel, out, width,
                        GemmClips{p.batch, in_rows * in_ld, frames * width});
-    TensorView y = view_from(p.y, n0, phase);
+    TensorView y = view_from(p.y, n0, q0 * stride + phase - p.first);
     y.stride_t *= stride;
     for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t valid = p.lengths != nullptr ? p.phases.output_steps(p.lengths[b]) : p.out_steps;
+      const int64_t valid = p.lengths != nullptr ? p.phases.output_steps(p.lengths[b]) : last_step;
       T* tile = out + b * frames * width;
       add_bias<T>(tile, width, steps, static_cast<const T*>(p.bias) + n0, width);
-      store_tile<T>(tile, width, steps, channels, y, b, 0, valid > phase ? ceil_div(valid - phase, stride) : 0);
+      store_tile<T>(tile, width, steps, channels, y, b, 0, valid > phase ? ceil_div(valid - phase, stride) - q0 : 0);
     }
   });
 }
@@ -68,16 +73,12 @@ void run(const SnakeUpsample1dParams& p) {
   }
   const int64_t span = last - first;  // frames under one output frame
 
-<<<<<<< HEAD
-  const int64_t frames_out = ceil_div(p.out_steps, stride);
+  const int64_t q_begin = p.first / stride, q_end = ceil_div(p.first + p.out_steps, stride);
+  const int64_t frames_out = q_end - q_begin;
   if (is_short(frames_out, p.batch)) {
     run_short<T>(p, shared, first, span);
     return;
   }
-=======
-  const int64_t q_begin = p.first / stride, q_end = ceil_div(p.first + p.out_steps, stride);
-  const int64_t frames_out = q_end - q_begin;
->>>>>>> 314c1d6 (Encode and decode on the CPU run in time tiles, in memory of fixed size and with the bits of whole tensors)
   const int64_t fitting = kTileBytes / ((in_ld + stride * out_ld) * static_cast<int64_t>(sizeof(T)));
   const int64_t frames = tile_rows(frames_out, p.batch, fitting < kMinTileFrames ? kMinTileFrames : fitting, 8);
   const int64_t tiles = ceil_div(frames_out, frames);
@@ -101,14 +102,9 @@ void run(const SnakeUpsample1dParams& p) {
       conv_gemm<T>(count, operand, weight, p.out_channels, out + phase * out_ld, stride * out_ld);
       weight += taps * p.in_channels * out_ld;
     }
-<<<<<<< HEAD
-    add_bias<T>(out, out_ld, steps, static_cast<const T*>(p.bias), out_ld);
-    store_tile<T>(out, out_ld, steps, p.out_channels, p.y, b, q0 * stride, out_valid);
-=======
     T* kept = out + (t0 - q0 * stride) * out_ld;
-    add_bias<T>(kept, out_ld, steps, static_cast<const T*>(p.bias));
+    add_bias<T>(kept, out_ld, steps, static_cast<const T*>(p.bias), out_ld);
     store_tile<T>(kept, out_ld, steps, p.out_channels, p.y, b, t0 - p.first, out_valid - p.first);
->>>>>>> 314c1d6 (Encode and decode on the CPU run in time tiles, in memory of fixed size and with the bits of whole tensors)
   });
 }
 
