@@ -6,6 +6,7 @@
 #include "../kernels/common/conv_shape.h"
 #include "../kernels/common/gemm_pack.h"
 #include "../kernels/residual_unit/params.h"
+#include "../kernels/residual_unit/winograd.h"
 #include "checks.h"
 #ifdef DCX_WITH_CUDA
 #include <ATen/ops/cat.h>
@@ -30,18 +31,31 @@ int64_t check_unit_weights(const at::Tensor& weight1, const at::Tensor& weight2)
   return channels;
 }
 
-// conv_gemm panels of both weights, one behind the other.
-at::Tensor pack_residual_unit_cpu(const at::Tensor& weight1,    // [C, C, 7]
-                                  const at::Tensor& weight2) {  // [C, C, 1]
+// How many [C, C] matrices weight1 packs as.
+int64_t check_winograd(const char* op, int64_t winograd) {
+  const int64_t products = winograd == 0 ? kResidualUnitTaps : winograd_products(winograd);
+  DCX_CHECK(products > 0, op, ": winograd must be 0 (direct), 2, 3 or 4, got ", winograd);
+  return products;
+}
+
+// conv_gemm panels of both weights, one behind the other; weight1 transformed where winograd is not 0.
+at::Tensor pack_residual_unit_cpu(const at::Tensor& weight1,  // [C, C, 7]
+                                  const at::Tensor& weight2,  // [C, C, 1]
+                                  int64_t winograd) {
   const int64_t channels = check_unit_weights(weight1, weight2), pointwise = channels * round_up(channels, kColumnUnit);
+  const int64_t products = check_winograd("pack_residual_unit", winograd);
   const at::ScalarType dtype = accumulate_dtype(weight1.scalar_type());
   const at::Tensor wide = weight1.detach().to(dtype).contiguous(), narrow = weight2.detach().to(dtype).contiguous();
-  at::Tensor packed = at::empty({(kResidualUnitTaps + 1) * pointwise}, wide.options());
+  at::Tensor packed = at::empty({(products + 1) * pointwise}, wide.options());
   const auto fill = [&](auto* out) {
     using T = std::remove_pointer_t<decltype(out)>;
-    pack_panels(out, wide.const_data_ptr<T>(), kResidualUnitTaps, channels, channels, int64_t{1}, kResidualUnitTaps,
-                channels * kResidualUnitTaps);
-    pack_panels(out + kResidualUnitTaps * pointwise, narrow.const_data_ptr<T>(), int64_t{1}, channels, channels,
+    if (winograd == 0)
+      pack_panels(out, wide.const_data_ptr<T>(), kResidualUnitTaps, channels, channels, int64_t{1}, kResidualUnitTaps,
+                  channels * kResidualUnitTaps);
+    else
+      with_winograd_form(
+          winograd, [&](auto form) { pack_winograd<decltype(form)>(out, wide.const_data_ptr<T>(), channels); });
+    pack_panels(out + products * pointwise, narrow.const_data_ptr<T>(), int64_t{1}, channels, channels,
                 int64_t{1}, int64_t{1}, channels);
   };
   if (dtype == at::kDouble)
@@ -85,9 +99,13 @@ at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dt
                              const at::Tensor& weight2,    // [C, C, 1]
                              const OptionalTensor& bias2,  // [C]
                              int64_t dilation, at::IntArrayRef padding, bool causal,
-                             const OptionalTensor& lengths,   // [B] i64
-                             const OptionalTensor& packed) {  // both weights' panels, joined
+                             const OptionalTensor& lengths,  // [B] i64
+                             const OptionalTensor& packed,   // both weights' panels, joined
+                             int64_t winograd) {
   const char* op = "residual_unit";
+  const int64_t products = check_winograd(op, winograd);
+  DCX_CHECK(winograd == 0 || x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
+            ": winograd must be 0 unless x is float32 or float64, got ", winograd, " with ", x.scalar_type());
   ResidualUnitParams p = check_residual_unit(x, weight1, weight2, dilation, padding, causal);
   const int64_t channels = p.channels;
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
@@ -96,16 +114,17 @@ at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dt
   const at::Tensor bias1_values = padded_bias(op, "bias1", bias1, channels, x);
   const at::Tensor bias2_values = padded_bias(op, "bias2", bias2, channels, x);
   const int64_t pointwise_numel = channels * round_up(channels, kColumnUnit);
-  const at::Tensor panels = packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
+  const at::Tensor panels = packed_or(op, packed, (products + 1) * pointwise_numel, x, [&] {
     const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
-    return pack_residual_unit_cpu(weight1.to(dtype), weight2.to(dtype));
+    return pack_residual_unit_cpu(weight1.to(dtype), weight2.to(dtype), winograd);
   });
   at::Tensor y = output_signal(op, out, p.batch, channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight1 = panels.const_data_ptr();
   p.weight2 = static_cast<const char*>(panels.const_data_ptr()) +
-              kResidualUnitTaps * pointwise_numel * static_cast<int64_t>(panels.element_size());
+              products * pointwise_numel * static_cast<int64_t>(panels.element_size());
+  p.winograd = winograd;
   p.bias1 = bias1_values.const_data_ptr();
   p.bias2 = bias2_values.const_data_ptr();
   p.alpha1 = alpha1_values.const_data_ptr();
@@ -117,10 +136,16 @@ at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dt
 
 #ifdef DCX_WITH_CUDA
 
+void check_direct(const char* op, int64_t winograd) {
+  DCX_CHECK(winograd == 0, op, ": winograd must be 0 on CUDA, got ", winograd);
+}
+
 // [7][round_up(C, 32)][round_up(C, 16)] and [1][..][..], zero-padded, one behind the other, in the weights' dtype.
-at::Tensor pack_residual_unit_cuda(const at::Tensor& weight1,    // [C, C, 7]
-                                   const at::Tensor& weight2) {  // [C, C, 1]
+at::Tensor pack_residual_unit_cuda(const at::Tensor& weight1,  // [C, C, 7]
+                                   const at::Tensor& weight2,  // [C, C, 1]
+                                   int64_t winograd) {
   const int64_t channels = check_unit_weights(weight1, weight2);
+  check_direct("pack_residual_unit", winograd);
   check_cuda_dtype("pack_residual_unit", "weight1", weight1);
   const c10::cuda::CUDAGuard guard(weight1.device());
   const at::Tensor taps = at::cat({weight1.detach(), weight2.detach().to(weight1.scalar_type())}, 2).permute({2, 1, 0});
@@ -133,10 +158,11 @@ at::Tensor pack_residual_unit_cuda(const at::Tensor& weight1,    // [C, C, 7]
 at::Tensor residual_unit_cuda(const at::Tensor& x, const at::Tensor& alpha1, const at::Tensor& weight1,
                               const OptionalTensor& bias1, const at::Tensor& alpha2, const at::Tensor& weight2,
                               const OptionalTensor& bias2, int64_t dilation, at::IntArrayRef padding, bool causal,
-                              const OptionalTensor& lengths, const OptionalTensor& packed) {
+                              const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd) {
   const char* op = "residual_unit";
   ResidualUnitParams p = check_residual_unit(x, weight1, weight2, dilation, padding, causal);
   check_cuda_dtype(op, "x", x);
+  check_direct(op, winograd);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.in_steps, x);
   const at::Tensor alpha1_values = small_vector(op, "alpha1", alpha1, p.channels, x);
@@ -145,7 +171,7 @@ at::Tensor residual_unit_cuda(const at::Tensor& x, const at::Tensor& alpha1, con
   const at::Tensor bias2_values = small_vector(op, "bias2", bias2, p.channels, x);
   const int64_t pointwise_numel = round_up(p.channels, kChannelUnit) * round_up(p.channels, kColumnUnit);
   const at::Tensor values = cuda_packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
-    return pack_residual_unit_cuda(weight1.to(x.scalar_type()), weight2.to(x.scalar_type()));
+    return pack_residual_unit_cuda(weight1.to(x.scalar_type()), weight2.to(x.scalar_type()), 0);
   });
   at::Tensor y = empty_signal(p.batch, p.channels, p.out_steps, x.options(), is_channels_last(x));
   if (y.numel() == 0) return y;

@@ -23,7 +23,7 @@ def accelerate(
     Args:
         model: `dualcodec.DualCodec`, `dualcodec_ext.reference.DualCodec` or `dualcodec_ext.DualCodec`.
         dtype: of activations and audio, whatever the parameters have (None: that of the parameters).
-        fast: not available in this version, must be False.
+        fast: whether decode takes the faster, less exact path: `DualCodec.set_fast`.
         release: pack the weights now and free the parameters of both objects. What is left encodes and decodes and
             nothing else; it can't be trained, saved, copied or moved.
 
@@ -31,12 +31,11 @@ def accelerate(
         The model, in train or eval mode as `model` is; `release` needs eval mode.
 
     Raises:
-        DualCodecError: `model` is no DualCodec, or is a variant that this package does not know.
+        DualCodecError: `model` is no DualCodec, or is a variant that this package does not know; or `fast` with
+            anything but float32 on the CPU.
 
     Source: the PyPI package `dualcodec` 0.4.2 stores no configuration, so it is read off the modules.
     """
-    if fast:
-        raise DualCodecError("accelerate: fast must be False in this version, got True")
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise DualCodecError(f"accelerate: dtype must be float32, float64, bfloat16 or float16, got {dtype}")
     if isinstance(model, DualCodec):
@@ -50,6 +49,7 @@ def accelerate(
     _share_parameters(model, fast_model)
     fast_model.train(model.training)
     fast_model._compute_dtype = dtype
+    fast_model.set_fast(fast)
     if release:
         fast_model.release()
         _forget_weights(model)

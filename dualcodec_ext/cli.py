@@ -61,6 +61,7 @@ def roundtrip(
     rate: opt.Rate = None,
     kind: opt.Format = None,
     dtype: opt.DtypeOption = opt.Dtype.float32,
+    fast: opt.Fast = False,
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
     seed: opt.Seed = 0,
@@ -72,7 +73,7 @@ def roundtrip(
     """
     from dualcodec_ext._cli.commands import run_roundtrip
 
-    settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed)
+    settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed, fast)
     raise typer.Exit(run_roundtrip(source, target, settings, quantizers, rate, kind, as_json))
 
 
@@ -111,6 +112,7 @@ def decode(
     rate: opt.Rate = None,
     kind: opt.Format = None,
     dtype: opt.DtypeOption = opt.Dtype.float32,
+    fast: opt.Fast = False,
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
     seed: opt.DecodeSeed = None,
@@ -127,7 +129,7 @@ def decode(
     """
     from dualcodec_ext._cli.commands import run_decode
 
-    settings = opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed)
+    settings = opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed, fast)
     raise typer.Exit(
         run_decode(inputs, folder, settings, quantizers, rate, kind or "wav", any_weights, skip_existing, as_json)
     )

@@ -29,12 +29,13 @@ class Engine:
     Args:
         model: the parameters; they are copied, folded and packed here, and not looked at again.
         dtype: of the activations, float32, float64 (CPU alone), bfloat16 or float16.
+        fast: whether decode runs its residual units in Winograd's form; float32 on the CPU alone.
 
     Numerics: float32 accumulation (float64 for float64); codes are searched in float32 at least. A clip's result
         depends neither on the batch it is in nor on the number of threads.
     """
 
-    def __init__(self, model: reference.DualCodec, dtype: torch.dtype) -> None:
+    def __init__(self, model: reference.DualCodec, dtype: torch.dtype, fast: bool = False) -> None:
         self.dtype = dtype
         self.device = next(model.parameters()).device
         weights = weight_dtype(dtype, self.device)
@@ -44,7 +45,7 @@ class Engine:
             self._semantic_quantizer = Quantizer.of(model.semantic_vq, dtype)
             self._acoustic_encoder = program(list(model.dac.encoder.block), weights)
             self._acoustic_quantizer = Quantizer.of(model.dac.quantizer, dtype)
-            self._decoder = program(list(model.dac.decoder.model), weights)
+            self._decoder = program(list(model.dac.decoder.model), weights, fast)
         self._decode_semantic = model.decode_semantic_for_codec
         self.hop_samples = model.dac.hop_length
         self.semantic_entries = self._semantic_quantizer.codebooks.shape[1]

@@ -39,6 +39,7 @@ class DualCodec(reference.DualCodec):
         super().__init__(*args, **settings)
         self._engine_state: tuple[Any, Any] | None = None
         self._compute_dtype: torch.dtype | None = None
+        self._fast = False
         self._released = False  # only the engine is left
         self._freed = False  # the parameters are gone
 
@@ -97,6 +98,34 @@ class DualCodec(reference.DualCodec):
         """The dtype of activations and audio: that of the parameters, unless `accelerate` was given another one."""
         return self._compute_dtype or next(self.parameters()).dtype
 
+    @property
+    def fast(self) -> bool:
+        """Whether decode takes the faster, less exact path: `set_fast`."""
+        return self._fast
+
+    def set_fast(self, fast: bool = True) -> DualCodec:
+        """Choose whether `decode_from_codes` takes a faster, less exact path, and return the model.
+
+        The fast path runs the k=7 convolutions of the decoder's residual units in Winograd's form, with fewer
+        multiplications and more rounding. `encode` and `semantic_quantize` stay as they are, codes included. The
+        weights are packed again at the next call; a copy or a pickle keeps the choice, a state_dict does not hold it.
+        The reference (train mode, `backend("reference")`) takes no notice of it.
+
+        Numerics: decoded samples within 1e-4 of full scale of the float64 reference's.
+
+        Raises:
+            DualCodecError: the model computes in another dtype than float32 or on another device than the CPU, now or
+                when it next runs; or its parameters were released under the other choice.
+        """
+        fast = bool(fast)
+        if self._released and fast != self._fast:
+            raise DualCodecError("DualCodec.set_fast: must come before release=True, which has freed the parameters")
+        if fast and not self._released:
+            parameter = next(self.parameters())
+            _check_fast(parameter.device, self.compute_dtype)
+        self._fast = fast
+        return self
+
     def prepare(self) -> None:
         """Pack the weights now rather than at the first call; nothing where the reference is to run."""
         if not self.training:
@@ -115,6 +144,7 @@ class DualCodec(reference.DualCodec):
         # An inference tensor has no version counter: repack()'s docstring says what follows.
         return (
             self.compute_dtype,
+            self._fast,
             tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()),
         )
 
@@ -132,6 +162,8 @@ class DualCodec(reference.DualCodec):
         dtype = self.compute_dtype
         if dtype not in _ENGINE_DTYPES or _common.choose_backend(parameter.device, dtype, ENGINE) == "reference":
             return None
+        if self._fast:
+            _check_fast(parameter.device, dtype)
         fingerprint, state = self._fingerprint(), self._engine_state
         if state is None or state[0] != fingerprint:
             from .engine import Engine
@@ -141,7 +173,7 @@ class DualCodec(reference.DualCodec):
                 state = self._engine_state
                 if state is None or state[0] != fingerprint:
                     self._engine_state = state = None  # the old weights go before the new ones come
-                    self._engine_state = state = (fingerprint, Graphs(Engine(self, dtype)))
+                    self._engine_state = state = (fingerprint, Graphs(Engine(self, dtype, self._fast)))
                     _packed_models.add(self)
         return state[1]
 
@@ -212,6 +244,14 @@ class DualCodec(reference.DualCodec):
         if engine is None:
             return super()._decode(semantic_codes, acoustic_codes, frame_lengths)
         return engine.decode(semantic_codes, acoustic_codes, None if frame_lengths is None else frame_lengths.cpu())
+
+
+def _check_fast(device: torch.device, dtype: torch.dtype) -> None:
+    if dtype != torch.float32 or device.type not in ("cpu", "meta"):
+        raise DualCodecError(
+            f"DualCodec: fast needs float32 on the CPU, got {str(dtype).removeprefix('torch.')} on {device}; "
+            "set_fast(False) turns it off"
+        )
 
 
 def _repack_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -201,6 +201,11 @@ class UpsampleStep:
         return torch.where(lengths > 0, steps.clamp(min=0), 0)
 
 
+# `winograd` of a fast decoder's residual units, of every width and dilation: kernels/residual_unit/README.md has the
+# speed and the error of each form per layer.
+FAST_WINOGRAD = 4
+
+
 @dataclass
 class ResidualUnitStep:
     """`ops.residual_unit` with its weights; the length stays."""
@@ -209,15 +214,15 @@ class ResidualUnitStep:
     packed: Tensor
     dilation: int
     causal: bool
-    granularity: int = 1  # steps that are computed as one group, counted from the clip's first one
+    winograd: int = 0
 
     @classmethod
-    def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype) -> ResidualUnitStep:
+    def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype, winograd: int = 0) -> ResidualUnitStep:
         snake1, conv1, snake2, conv2 = unit.block
         assert isinstance(snake1, reference.Snake1d) and isinstance(snake2, reference.Snake1d)
         inner1, inner2 = _inner(conv1), _inner(conv2)
         weight1, weight2 = inner1.folded_weight(dtype), inner2.folded_weight(dtype)
-        packed = packing.pack_residual_unit(weight1, weight2)
+        packed = packing.pack_residual_unit(weight1, weight2, winograd)
         vectors = vector_dtype(dtype)
         alpha1, alpha2 = _vector(snake1.alpha, vectors), _vector(snake2.alpha, vectors)
         assert alpha1 is not None and alpha2 is not None
@@ -233,17 +238,29 @@ class ResidualUnitStep:
             packed,
             inner1.dilation,
             isinstance(conv1, CausalConv1d),
+            winograd,
         )
+
+    @property
+    def granularity(self) -> int:
+        """Where the time axis may be cut without changing a bit: at output steps that are multiples of it."""
+        return self.winograd * self.dilation or 1
 
     def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return ops.residual_unit(
-            x, *self.tensors, dilation=self.dilation, causal=self.causal, lengths=lengths, packed=self.packed
+            x,
+            *self.tensors,
+            dilation=self.dilation,
+            causal=self.causal,
+            lengths=lengths,
+            packed=self.packed,
+            winograd=self.winograd,
         )
 
     def into(self, out: Tensor, x: Tensor) -> None:
         """Compute out from every row that it needs: nothing is padded."""
         torch.ops.dualcodec_ext.residual_unit.out(
-            x, *self.tensors, self.dilation, (0, 0), self.causal, None, self.packed, out=out
+            x, *self.tensors, self.dilation, (0, 0), self.causal, None, self.packed, self.winograd, out=out
         )
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
@@ -396,8 +413,11 @@ def lengths_through(steps: Sequence[Step], lengths: Tensor) -> list[Tensor]:
     return found
 
 
-def program(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Step]:
-    """Turn a run of reference modules into steps; a Snake is taken into the convolution behind it."""
+def program(modules: Sequence[nn.Module], dtype: torch.dtype, fast: bool = False) -> list[Step]:
+    """Turn a run of reference modules into steps; a Snake is taken into the convolution behind it.
+
+    fast: residual units in Winograd's form.
+    """
     steps: list[Step] = []
     alpha: Tensor | None = None
     for module in modules:
@@ -411,7 +431,7 @@ def program(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Step]:
             steps.append(UpsampleStep.of(alpha, module, dtype))
             alpha = None
         elif isinstance(module, reference.ResidualUnit):
-            steps.append(ResidualUnitStep.of(module, dtype))
+            steps.append(ResidualUnitStep.of(module, dtype, FAST_WINOGRAD if fast else 0))
         elif isinstance(module, reference.ConvNeXtBlock):
             steps.append(ConvNeXtStep.of(module, dtype))
         elif isinstance(module, nn.Tanh):
@@ -421,5 +441,5 @@ def program(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Step]:
         else:  # a block of blocks
             inner = getattr(module, "block", module)
             assert isinstance(inner, nn.Sequential), f"engine: no step for {type(module).__name__}"
-            steps.extend(program(list(inner), dtype))
+            steps.extend(program(list(inner), dtype, fast))
     return steps

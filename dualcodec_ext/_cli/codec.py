@@ -211,7 +211,7 @@ def open_model(name: str, config: DualCodecConfig, options: ModelOptions, seed: 
     Args:
         name: of the model.
         config: its settings.
-        options: weights, dtype and device.
+        options: weights, dtype, device and whether decode is the fast one.
         seed: of the random weights where there are no others.
     Returns:
         A codec without features.
@@ -231,6 +231,7 @@ def open_model(name: str, config: DualCodecConfig, options: ModelOptions, seed: 
         model.load_checkpoint(path)
         weights = file_digest(path)
     model = model.to(device=options.device, dtype=getattr(torch, options.dtype)).eval()
+    model.set_fast(options.fast)
     model.prepare()  # now, or the first file's speed would be that of packing
     return Codec(name, config, model, weights)
 

@@ -30,6 +30,7 @@ class ModelOptions:
         device: torch device.
         threads: CPU threads; None for torch's choice.
         seed: of the random weights; None for 0, or for what a code file says.
+        fast: decode on the faster, less exact path.
     """
 
     model: str | None = "12hz_v1"
@@ -39,6 +40,7 @@ class ModelOptions:
     device: str = "cpu"
     threads: int | None = None
     seed: int | None = None
+    fast: bool = False
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Preset (12hz_v1, 25hz_v1, ...) or a JSON file of settings.")]
@@ -69,6 +71,10 @@ Quantizers = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the model.")]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, ...")]
+Fast = Annotated[
+    bool,
+    typer.Option("--fast", help="Decode faster, to within 1e-4 of full scale; float32 on the CPU alone."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights where --weights is not given.")]
 DecodeSeed = Annotated[

@@ -25,6 +25,7 @@ def residual_unit(
     causal: bool = False,
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
+    winograd: int = 0,
 ) -> Tensor:
     """Snake, dilated convolution (k=7), Snake, 1x1 convolution, plus the input, in cache-sized tiles.
 
@@ -71,7 +72,7 @@ def residual_unit(
             x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, (pair[0], pair[1]), causal, lengths
         )
     return kernels.residual_unit(
-        x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, pair, causal, lengths, packed
+        x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, pair, causal, lengths, packed, winograd
     )
 
 
@@ -88,12 +89,13 @@ def _fake(
     causal: Any,
     lengths: Any,
     packed: Any,
+    winograd: int = 0,
 ) -> Tensor:
     return empty_signal(x, x.shape[1], conv_steps(x.shape[2], 7, 1, dilation, padding))
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:
-    return reference.residual_unit_ref(x, *args[:-1])
+    return reference.residual_unit_ref(x, *args[:10])
 
 
 register("residual_unit", _fake, _reference, tensors=(0, 1, 2, 3, 4, 5, 6), packed=11)

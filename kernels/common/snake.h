@@ -16,50 +16,55 @@ static inline float snake_scalar(float x, float alpha) {
   return static_cast<float>(static_cast<double>(x) + s * s / static_cast<double>(alpha + 1e-9f));
 }
 
-// On `columns` of each row, a multiple of 16. alpha and inverse: [columns], zero where there is no channel; inverse is
-// 1 / (alpha + 1e-9).
-static void snake_rows(float* tile, int64_t ld, int64_t rows, const float* alpha, const float* inverse,
-                       int64_t columns) {
+// One register; alpha and inverse (1 / (alpha + 1e-9)) point at its lanes' values.
+static inline Vec<float> snake_vector(Vec<float> x, const float* alpha, const float* inverse) {
   const Vec<float> inv_pi = vset1(0.318309886183790672f), magic = vset1(12582912.0f), limit = vset1(1e4f);
   const Vec<float> pi_a = vset1(-3.140625f), pi_b = vset1(-9.67502593994140625e-4f),
                    pi_c = vset1(-1.509957990978376e-7f);
   const Vec<float> k1 = vset1(-0.166666666165675098f), k2 = vset1(0.00833333096483573796f),
                    k3 = vset1(-0.000198408599651234484f), k4 = vset1(2.75252066005060225e-6f),
                    k5 = vset1(-2.38880801039586421e-8f), one = vset1(1.0f);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = tile + r * ld;
-    for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const Vec<float> x = vload<float>(row + c), a = vload<float>(alpha + c);
-      const Vec<float> y = a * x;
-      const IVec<float> inside = (y <= limit) & (y >= -limit);
-      const Vec<float> n = (y * inv_pi + magic) - magic;
-      Vec<float> t = vfma(n, pi_c, vfma(n, pi_b, vfma(n, pi_a, y)));
-      const Vec<float> s = t * t;
-      Vec<float> p = vfma(s, k5, k4);
-      p = vfma(p, s, k3);
-      p = vfma(p, s, k2);
-      p = vfma(p, s, k1);
-      p = vfma(p, s, one);
-      t = t * p;
-      const Vec<float> out = vfma(t * t, vload<float>(inverse + c), x);
-      if (__builtin_expect(vany<float>(~inside), 0)) {
-        for (int64_t i = c; i < c + kLanes<float>; ++i) {
-          const float value = alpha[i] * row[i];
-          row[i] = fabsf(value) <= 1e4f ? out[i - c] : snake_scalar(row[i], alpha[i]);
-        }
-      } else {
-        vstore<float>(row + c, out);
-      }
-    }
+  const Vec<float> y = vload<float>(alpha) * x;
+  const IVec<float> inside = (y <= limit) & (y >= -limit);
+  const Vec<float> n = (y * inv_pi + magic) - magic;
+  Vec<float> t = vfma(n, pi_c, vfma(n, pi_b, vfma(n, pi_a, y)));
+  const Vec<float> s = t * t;
+  Vec<float> p = vfma(s, k5, k4);
+  p = vfma(p, s, k3);
+  p = vfma(p, s, k2);
+  p = vfma(p, s, k1);
+  p = vfma(p, s, one);
+  t = t * p;
+  Vec<float> out = vfma(t * t, vload<float>(inverse), x);
+  if (__builtin_expect(vany<float>(~inside), 0)) {
+    float values[kLanes<float>], lanes[kLanes<float>];
+    vstore<float>(values, x);
+    vstore<float>(lanes, out);
+    for (int i = 0; i < kLanes<float>; ++i)
+      if (!(fabsf(alpha[i] * values[i]) <= 1e4f)) lanes[i] = snake_scalar(values[i], alpha[i]);
+    out = vload<float>(lanes);
   }
+  return out;
 }
 
-static void snake_rows(double* tile, int64_t ld, int64_t rows, const double* alpha, const double* inverse,
-                       int64_t columns) {
+static inline Vec<double> snake_vector(Vec<double> x, const double* alpha, const double* inverse) {
+  double lanes[kLanes<double>];
+  vstore<double>(lanes, x);
+  for (int i = 0; i < kLanes<double>; ++i) {
+    const double s = sin(alpha[i] * lanes[i]);
+    lanes[i] += s * s * inverse[i];
+  }
+  return vload<double>(lanes);
+}
+
+// On `columns` of each row, a multiple of 16. alpha and inverse: [columns], zero where there is no channel; inverse is
+// 1 / (alpha + 1e-9).
+template <class T>
+static void snake_rows(T* tile, int64_t ld, int64_t rows, const T* alpha, const T* inverse, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) {
-      const double s = sin(alpha[c] * tile[r * ld + c]);
-      tile[r * ld + c] += s * s * inverse[c];
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      T* value = tile + r * ld + c;
+      vstore<T>(value, snake_vector(vload<T>(value), alpha + c, inverse + c));
     }
 }
 

@@ -117,11 +117,17 @@ static inline T vsum(Vec<T> v) {
 
 template <class T>
 static inline bool vany(IVec<T> mask) {
+#if DCX_ISA == 2
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif DCX_ISA == 1
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
   typename VecTraits<T>::Int lanes[kLanes<T>];
   memcpy(lanes, &mask, sizeof(mask));
   typename VecTraits<T>::Int any = 0;
   for (int i = 0; i < kLanes<T>; ++i) any |= lanes[i];
   return any != 0;
+#endif
 }
 
 }  // namespace DCX_NS

@@ -11,6 +11,9 @@
 
 namespace dcx {
 namespace DCX_NS {
+
+void residual_unit_winograd(const ResidualUnitParams& p);  // winograd_cpu.cpp
+
 namespace {
 
 // The three tiles together, in bytes: what leaves room in a 1 MB L2 for the streamed weights.
@@ -122,7 +125,9 @@ void run(const ResidualUnitParams& p) {
 }  // namespace
 
 void residual_unit(const ResidualUnitParams& p) {
-  if (p.x.dtype == DType::kF64)
+  if (p.winograd != 0)
+    residual_unit_winograd(p);
+  else if (p.x.dtype == DType::kF64)
     run<double>(p);
   else
     run<float>(p);

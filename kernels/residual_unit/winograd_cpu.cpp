@@ -1,0 +1,248 @@
+// residual_unit with the dilated k=7 convolution as Toom-Cook products: m outputs, d steps apart, from n inputs, d
+// steps apart. A task is one (clip, stretch of whole groups): it loads and snakes rows + 6 d input rows once, and goes
+// through them in chunks that stay in L2 to the end: input transform, one GEMM per point, output transform with bias
+// and Snake, the 1x1, and the addition on the way to y. Between the transforms rows are in the order of (group, phase).
+#include "winograd.h"
+
+#include "../common/conv_shape.h"
+#include "../common/gemm.h"
+#include "../common/snake.h"
+#include "../common/tile_io.h"
+
+namespace dcx {
+namespace DCX_NS {
+namespace {
+
+// The snaked input of a task, in bytes, and what a chunk needs beside it: with the weights of narrow layers they fit a
+// 1 MB L2. Wide layers stream their weights once per chunk, which a few register blocks of rows must be worth.
+constexpr int64_t kTileBytes = 320 * 1024;
+constexpr int64_t kChunkBytes = 256 * 1024;
+constexpr int64_t kSnakeBytes = 16 * 1024;
+constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
+constexpr int64_t kMinChunkRows = 4 * kRowUnit;
+
+enum Slot { kInput = 0, kTransformed = 1, kProducts = 2, kMiddle = 3, kOutput = 4, kShared = 7 };
+
+// Coefficients of prod (z - p_k^2) over all pairs but `left_out` (-1: none), by powers of z.
+template <class F>
+struct Squares {
+  double at[F::kPairs + 1];
+  constexpr explicit Squares(int left_out) : at{} {
+    at[0] = 1.0;
+    int degree = 0;
+    for (int k = 0; k < F::kPairs; ++k) {
+      if (k == left_out) continue;
+      const double square = F::kPoints[k] * F::kPoints[k];
+      ++degree;
+      for (int i = degree; i > 0; --i) at[i] = at[i - 1] - square * at[i];
+      at[0] *= -square;
+    }
+  }
+};
+
+template <class F>
+struct Tables {
+  double all[F::kPairs + 1];
+  double others[F::kPairs][F::kPairs];
+  constexpr Tables() : all{}, others{} {
+    for (int i = 0; i <= F::kPairs; ++i) all[i] = Squares<F>(-1).at[i];
+    for (int k = 0; k < F::kPairs; ++k)
+      for (int i = 0; i < F::kPairs; ++i) others[k][i] = Squares<F>(k).at[i];
+  }
+};
+
+// sum_i factors[i] * x[2 * i], whose last factor is 1.
+template <class T, int Count>
+inline Vec<T> every_other(const Vec<T>* x, const double* factors) {
+  Vec<T> sum = x[2 * (Count - 1)];
+#pragma GCC unroll 8
+  for (int i = Count - 2; i >= 0; --i) sum = vfma(vset1(static_cast<T>(factors[i])), x[2 * i], sum);
+  return sum;
+}
+
+// One row of each point's operand from n input rows. The polynomials M(z) / (z - p) and M(z) / (z + p) share their even
+// and odd parts.
+template <class T, class F>
+inline void transform_input(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t ld) {
+  constexpr int kInputs = WinogradShape<F>::kInputs, kPairs = F::kPairs, kFirst = F::kZero ? 1 : 0;
+  static constexpr Tables<F> kTables;
+  for (int64_t c = 0; c < ld; c += kLanes<T>) {
+    Vec<T> x[kInputs];
+#pragma GCC unroll 16
+    for (int i = 0; i < kInputs; ++i) x[i] = vload<T>(in + i * in_stride + c);
+    if constexpr (F::kZero) vstore<T>(out + c, every_other<T, kPairs + 1>(x, kTables.all));
+#pragma GCC unroll 8
+    for (int k = 0; k < kPairs; ++k) {
+      // z^2 Q(z^2) +- p z Q(z^2) with a zero point, else z Q(z^2) +- p Q(z^2): the part without p is one input further.
+      const Vec<T> plain = every_other<T, kPairs>(x + kFirst + 1, kTables.others[k]);
+      const Vec<T> scaled = every_other<T, kPairs>(x + kFirst, kTables.others[k]);
+      const Vec<T> p = vset1(static_cast<T>(F::kPoints[k]));
+      vstore<T>(out + (kFirst + 2 * k) * out_stride + c, vfma(p, scaled, plain));
+      vstore<T>(out + (kFirst + 2 * k + 1) * out_stride + c, vfma(-p, scaled, plain));
+    }
+    vstore<T>(out + (kInputs - 1) * out_stride + c, every_other<T, kPairs + 1>(x + kFirst, kTables.all));
+  }
+}
+
+// One row of all m outputs, `out_stride` apart, from one row of each point's product: plus the bias, and snaked.
+template <class T, class F>
+inline void transform_output(const T* in, int64_t in_stride, const T* bias, const T* alpha, const T* inverse, T* out,
+                             int64_t out_stride, int64_t width) {
+  constexpr int kInputs = WinogradShape<F>::kInputs, kPairs = F::kPairs, kFirst = F::kZero ? 1 : 0;
+  for (int64_t c = 0; c < width; c += kLanes<T>) {
+    Vec<T> sum[F::kOutputs];
+#pragma GCC unroll 8
+    for (int k = 0; k < kPairs; ++k) {
+      const Vec<T> plus = vload<T>(in + (kFirst + 2 * k) * in_stride + c);
+      const Vec<T> minus = vload<T>(in + (kFirst + 2 * k + 1) * in_stride + c);
+      const Vec<T> even = plus + minus, odd = plus - minus;
+      T power = T(1);
+#pragma GCC unroll 8
+      for (int j = 0; j < F::kOutputs; ++j) {
+        const Vec<T> part = j % 2 == 0 ? even : odd;
+        if (k == 0)
+          sum[j] = j == 0 ? part : vset1(power) * part;
+        else
+          sum[j] = j == 0 ? sum[j] + part : vfma(vset1(power), part, sum[j]);
+        power *= static_cast<T>(F::kPoints[k]);
+      }
+    }
+    if constexpr (F::kZero) sum[0] = sum[0] + vload<T>(in + c);
+    sum[F::kOutputs - 1] = sum[F::kOutputs - 1] + vload<T>(in + (kInputs - 1) * in_stride + c);
+    const Vec<T> offset = vload<T>(bias + c);
+#pragma GCC unroll 8
+    for (int j = 0; j < F::kOutputs; ++j)
+      vstore<T>(out + j * out_stride + c, snake_vector(sum[j] + offset, alpha + c, inverse + c));
+  }
+}
+
+// Rows [first, first + count) of a task, in the order of (group, phase), and where they are in time.
+struct Chunk {
+  int64_t first, count, dilation, group;
+  int64_t step(int64_t row) const { return (first + row) / dilation * group + (first + row) % dilation; }
+};
+
+// middle[j * count + r]: the snaked hidden value of row r's output j.
+template <class T, class F>
+void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, const T* weight, const T* bias,
+              const T* alpha, const T* inverse, T* transformed, T* products, T* middle) {
+  using Shape = WinogradShape<F>;
+  const int64_t d = chunk.dilation, rows = chunk.count, transformed_rows = rows + (F::kPieces - 1) * d;
+  for (int64_t r = 0; r < transformed_rows; ++r)
+    transform_input<T, F>(in + chunk.step(r) * ld, d * ld, transformed + r * ld, transformed_rows * ld, ld);
+  for (int64_t panel = 0; panel < panel_count(channels); ++panel) {
+    const int64_t n0 = panel_begin(channels, panel), width = panel_begin(channels, panel + 1) - n0;
+    for (int i = 0; i < Shape::kInputs; ++i) {
+      const T* a = transformed + (i * transformed_rows + Shape::first_piece(i) * d) * ld;
+      const GemmOperand<T> operand{a, ld, d * ld, Shape::pieces(i), channels};
+      conv_gemm<T>(rows, operand, weight, width, products + i * rows * width, width);
+      weight += Shape::pieces(i) * channels * width;
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      transform_output<T, F>(products + r * width, rows * width, bias + n0, alpha + n0, inverse + n0,
+                             middle + r * ld + n0, rows * ld, width);
+  }
+}
+
+// Whether rows of a tensor are rows of T without padding, so that they need no tile.
+template <class T>
+inline bool plain_rows(const TensorView& view, int64_t channels, int64_t ld) {
+  return view.stride_c == 1 && channels == ld && view.dtype == (sizeof(T) == 8 ? DType::kF64 : DType::kF32);
+}
+
+template <class T, class F>
+void run(const ResidualUnitParams& p) {
+  using Shape = WinogradShape<F>;
+  const int64_t ld = round_up(p.channels, kColumnUnit), d = p.dilation, group = F::kOutputs * d;
+  // With two pieces, infinity of a shorter second one is computed beside the others, from d rows more, and not used.
+  const int64_t halo = d * (kResidualUnitTaps - 1 + F::kPieces - 1);
+  const int64_t element = static_cast<int64_t>(sizeof(T));
+  T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>(4 * ld) * sizeof(T)));
+  snake_prepare<T>(shared, ld, static_cast<const T*>(p.alpha1), p.channels);
+  snake_prepare<T>(shared + 2 * ld, ld, static_cast<const T*>(p.alpha2), p.channels);
+
+  const int64_t panel = ld < kMaxPanelWidth ? ld : kMaxPanelWidth;
+  int64_t chunk_rows =
+      kChunkBytes / (((Shape::kInputs + F::kOutputs) * ld + Shape::kInputs * panel) * element) / kRowUnit * kRowUnit;
+  if (chunk_rows < kMinChunkRows) chunk_rows = kMinChunkRows;
+  const int64_t fitting = kTileBytes / (ld * element) - halo, least = chunk_rows * F::kOutputs;
+  int64_t unit = group;  // whole groups, and full register blocks where groups are small
+  while (unit / F::kOutputs % kRowUnit != 0 && unit < least) unit += group;
+  const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < least ? least : fitting, unit);
+  const int64_t tiles = ceil_div(p.out_steps, rows);
+  if (chunk_rows > rows / F::kOutputs) chunk_rows = rows / F::kOutputs;
+  const bool plain = plain_rows<T>(p.x, p.channels, ld) && plain_rows<T>(p.y, p.channels, ld);
+
+  parallel(p.batch * tiles, [&](int64_t task) {
+    const int64_t b = task / tiles, t0 = task % tiles * rows;
+    const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
+    // Groups are whole: what the last one reads past the signal is zero, in whatever batch or tile the clip is.
+    const int64_t full = count / group, left = count - full * group;
+    const int64_t group_rows = full * d + (left < d ? left : d), reached = ceil_div(count, group) * group;
+    const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
+    const int64_t out_valid =
+        p.lengths != nullptr ? conv_output_steps(in_valid, kResidualUnitTaps, 1, d, p.pad_left, p.pad_right)
+                             : p.out_steps;
+    const auto scratch = [&](Slot slot, int64_t count_of_rows, int64_t width) {
+      return static_cast<T*>(thread_scratch(slot, static_cast<size_t>(count_of_rows * width) * sizeof(T)));
+    };
+    T* in = scratch(kInput, rows + halo, ld);
+    T* transformed = scratch(kTransformed, Shape::kInputs * (chunk_rows + (F::kPieces - 1) * d), ld);
+    T* products = scratch(kProducts, Shape::kInputs * chunk_rows, panel);
+    T* middle = scratch(kMiddle, F::kOutputs * chunk_rows, ld);
+    T* out = plain ? nullptr : scratch(kOutput, rows, ld);
+    const int64_t block = kSnakeBytes / (ld * element) + 1;
+    for (int64_t r = 0; r < reached + halo; r += block) {
+      const int64_t block_rows = reached + halo - r < block ? reached + halo - r : block;
+      load_tile<T>(in + r * ld, ld, block_rows, p.channels, p.x, b, t0 - p.pad_left + r, in_valid);
+      snake_rows(in + r * ld, ld, block_rows, shared, shared + ld, ld);
+    }
+    const int64_t shift = t0 - p.pad_left + p.centre * d;  // the step of x that y's step t0 takes
+    const T* bias2 = static_cast<const T*>(p.bias2);
+    for (int64_t first = 0; first < group_rows; first += chunk_rows) {
+      const Chunk chunk{first, group_rows - first < chunk_rows ? group_rows - first : chunk_rows, d, group};
+      convolve<T, F>(chunk, in, ld, p.channels, static_cast<const T*>(p.weight1), static_cast<const T*>(p.bias1),
+                     shared + 2 * ld, shared + 3 * ld, transformed, products, middle);
+      // The operands are done with, and leave their place to the 1x1's outputs.
+      const GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
+      conv_gemm<T>(F::kOutputs * chunk.count, pointwise, static_cast<const T*>(p.weight2), p.channels, transformed, ld);
+      for (int64_t r = 0; r < chunk.count; ++r)
+        for (int64_t j = 0; j < F::kOutputs; ++j) {
+          const int64_t t = chunk.step(r) + j * d;
+          if (t >= count) break;
+          const T* from = transformed + (j * chunk.count + r) * ld;
+          if (plain && t0 + t < out_valid && shift + t >= 0 && shift + t < in_valid) {
+            const T* residual = static_cast<const T*>(p.x.data) + b * p.x.stride_b + (shift + t) * p.x.stride_t;
+            T* y = static_cast<T*>(p.y.data) + b * p.y.stride_b + (t0 + t) * p.y.stride_t;
+            for (int64_t c = 0; c < ld; c += kLanes<T>)
+              vstore<T>(y + c, vload<T>(from + c) + vload<T>(bias2 + c) + vload<T>(residual + c));
+          } else if (plain) {
+            T* y = static_cast<T*>(p.y.data) + b * p.y.stride_b + (t0 + t) * p.y.stride_t;
+            for (int64_t c = 0; c < ld; c += kLanes<T>)
+              vstore<T>(y + c, t0 + t < out_valid ? vload<T>(from + c) + vload<T>(bias2 + c) : Vec<T>{});
+          } else {
+            for (int64_t c = 0; c < ld; c += kLanes<T>)
+              vstore<T>(out + t * ld + c, vload<T>(from + c) + vload<T>(bias2 + c));
+          }
+        }
+    }
+    if (plain) return;
+    load_tile<T>(in, ld, count, p.channels, p.x, b, shift, in_valid);
+    for (int64_t i = 0; i < count * ld; i += kLanes<T>) vstore<T>(out + i, vload<T>(out + i) + vload<T>(in + i));
+    store_tile<T>(out, ld, count, p.channels, p.y, b, t0, out_valid);
+  });
+}
+
+}  // namespace
+
+void residual_unit_winograd(const ResidualUnitParams& p) {
+  with_winograd_form(p.winograd, [&](auto form) {
+    if (p.x.dtype == DType::kF64)
+      run<double, decltype(form)>(p);
+    else
+      run<float, decltype(form)>(p);
+  });
+}
+
+}  // namespace DCX_NS
+}  // namespace dcx
