@@ -33,9 +33,9 @@ int64_t check_unit_weights(const at::Tensor& weight1, const at::Tensor& weight2)
 
 // How many [C, C] matrices weight1 packs as.
 int64_t check_winograd(const char* op, int64_t winograd) {
-  const int64_t products = winograd == 0 ? kResidualUnitTaps : winograd_products(winograd);
-  DCX_CHECK(products > 0, op, ": winograd must be 0 (direct), 2, 3 or 4, got ", winograd);
-  return products;
+  DCX_CHECK(winograd == 0 || with_winograd_form(winograd, [](auto) {}), op,
+            ": winograd must be 0 (direct), 10 or 13, got ", winograd);
+  return winograd == 0 ? kResidualUnitTaps : winograd;
 }
 
 // conv_gemm panels of both weights, one behind the other; weight1 transformed where winograd is not 0.

@@ -203,7 +203,7 @@ class UpsampleStep:
 
 # `winograd` of a fast decoder's residual units, of every width and dilation: kernels/residual_unit/README.md has the
 # speed and the error of each form per layer.
-FAST_WINOGRAD = 4
+FAST_WINOGRAD = 10
 
 
 @dataclass
@@ -243,8 +243,8 @@ class ResidualUnitStep:
 
     @property
     def granularity(self) -> int:
-        """Where the time axis may be cut without changing a bit: at output steps that are multiples of it."""
-        return self.winograd * self.dilation or 1
+        """Steps that are computed as one group, counted from the clip's first one: elsewhere no tile may end."""
+        return 4 * self.dilation if self.winograd else 1
 
     def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return ops.residual_unit(

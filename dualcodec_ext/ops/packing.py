@@ -81,15 +81,11 @@ def _fake_conv1d(weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
     return _packed(weight, taps * channels * _columns(columns))
 
 
-# How many [C, C] matrices the k=7 weight packs as: kernels/residual_unit/winograd.h.
-_PRODUCTS = {0: 7, 2: 8, 3: 9, 4: 10, 33: 11, 34: 13}
-
-
 def _fake_residual_unit(weight1: Tensor, weight2: Tensor, winograd: int = 0) -> Tensor:
     channels = weight1.shape[0]
     if weight1.is_cuda:
         return weight1.new_empty(8 * _channels(channels) * _columns(channels))
-    return _packed(weight1, (_PRODUCTS[winograd] + 1) * channels * _columns(channels))
+    return _packed(weight1, ((winograd or 7) + 1) * channels * _columns(channels))
 
 
 def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[int]) -> Tensor:

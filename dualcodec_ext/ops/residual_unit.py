@@ -41,7 +41,10 @@ def residual_unit(
         padding: zeros to the left and right; None: (6d, 0) when causal, else (3d, 3d), which keep the length.
         causal: whether output t is aligned with the last tap (True) or the middle one.
         lengths: [B] int64, samples per item; those past it count as zero on input and output.
-        packed: `ops.packing.pack_residual_unit(weight1, weight2)`; then of the weights the shapes alone are read.
+        packed: `ops.packing.pack_residual_unit(weight1, weight2, winograd)`; then of the weights the shapes alone are
+            read.
+        winograd: in how many [C, C] products 4 outputs, d steps apart, of the k=7 convolution are computed: 0, direct,
+            in 28; 13, about twice direct's rounding; 10, about 5 times. float32 and float64 on the CPU.
 
     Returns:
         [B, C, T + left + right - 6d], dtype and layout of x. To output t is added x[t - left + (6d when causal,
@@ -51,13 +54,16 @@ def residual_unit(
         ValueError: a wrong shape, dtype or range; one line.
         RuntimeError: a gradient is needed and `packed` is given.
 
-    Numerics: float32 accumulation (float64 for float64), in an order that depends on C alone.
+    Numerics: float32 accumulation (float64 for float64), in an order that depends on C alone. With `winograd` the
+        outputs [4d * g, 4d * g + 4d) are one group: an output's bits, and whether it is NaN, depend on all inputs that
+        its group reads. A signal cut at multiples of 4d, with the context that the convolution needs, gives the
+        same bits. The reference computes the same, directly, whatever `winograd` is.
 
     Source: kernels/residual_unit; defined by `reference.residual_unit_ref`.
     """
     needed = {"x": x, "alpha1": alpha1, "weight1": weight1, "alpha2": alpha2, "weight2": weight2}
     optional = {"bias1": bias1, "bias2": bias2, "lengths": lengths}
-    check_types("residual_unit", needed, optional, dilation=dilation)
+    check_types("residual_unit", needed, optional, dilation=dilation, winograd=winograd)
     reach = 6 * dilation
     if padding is None:
         pair = [reach, 0] if causal else [reach // 2, reach // 2]

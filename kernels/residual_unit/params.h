@@ -18,7 +18,7 @@ struct ResidualUnitParams {
   int64_t batch, channels, in_steps, out_steps;
   int64_t dilation, pad_left, pad_right;
   int64_t centre;  // the tap that the residual is aligned with: 3 centred, 6 causal
-  // On the CPU: outputs per Toom-Cook group; weight1 is then what pack_winograd of winograd.h makes. 0: direct.
+  // On the CPU: 0, direct, or a form of winograd.h; weight1 is then what its pack_winograd makes.
   int64_t winograd;
 };
 

@@ -1,130 +1,81 @@
-// The Toom-Cook forms of residual_unit's k=7 convolution: points, and what packer and kernel derive from them.
-// The seven taps are one piece, or two whose second starts `outputs` taps later, so that it reads what the first reads
-// one group further on. A group is m outputs and n = m + taps - 1 inputs; derivation and choice of points: README.md.
+// The Winograd (Toom-Cook) forms of residual_unit's k=7 convolution: points, and what packer and kernel derive from
+// them. Both compute 4 outputs from products at n = 4 + kTaps - 1 points; derivation and choice: README.md. A form's
+// number, which is the op's argument, is that of its [C, C] products, where the direct form takes 28.
 #pragma once
 #include "../common/gemm_pack.h"
 #include "params.h"
 
 namespace dcx {
 
-// Points 0 (where kZero), +p and -p of each pair, and infinity, in this order. The longest piece has kTaps taps.
-struct WinogradF2 {
-  static constexpr int kOutputs = 2, kPairs = 3, kPieces = 1, kTaps = 7;
-  static constexpr bool kZero = true;
-  static constexpr double kPoints[kPairs] = {1.0 / 2, 1.0, 2.0};
-};
-struct WinogradN3 {
-  static constexpr int kOutputs = 3, kPairs = 2, kPieces = 2, kTaps = 4;
-  static constexpr bool kZero = true;
-  static constexpr double kPoints[kPairs] = {5.0 / 8, 3.0 / 2};
-};
-struct WinogradN4 {
-  static constexpr int kOutputs = 4, kPairs = 3, kPieces = 2, kTaps = 4;
-  static constexpr bool kZero = false;
-  static constexpr double kPoints[kPairs] = {1.0 / 4, 7.0 / 8, 15.0 / 8};
-};
-struct WinogradF3 {
-  static constexpr int kOutputs = 3, kPairs = 4, kPieces = 1, kTaps = 7;
-  static constexpr bool kZero = false;
-  static constexpr double kPoints[kPairs] = {1.0 / 4, 11.0 / 16, 9.0 / 8, 35.0 / 16};
-};
-struct WinogradF4 {
-  static constexpr int kOutputs = 4, kPairs = 4, kPieces = 1, kTaps = 7;
+constexpr int kWinogradOutputs = 4;
+
+// The points are 0 (where kZero), +p and -p of each pair, and infinity, in this order.
+struct Winograd10 {
+  static constexpr int kPairs = 4, kPieces = 1, kTaps = 7;
   static constexpr bool kZero = true;
   static constexpr double kPoints[kPairs] = {7.0 / 16, 13.0 / 16, 5.0 / 4, 19.0 / 8};
 };
 
+// Taps 0..3 and 4..6 apart: the second piece reads what the first one reads a group later, so they share a transform.
+struct Winograd13 {
+  static constexpr int kPairs = 3, kPieces = 2, kTaps = 4;
+  static constexpr bool kZero = false;
+  static constexpr double kPoints[kPairs] = {1.0 / 4, 7.0 / 8, 15.0 / 8};
+};
+
 template <class F>
 struct WinogradShape {
-  static constexpr int kInputs = F::kOutputs + F::kTaps - 1;
+  static constexpr int kInputs = kWinogradOutputs + F::kTaps - 1;  // as many as points
   static_assert(kInputs == 2 * F::kPairs + (F::kZero ? 1 : 0) + 1);
-  static constexpr int piece_begin(int piece) { return piece * F::kOutputs; }
-  static constexpr int piece_taps(int piece) {
-    return F::kPieces == 1 ? 7 : piece == 0 ? F::kOutputs : 7 - F::kOutputs;
-  }
-  // The shorter piece has no leading coefficient, which is all that infinity sees.
-  static constexpr int first_piece(int point) {
-    return point == kInputs - 1 && F::kPieces == 2 && piece_taps(0) < F::kTaps ? 1 : 0;
-  }
-  static constexpr int pieces(int point) {
-    return point == kInputs - 1 && F::kPieces == 2 && piece_taps(0) != piece_taps(1) ? 1 : F::kPieces;
-  }
-  static constexpr int products() {
-    int count = 0;
-    for (int i = 0; i < kInputs; ++i) count += pieces(i);
-    return count;
-  }
-  // A finite point's value.
+  // How many pieces have a product at a point: infinity sees a leading coefficient, and the shorter piece has none.
+  static constexpr int pieces(int i) { return i == kInputs - 1 ? 1 : F::kPieces; }
+  static constexpr int kProducts = (kInputs - 1) * F::kPieces + 1;
+
   static constexpr double point(int i) {
-    if (F::kZero && i == 0) return 0.0;
     const int k = i - (F::kZero ? 1 : 0);
-    return k % 2 == 0 ? F::kPoints[k / 2] : -F::kPoints[k / 2];
+    return k < 0 ? 0.0 : k % 2 == 0 ? F::kPoints[k / 2] : -F::kPoints[k / 2];
   }
-  // The weight that tap `tap` of a piece has in the piece's product at a point.
+  // What tap `tap` of a piece counts for at a point.
   static constexpr double weight(int i, int tap) {
     if (i == kInputs - 1) return tap == F::kTaps - 1 ? 1.0 : 0.0;
     double value = 1.0;
     for (int k = 0; k < tap; ++k) value *= point(i);
-    for (int o = 0; o < kInputs - 1; ++o)
-      if (o != i) value /= point(i) - point(o);
+    for (int other = 0; other < kInputs - 1; ++other)
+      if (other != i) value /= point(i) - point(other);
     return value;
   }
 };
 
-// Calls f with the form for m outputs; false: there is none.
+// Calls f with a form; false: there is none of that number.
 template <class Call>
-inline bool with_winograd_form(int64_t outputs, const Call& f) {
-  switch (outputs) {
-    case 2:
-      f(WinogradF2{});
-      return true;
-    case 3:
-      f(WinogradF3{});
-      return true;
-    case 4:
-      f(WinogradF4{});
-      return true;
-    case 33:
-      f(WinogradN3{});
-      return true;
-    case 34:
-      f(WinogradN4{});
-      return true;
-    default:
-      return false;
-  }
-}
-
-// [C, C] products of a form; 0: there is no such form.
-inline int64_t winograd_products(int64_t outputs) {
-  int64_t products = 0;
-  with_winograd_form(outputs, [&](auto form) { products = WinogradShape<decltype(form)>::products(); });
-  return products;
+inline bool with_winograd_form(int64_t winograd, const Call& f) {
+  if (winograd == WinogradShape<Winograd10>::kProducts)
+    f(Winograd10{});
+  else if (winograd == WinogradShape<Winograd13>::kProducts)
+    f(Winograd13{});
+  else
+    return false;
+  return true;
 }
 
 // Transforms weight [C, C, 7] (contiguous) in double and writes, panel by panel of gemm_pack.h, [products][C][panel
 // width]. out: [products * C * round_up(C, 16)].
 template <class F, class T>
 inline void pack_winograd(T* out, const T* weight, int64_t channels) {
-  using Shape = WinogradShape<F>;
-  for (int64_t panel = 0; panel < panel_count(channels); ++panel) {
-    const int64_t begin = panel_begin(channels, panel), end = panel_begin(channels, panel + 1);
-    for (int i = 0; i < Shape::kInputs; ++i)
-      for (int piece = Shape::first_piece(i); piece < Shape::first_piece(i) + Shape::pieces(i); ++piece) {
-        double factors[7];
-        const int taps = Shape::piece_taps(piece);
-        for (int k = 0; k < taps; ++k) factors[k] = Shape::weight(i, k);
+  for (int64_t panel = 0; panel < panel_count(channels); ++panel)
+    for (int i = 0; i < WinogradShape<F>::kInputs; ++i)
+      for (int piece = 0; piece < WinogradShape<F>::pieces(i); ++piece) {
+        const int first = piece * kWinogradOutputs, taps = minimum(F::kTaps, 7 - first);
+        double factors[F::kTaps];
+        for (int k = 0; k < taps; ++k) factors[k] = WinogradShape<F>::weight(i, k);
         for (int64_t c = 0; c < channels; ++c)
-          for (int64_t n = begin; n < end; ++n) {
+          for (int64_t n = panel_begin(channels, panel); n < panel_begin(channels, panel + 1); ++n) {
             double sum = 0.0;
-            if (n < channels)
-              for (int k = 0; k < taps; ++k)
-                sum += factors[k] *
-                       static_cast<double>(weight[(n * channels + c) * 7 + Shape::piece_begin(piece) + k]);
+            for (int k = 0; k < taps && n < channels; ++k)
+              sum += factors[k] * static_cast<double>(weight[(n * channels + c) * 7 + first + k]);
             *out++ = static_cast<T>(sum);
           }
       }
-  }
 }
 
 }  // namespace dcx
