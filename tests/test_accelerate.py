@@ -190,7 +190,6 @@ def test_accelerate_errors() -> None:
     model, _ = tiny()
     for call, text in (
         (lambda: dx.accelerate(torch.nn.Linear(2, 2)), "model must be a DualCodec .* got Linear"),
-        (lambda: dx.accelerate(model, fast=True), "fast must be False in this version"),
         (
             lambda: dx.accelerate(model, dtype=torch.int8),
             "dtype must be float32, float64, bfloat16 or float16",

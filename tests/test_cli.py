@@ -104,6 +104,20 @@ def test_roundtrip_on_the_released_architecture(speech: Path, tmp_path: Path, ca
     assert "untrained" in soundfile.SoundFile(target).comment
 
 
+def test_fast_decodes_the_same_codes_otherwise(speech: Path, small: str, tmp_path: Path, capsys: Any) -> None:
+    assert run(capsys, "encode", speech, "-o", tmp_path, "--model", small)[0] == 0
+    codes = tmp_path / "speech.codes.safetensors"
+    waves = []
+    for name, options in (("exact", []), ("fast", ["--fast"])):
+        assert run(capsys, "decode", codes, "-o", tmp_path / name, "--format", "au", *options)[0] == 0
+        target = tmp_path / f"{name}.au"
+        assert run(capsys, "roundtrip", speech, target, "--model", small, *options)[0] == 0
+        waves.append(soundfile.read(tmp_path / name / "speech.au", dtype="float32")[0])
+    assert np.abs(waves[0] - waves[1]).max() < 1e-3
+    code, _, err = run(capsys, "decode", codes, "-o", tmp_path / "half", "--fast", "--dtype", "bfloat16")
+    assert code == 2 and "fast needs float32 on the CPU, got bfloat16" in err and err.count("\n") == 1
+
+
 def test_encode_then_decode_is_the_roundtrip(speech: Path, small: str, tmp_path: Path, capsys: Any) -> None:
     assert run(capsys, "roundtrip", speech, tmp_path / "a.wav", "--model", small, "-q", 3)[0] == 0
     assert run(capsys, "encode", speech, "-o", tmp_path, "--model", small, "-q", 3)[0] == 0
