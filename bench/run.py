@@ -18,7 +18,7 @@ import torch
 
 from dualcodec_ext import testing
 
-from . import machine, probes, registry, report
+from . import machine, probes, registry, report, stream
 from .correctness import CodesCheck, WaveCheck
 from .measure import Case, Side, Timing, describe, measure_case
 from .ours import codec_call, missing_module, require_module
@@ -216,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 where a side of ours was wrong, failed, or could not run. A wrong argument exits with 2.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["stream"]:
+        return stream.main(argv[1:])
     args = parse(argv)
     if args.list:
         list_peers()
@@ -225,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commit, dirty = machine.commit()
     run: dict[str, Any] = {
         "schema": SCHEMA,
-        "command": "python -m bench " + shlex.join(sys.argv[1:] if argv is None else argv),
+        "command": "python -m bench " + shlex.join(argv),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "what": args.what,
         "seconds": args.seconds,

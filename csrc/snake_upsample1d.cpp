@@ -94,12 +94,12 @@ SnakeUpsample1dParams check_snake_upsample1d(const at::Tensor& x, const at::Tens
 at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x's dtype; undefined: all T' steps
                                  int64_t first,               // output step that `out` begins with
                                  const at::Tensor& x,         // [B, Cin, T] f32|f64|bf16|f16
-                                const at::Tensor& alpha,     // [Cin]
-                                const at::Tensor& weight,    // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
-                                const OptionalTensor& bias,  // [Cout]
-                                int64_t stride, c10::string_view mode, at::IntArrayRef padding,
-                                const OptionalTensor& lengths,  // [B] i64
-                                const OptionalTensor& packed) {
+                                 const at::Tensor& alpha,     // [Cin]
+                                 const at::Tensor& weight,    // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
+                                 const OptionalTensor& bias,  // [Cout]
+                                 int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                                 const OptionalTensor& lengths,  // [B] i64
+                                 const OptionalTensor& packed) {
   const char* op = "snake_upsample1d";
   SnakeUpsample1dParams p = check_snake_upsample1d(x, weight, stride, mode, padding);
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -179,11 +180,7 @@ class Node(Buffer):
         zeros = max(0, *(stage.stop(stage.total(n) - 1) - n for n in range(64, 96)))
         # With the rows of one group twice, those that stay are copied to the front seldom, and past no other.
         super().__init__(batch, one + least + max(arrival, unit) + zeros, stage.in_channels, dtype, zeros)
-        self.inner = stage.prepare(batch, self.plan.most, dtype)
         self.emitted = self.outputs = 0
-
-    def bytes(self) -> int:
-        return super().bytes() + sum(rows.bytes() for rows in self.inner)
 
     def restart_clips(self, lengths: Sequence[int] | None = None) -> None:
         """Begin new clips, of these lengths where they differ."""
@@ -227,13 +224,22 @@ class Pipeline:
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = list(nodes)
         self._chain: list[Inlet] = [*nodes]
+        self._scratch: dict[tuple[int, ...], Rows] = {}  # stages use it one after the other
+        for node in nodes:
+            node.stage.prepare(partial(self._scratch_for, node))
+
+    def _scratch_for(self, node: Node, place: int, channels: int) -> Rows:
+        key = (place, node.plan.most, channels)
+        if key not in self._scratch:
+            self._scratch[key] = Rows(node.batch, node.plan.most, channels, node.rows.memory.dtype)
+        return self._scratch[key]
 
     @property
     def inlet(self) -> Inlet:
         return self._chain[0]
 
     def bytes(self) -> int:
-        return sum(node.bytes() for node in self.nodes)
+        return sum(rows.bytes() for rows in [*self._scratch.values(), *(node.rows for node in self.nodes)])
 
     def start(self, outlet: Inlet, lengths: Sequence[int] | None = None) -> None:
         """Begin new clips.

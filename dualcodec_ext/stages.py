@@ -7,6 +7,7 @@ its taps and channels alone, so that a stretch has the bits of the whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -41,6 +42,9 @@ class Rows:
         return self.memory.numel() * self.memory.element_size()
 
 
+Scratch = Callable[[int, int], Rows]
+
+
 class Stage(Protocol):
     """What a pipeline asks of a stage; o: an output row, counted from the clip's first."""
 
@@ -72,8 +76,8 @@ class Stage(Protocol):
         """Return what a pass reads beside its rows."""
         ...
 
-    def prepare(self, batch: int, rows: int, dtype: torch.dtype) -> list[Rows]:
-        """Make the memory that passes of at most `rows` rows need between their kernels."""
+    def prepare(self, scratch: Scratch) -> None:
+        """Get the memory that a pass needs between its kernels: scratch(place, channels)."""
         ...
 
 
@@ -97,8 +101,8 @@ class _Window:
     def total(self, length: int) -> int:
         return self.computable(length + self.padding[1]) if length else 0
 
-    def prepare(self, batch: int, rows: int, dtype: torch.dtype) -> list[Rows]:
-        return []
+    def prepare(self, scratch: Scratch) -> None:
+        return None
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -141,15 +145,13 @@ class BlockStage(_Window):
         super().__init__(step.weight.shape[1], 1, step.padding)
         self.step = step
 
-    def prepare(self, batch: int, rows: int, dtype: torch.dtype) -> list[Rows]:
-        hidden = self.step.expand.weight.shape[0]
-        self._inner = [Rows(batch, rows, channels, dtype) for channels in (self.in_channels, hidden)]
-        return self._inner
+    def prepare(self, scratch: Scratch) -> None:
+        self._normed = scratch(0, self.in_channels)
+        self._hidden = scratch(1, self.step.expand.weight.shape[0])
 
     def run(self, x: Tensor, begin: int, out: Tensor, o: int) -> None:
         count = out.shape[2]
-        normed, hidden = (rows.view(0, count) for rows in self._inner)
-        self.step.into(out, x, normed, hidden)
+        self.step.into(out, x, self._normed.view(0, count), self._hidden.view(0, count))
 
     def weight_bytes(self) -> int:
         return _bytes(self.step.expand.packed) + _bytes(self.step.contract.packed)
@@ -187,8 +189,8 @@ class UpsampleStage:
             return max(0, (length - 2) * self.stride + sum(self.padding) + 1)
         return max(0, (length + 1) * self.stride - sum(self.padding))
 
-    def prepare(self, batch: int, rows: int, dtype: torch.dtype) -> list[Rows]:
-        return []
+    def prepare(self, scratch: Scratch) -> None:
+        return None
 
     def run(self, x: Tensor, begin: int, out: Tensor, o: int) -> None:
         self.step.into(out, x, o - begin * self.stride)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .pipeline import Buffer, Inlet, Node, Output, Pass, Pipeline, Sink
-from .stages import Rows, Stage, stage_of
+from .stages import Scratch, Stage, stage_of
 from .steps import Quantizer, Step
 
 KEPT_BYTES = 64 * 2**20  # of idle workspaces, for each engine
@@ -29,19 +29,21 @@ class Sizes:
         pass_bytes: input and output rows of one pass, together over the batch.
         fewest_rows: of a pass all the same.
         group_frames: codec frames of the clips that run side by side: more clips run one group after the other.
-        gather: part of a full pass that a stage waits for, so that weights are not read for few rows.
+        gather: part of a full pass that stages with weights past `heavy_bytes` wait for.
+        heavy_bytes: see there.
     """
 
     pass_bytes: int = 2 * 2**20
     fewest_rows: int = 256
     group_frames: int = 128
     gather: float = 0.5
+    heavy_bytes: int = 2**20
 
     def pass_of(self, stage: Stage, batch: int, itemsize: int, longest: int) -> Pass:
         """Return the pass of a stage that has at most `longest` output rows in all."""
         row_bytes = (stage.in_channels + stage.out_channels) * itemsize
         most = max(1, min(longest, max(self.fewest_rows, self.pass_bytes // row_bytes) // batch))
-        return Pass(most, max(1, int(self.gather * most)))
+        return Pass(most, max(1, int(self.gather * most)) if stage.weight_bytes() > self.heavy_bytes else 1)
 
 
 class SearchStage:
@@ -73,8 +75,8 @@ class SearchStage:
     def total(self, length: int) -> int:
         return min(length, self.frames) if self.frames else length
 
-    def prepare(self, batch: int, rows: int, dtype: torch.dtype) -> list[Rows]:
-        return []
+    def prepare(self, scratch: Scratch) -> None:
+        return None
 
     def weight_bytes(self) -> int:
         return self.quantizer.packed.numel() * self.quantizer.packed.element_size()
@@ -299,7 +301,14 @@ class EncodeTiles:
             self._acoustic.finish()
 
 
-Workspace = TypeVar("Workspace", DecodeTiles, EncodeTiles)
+class _Workspace(Protocol):
+    batch: int
+    frames: int
+
+    def bytes(self) -> int: ...
+
+
+Workspace = TypeVar("Workspace", bound=_Workspace)
 
 
 class Pool(Generic[Workspace]):

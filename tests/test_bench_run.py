@@ -363,3 +363,15 @@ def test_all_peers_are_those_of_the_dtype():
     names = [peer.name for peer in catalog.select("all", torch.bfloat16)]
     assert names[0] == "pypi"
     assert all(name.endswith("-bf16") for name in names[1:])
+
+
+def test_stream(tiny_file, tmp_path, capsys):
+    out = tmp_path / "stream.json"
+    assert run.main(["stream", "--config", str(tiny_file), "--frames", "5", "--threads", "1", "--json", str(out)]) == 0
+    told = json.loads(out.read_text())
+    assert len(told["samples_s"]) == 5 and told["weight_bytes"] > 0
+    assert told["read_s"] == pytest.approx(told["weight_bytes"] / told["read_gbs"] / 1e9)
+    assert "tiny float32 B=1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["stream", "--frames", "0"])
+    assert "--frames must be at least 1, got 0" in capsys.readouterr().err

@@ -263,6 +263,15 @@ def register(
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup_context)
 
 
+def register_out(name: str) -> None:
+    """Register the fake of an op's overload `out`, which writes into memory that is there and returns nothing.
+
+    It is the engine's own: it takes no gradient, and stands in the compiled module alone.
+    """
+    if _loaded:
+        torch.library.register_fake(f"dualcodec_ext::{name}.out", lambda *args, **kwargs: None)
+
+
 def empty_signal(like: Tensor, channels: int, steps: Any) -> Tensor:
     """Return an empty [B, channels, steps] in the layout of `like`, for fakes."""
     batch = like.shape[0]

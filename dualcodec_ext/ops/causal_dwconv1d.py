@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register, register_out
 
 
 def causal_dwconv1d(
@@ -62,3 +62,4 @@ def _fake(
 
 
 register("causal_dwconv1d", _fake, reference.causal_dwconv1d_ref, tensors=(0, 1, 2, 4, 5))
+register_out("causal_dwconv1d")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register, register_out
 
 
 def residual_unit(
@@ -105,3 +105,4 @@ def _reference(x: Tensor, *args: Any) -> Tensor:
 
 
 register("residual_unit", _fake, _reference, tensors=(0, 1, 2, 3, 4, 5, 6), packed=11)
+register_out("residual_unit")

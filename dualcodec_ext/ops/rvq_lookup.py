@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.ops import mask_past_lengths
-from ._common import check_types, empty_signal, kernels_for, register
+from ._common import check_types, empty_signal, kernels_for, register, register_out
 
 
 def rvq_lookup(
@@ -95,3 +95,4 @@ def _differentiable(
 
 
 register("rvq_lookup", _fake, _differentiable, tensors=(1, 2, 3, 4), packed=7)
+register_out("rvq_lookup")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register
+from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register, register_out
 
 
 def snake_conv1d(
@@ -85,3 +85,4 @@ def _reference(x: Tensor, *args: Any) -> Tensor:
 
 
 register("snake_conv1d", _fake, _reference, tensors=(0, 1, 2, 3, 8), packed=10)
+register_out("snake_conv1d")

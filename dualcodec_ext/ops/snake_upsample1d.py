@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, empty_signal, kernels_for, register, steps_or_none
+from ._common import as_dtype, check_pair, check_types, empty_signal, kernels_for, register, register_out, steps_or_none
 
 
 def snake_upsample1d(
@@ -80,3 +80,4 @@ def _reference(x: Tensor, *args: Any) -> Tensor:
 
 
 register("snake_upsample1d", _fake, _reference, tensors=(0, 1, 2, 3), packed=8)
+register_out("snake_upsample1d")

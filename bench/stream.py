@@ -1,0 +1,106 @@
+"""`python -m bench stream`: one frame after another through a decoder, as live speech has it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualcodec_ext import testing
+from dualcodec_ext.engine import Engine
+from dualcodec_ext.pipeline import Output
+from dualcodec_ext.tiles import DecodeTiles, Sizes
+
+from . import machine, probes
+from .ours import missing_module
+from .timing import percentile
+from .workload import load_settings
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_READ_BYTES = 256 * 2**20
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench stream", description="Time one decoded frame after another.")
+    parser.add_argument("--preset", default="12hz_causal")
+    parser.add_argument("--config", help="a JSON file with the settings of a codec, instead of a preset")
+    parser.add_argument("--frames", type=int, default=300, help="that are timed (300), after 20 that are not")
+    parser.add_argument("--batch", type=int, default=1, help="streams side by side (1)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
+    parser.add_argument("--json", metavar="F", help="write everything, all samples included")
+    args = parser.parse_args(argv)
+    for name in ("frames", "batch", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    try:
+        args.name, args.settings = load_settings(args.preset, args.config)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    return args
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per frame, and how long reading the weights once takes at the read rate measured beside it."""
+    engine = Engine(testing.seeded_model(args.settings), _DTYPES[args.dtype])
+    frames = args.frames + 20
+    generator = torch.Generator().manual_seed(1)
+    semantic = torch.randint(engine.semantic_entries, (args.batch, 1, frames), generator=generator)
+    shape = (args.batch, args.settings["n_codebooks"], frames)
+    acoustic = torch.randint(engine.acoustic_entries, shape, generator=generator)
+    tiles = DecodeTiles(engine.tiles.programs, Sizes(gather=0), args.batch, 1)
+    outlet = Output(torch.empty(args.batch, 1, engine.decoded_samples(frames), dtype=engine.dtype))
+    tiles.start(outlet)
+    samples_s = []
+    for f in range(frames):
+        codes = semantic[:, :, f : f + 1], acoustic[:, :, : f + 1]
+        start = time.perf_counter()
+        tiles.write(*codes)
+        samples_s.append(time.perf_counter() - start)
+    weights = sum(node.stage.weight_bytes() for node in tiles.pipeline.nodes)
+    read_gbs = probes._read_rate(_READ_BYTES, args.threads, 0.3)
+    kept = samples_s[20:]
+    return {
+        "what": "stream",
+        "model": args.name,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "batch": args.batch,
+        "frame_s": engine.hop_samples / args.settings["sample_rate"],
+        "p50_s": percentile(kept, 50),
+        "p99_s": percentile(kept, 99),
+        "weight_bytes": weights,
+        "state_bytes": tiles.bytes(),
+        "read_gbs": read_gbs,
+        "read_s": weights / read_gbs / 1e9,
+        "samples_s": kept,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run it; returns 0, or 1 where the compiled module is missing."""
+    args = parse(argv)
+    if missing := missing_module():
+        print(f"The compiled module is missing, so nothing of ours is measured: {missing}")
+        return 1
+    torch.set_num_threads(args.threads)
+    run = measure(args)
+    commit, dirty = machine.commit()
+    run |= {"machine": machine.describe("cpu"), "commit": commit, "dirty": dirty}
+    read_s = run["read_s"]
+    print(
+        f"{run['model']} {run['dtype']} B={run['batch']} {run['threads']} threads,"
+        f" frames of {run['frame_s'] * 1e3:.0f} ms:"
+        f" p50 {run['p50_s'] * 1e3:.2f} ms ({run['p50_s'] / read_s:.2f}x), p99 {run['p99_s'] * 1e3:.2f} ms"
+        f" ({run['p99_s'] / read_s:.2f}x) of {read_s * 1e3:.2f} ms for reading {run['weight_bytes'] / 2**20:.0f} MiB of"
+        f" weights at {run['read_gbs']:.1f} GB/s; state {run['state_bytes'] / 2**20:.1f} MiB"
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    return 0
