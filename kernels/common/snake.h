@@ -1,8 +1,7 @@
 // Snake on rows of a tile: x + sin(alpha x)^2 / (alpha + 1e-9).
-// float: sin^2 has period pi, so y = alpha x is reduced by whole multiples of pi (three constants whose first two
-// products are exact for |y| <= 1e4) and an odd polynomial of degree 11 is squared; no quadrant logic. The polynomial
-// is a Chebyshev fit of sin(r)/r in r^2 on |r| <= 1.0005 pi/2, largest error 1.8e-11 before rounding. Beyond 1e4, and
-// for NaN and infinity, libm's double-precision sine decides.
+// float: sin^2 has period pi, so y = alpha x is reduced by whole multiples of pi and an odd polynomial of degree 9 is
+// squared; no quadrant logic. README.md has the reduction's and the polynomial's errors. Beyond 1e4, and for NaN and
+// infinity, libm's double-precision sine decides.
 #pragma once
 #include "vec.h"
 
@@ -19,24 +18,30 @@ static inline float snake_scalar(float x, float alpha) {
 // One register; alpha and inverse (1 / (alpha + 1e-9)) point at its lanes' values.
 static inline Vec<float> snake_vector(Vec<float> x, const float* alpha, const float* inverse) {
   const Vec<float> inv_pi = vset1(0.318309886183790672f), magic = vset1(12582912.0f), limit = vset1(1e4f);
+#if DCX_ISA >= 1 || defined(__aarch64__)
+  const Vec<float> pi_a = vset1(-3.14159274101257324f), pi_b = vset1(8.74227800037248529e-8f);
+#else
   const Vec<float> pi_a = vset1(-3.140625f), pi_b = vset1(-9.67502593994140625e-4f),
                    pi_c = vset1(-1.509957990978376e-7f);
-  const Vec<float> k1 = vset1(-0.166666666165675098f), k2 = vset1(0.00833333096483573796f),
-                   k3 = vset1(-0.000198408599651234484f), k4 = vset1(2.75252066005060225e-6f),
-                   k5 = vset1(-2.38880801039586421e-8f), one = vset1(1.0f);
+#endif
+  const Vec<float> k1 = vset1(-0.166666597127914429f), k2 = vset1(0.00833306927233934402f),
+                   k3 = vset1(-0.000198097739485092461f), k4 = vset1(2.60608180724375416e-06f), one = vset1(1.0f);
   const Vec<float> y = vload<float>(alpha) * x;
-  const IVec<float> inside = (y <= limit) & (y >= -limit);
-  const Vec<float> n = (y * inv_pi + magic) - magic;
+  const IVec<float> outside = ~((y <= limit) & (y >= -limit));
+  const Vec<float> n = vfma(y, inv_pi, magic) - magic;
+#if DCX_ISA >= 1 || defined(__aarch64__)
+  Vec<float> t = vfma(n, pi_b, vfma(n, pi_a, y));
+#else
   Vec<float> t = vfma(n, pi_c, vfma(n, pi_b, vfma(n, pi_a, y)));
+#endif
   const Vec<float> s = t * t;
-  Vec<float> p = vfma(s, k5, k4);
-  p = vfma(p, s, k3);
+  Vec<float> p = vfma(s, k4, k3);
   p = vfma(p, s, k2);
   p = vfma(p, s, k1);
   p = vfma(p, s, one);
   t = t * p;
   Vec<float> out = vfma(t * t, vload<float>(inverse), x);
-  if (__builtin_expect(vany<float>(~inside), 0)) {
+  if (__builtin_expect(vany<float>(outside), 0)) {
     float values[kLanes<float>], lanes[kLanes<float>];
     vstore<float>(values, x);
     vstore<float>(lanes, out);

@@ -115,6 +115,7 @@ static inline T vsum(Vec<T> v) {
   return lanes[0];
 }
 
+// Whether any lane of a comparison's result is set.
 template <class T>
 static inline bool vany(IVec<T> mask) {
 #if DCX_ISA == 2
@@ -122,10 +123,8 @@ static inline bool vany(IVec<T> mask) {
 #elif DCX_ISA == 1
   return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 #else
-  typename VecTraits<T>::Int lanes[kLanes<T>];
-  memcpy(lanes, &mask, sizeof(mask));
   typename VecTraits<T>::Int any = 0;
-  for (int i = 0; i < kLanes<T>; ++i) any |= lanes[i];
+  for (int i = 0; i < kLanes<T>; ++i) any |= mask[i];
   return any != 0;
 #endif
 }

@@ -4,6 +4,7 @@
 // samples; one output channel sums over channel vectors, since a 16-column panel would be 15/16 zeros.
 #include "params.h"
 
+#include "../common/activation.h"
 #include "../common/conv_shape.h"
 #include "../common/gemm.h"
 #include "../common/snake.h"
@@ -20,19 +21,24 @@ constexpr int64_t kMinTileRows = 96;
 
 enum Slot { kInput = 0, kOutput = 1, kResidual = 2, kAllInput = 4, kShared = 7 };
 
-inline float tanh_of(float x) { return tanhf(x); }
-inline double tanh_of(double x) { return tanh(x); }
-inline float gelu_of(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
-inline double gelu_of(double x) { return 0.5 * x * (1.0 + erf(x * 0.70710678118654752440)); }
-
+// Rows of whole registers; a single column is gathered first, since the rest of its rows was never written.
 template <class T>
-void activate(T* tile, int64_t ld, int64_t rows, int64_t channels, Activation activation) {
+void activate(T* tile, int64_t ld, int64_t rows, bool single_column, Activation activation) {
   if (activation == Activation::kNone) return;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < channels; ++c) {
-      T& value = tile[r * ld + c];
-      value = activation == Activation::kTanh ? tanh_of(value) : gelu_of(value);
-    }
+  const auto apply = [&](T* row, int64_t count) {
+    activation == Activation::kTanh ? tanh_row(row, count) : gelu_row(row, count);
+  };
+  if (!single_column) {
+    apply(tile, rows * ld);
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += kLanes<T>) {
+    T column[kLanes<T>] = {};
+    const int64_t count = rows - r < kLanes<T> ? rows - r : kLanes<T>;
+    for (int64_t i = 0; i < count; ++i) column[i] = tile[(r + i) * ld];
+    apply(column, kLanes<T>);
+    for (int64_t i = 0; i < count; ++i) tile[(r + i) * ld] = column[i];
+  }
 }
 
 // out[r * 16] = sum over taps and channels; weight: [K][ld], zero past the channels, as is the tile.
@@ -56,15 +62,14 @@ inline int64_t out_valid_steps(const SnakeConv1dParams& p, int64_t b) {
 
 // Activation, residual and the way to memory, for `channels` of a tile [rows][ld] whose bias is added.
 template <class T>
-void finish(const SnakeConv1dParams& p, T* out, int64_t ld, int64_t rows, int64_t channel, int64_t channels, int64_t b,
-            int64_t t0) {
+void finish(const SnakeConv1dParams& p, T* out, int64_t ld, int64_t rows, bool single_column, int64_t channel,
+            int64_t channels, int64_t b, int64_t t0) {
   const int64_t valid = out_valid_steps(p, b);
-  activate<T>(out, ld, rows, channels, p.activation);
+  activate<T>(out, ld, rows, single_column, p.activation);
   if (p.residual.data != nullptr) {
     T* extra = static_cast<T*>(thread_scratch(kResidual, static_cast<size_t>(rows * ld) * sizeof(T)));
     load_tile<T>(extra, ld, rows, channels, view_from(p.residual, channel), b, t0, valid);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < channels; ++c) out[r * ld + c] += extra[r * ld + c];
+    for (int64_t i = 0; i < rows * ld; i += kLanes<T>) vstore<T>(out + i, vload<T>(out + i) + vload<T>(extra + i));
   }
   store_tile<T>(out, ld, rows, channels, view_from(p.y, channel), b, t0, valid);
 }
@@ -92,7 +97,7 @@ void run_short(const SnakeConv1dParams& p, const T* shared) {
     conv_gemm_panel<T>(rows, operand, static_cast<const T*>(p.weight), p.out_channels, panel, out, width,
                        GemmClips{p.batch, in_rows * in_ld, rows * width});
     add_bias<T>(out, width, p.batch * rows, static_cast<const T*>(p.bias) + n0, width);
-    for (int64_t b = 0; b < p.batch; ++b) finish<T>(p, out + b * rows * width, width, rows, n0, channels, b, 0);
+    for (int64_t b = 0; b < p.batch; ++b) finish<T>(p, out + b * rows * width, width, rows, false, n0, channels, b, 0);
   });
 }
 
@@ -144,7 +149,7 @@ void run(const SnakeConv1dParams& p) {
       for (int64_t r = 0; r < count; ++r) out[r * out_ld] += static_cast<const T*>(p.bias)[0];
     else
       add_bias<T>(out, out_ld, count, static_cast<const T*>(p.bias), out_ld);
-    finish<T>(p, out, out_ld, count, 0, p.out_channels, b, t0);
+    finish<T>(p, out, out_ld, count, single_column, 0, p.out_channels, b, t0);
   });
 }
 

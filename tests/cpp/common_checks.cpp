@@ -1,6 +1,7 @@
 // What vec.h, tile_io.h, snake.h and gemm.h promise, for one instruction set. Like the kernels it includes no
 // standard-library template: see kernels/common/isa.h.
 #include "check.h"
+#include "common/activation.h"
 #include "common/gemm.h"
 #include "common/snake.h"
 #include "common/tile_io.h"
@@ -83,6 +84,34 @@ void check_snake() {
       const double inverse = c < 20 && a > 0 ? 1 / a : 1;
       CHECK_NEAR(tile[i], expected, 4e-7 * (inverse + fabs(x)));
     }
+  }
+}
+
+// Every float from one 2^-10 to the next within [-15, 15], the ends, and what lies beyond.
+void check_activations() {
+  constexpr int64_t count = 30 * 1024;
+  static float input[count], smooth[count], bounded[count];
+  const float special[] = {0.0f, -0.0f, 1e-30f, -1e-30f, 50.0f, -50.0f, 1e30f, -1e30f, INFINITY, NAN, 9.01f, -9.1f};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t specials = static_cast<int64_t>(sizeof(special) / sizeof(special[0]));
+    input[i] = i < specials ? special[i] : (static_cast<float>(i) + uniform()) * 0x1p-10f - 15.0f;
+    smooth[i] = bounded[i] = input[i];
+  }
+  gelu_row(smooth, count);
+  tanh_row(bounded, count);
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = input[i];
+    if (isnan(x)) {
+      CHECK(isnan(smooth[i]) && isnan(bounded[i]));
+      continue;
+    }
+    const double phi = 0.5 * erfc(-x * 0.70710678118654752440);
+    if (isinf(x))
+      CHECK(smooth[i] == input[i]);
+    else
+      CHECK_NEAR(smooth[i], x * phi, 1e-7 * (fabs(x * phi) + 1));
+    CHECK_NEAR(bounded[i], tanh(x), 4e-7 * fabs(tanh(x)));
+    CHECK(fabs(bounded[i]) <= 1);
   }
 }
 
@@ -179,6 +208,7 @@ void check_common() {
   check_vectors<double>();
   check_halves();
   check_snake();
+  check_activations();
   check_tile<float>(DType::kF32, 0.0);
   check_tile<double>(DType::kF64, 0.0);
   check_tile<uint16_t>(DType::kBF16, 0x1p-9);
