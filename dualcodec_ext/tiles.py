@@ -18,7 +18,9 @@ from .pipeline import Buffer, Inlet, Node, Output, Pass, Pipeline, Sink
 from .stages import Scratch, Stage, stage_of
 from .steps import Quantizer, Step
 
-KEPT_BYTES = 64 * 2**20  # of idle workspaces, for each engine
+# Of idle workspaces, for each engine and kind of call. A 12hz_v1 decoder takes 29 MiB for clips of up to 128 frames and
+# 39 MiB for longer ones, its encoders 37 and 60.
+KEPT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,7 @@ class Pool(Generic[Workspace]):
         cap_bytes: memory of the idle ones; those given back longest ago go first.
     """
 
-    def __init__(self, make: Callable[[int, int], Workspace], cap_bytes: int = KEPT_BYTES // 2) -> None:
+    def __init__(self, make: Callable[[int, int], Workspace], cap_bytes: int = KEPT_BYTES) -> None:
         self._make, self._cap_bytes = make, cap_bytes
         self._idle: list[Workspace] = []
         self._lock = threading.Lock()
@@ -356,7 +358,7 @@ class Tiles:
         self.programs, self.sizes = programs, sizes or Sizes()
         made = (programs, self.sizes)
         self._decoders = Pool(lambda batch, frames: DecodeTiles(*made, batch, frames))
-        self._semantic = Pool(lambda batch, frames: EncodeTiles(*made, batch, frames, False), KEPT_BYTES // 8)
+        self._semantic = Pool(lambda batch, frames: EncodeTiles(*made, batch, frames, False), KEPT_BYTES // 4)
         self._encoders = Pool(lambda batch, frames: EncodeTiles(*made, batch, frames, True))
 
     def held_bytes(self) -> int:

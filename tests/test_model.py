@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dualcodec_ext as dx
 from dualcodec_ext import reference, testing
+from dualcodec_ext.tiles import Sizes
 
 ODD = {
     "tiny": {},
@@ -76,6 +77,25 @@ def test_parity(pair: tuple[str, reference.DualCodec, dx.DualCodec]) -> None:
             model.decode_from_codes(semantic, acoustic),
         )
     testing.assert_close_to_f64(fast.decode_from_codes(semantic, acoustic), expected, baseline)
+
+
+def test_tiles_have_the_bits_of_whole_tensors(pair: tuple[str, reference.DualCodec, dx.DualCodec]) -> None:
+    """At the widths of every preset; tests/test_tiles.py draws sizes at small ones."""
+    _, model, fast = pair
+    frames = 9
+    audio, feat = inputs(model, frames)
+    codes = fast.encode(audio, semantic_repr=feat)
+    assert fast._engine_state is not None
+    engine = fast._engine_state[1].engine
+    audio = torch.nn.functional.pad(audio, (0, 5))
+    with torch.no_grad():
+        wanted, wav = engine.encode(audio, feat, None, None), engine.decode(*codes, None)
+        for sizes in (None, Sizes(pass_bytes=1, fewest_rows=2, gather=0)):
+            engine.set_tiles(sizes)
+            found = engine.encode_clips(audio, feat, None, None, None)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+            assert torch.equal(engine.decode_clips(*codes, None), wav)
+    engine.set_tiles(None)
 
 
 def check_codes(codes: Tensor, z: Tensor, rvq: reference.ResidualVectorQuantize) -> None:
