@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,13 +131,11 @@ def test_groups_of_steps() -> None:
             asked.append((self.granularity, o, out.shape[2]))
             super().run(x, begin, out, o)
 
-    made = Engine(testing.seeded_model(), torch.float32)
+    made = Engine(testing.seeded_model(), torch.float32, fast=True)
+    units = {step.granularity for step in made._decoder if isinstance(step, ResidualUnitStep)}
+    assert units != {1}
     semantic, acoustic = codes(made, 1, 37)
     wanted = made.decode(semantic, acoustic, None)
-    made._decoder = [
-        replace(step, granularity=4 * step.dilation) if isinstance(step, ResidualUnitStep) else step
-        for step in made._decoder
-    ]
     for size in (None, Sizes(pass_bytes=1, fewest_rows=1), Sizes(pass_bytes=3000, fewest_rows=7, gather=0)):
         made.set_tiles(size)
         tiles = DecodeTiles(made.tiles.programs, made.tiles.sizes, 1, 3)
@@ -151,7 +148,7 @@ def test_groups_of_steps() -> None:
             tiles.write(semantic[..., at : at + 5], acoustic[..., at : at + 5], at)
         tiles.finish()
         assert torch.equal(audio, wanted)
-    assert {unit for unit, _, _ in asked} == {4, 12, 36}
+    assert {unit for unit, _, _ in asked} == units
     assert all(o % unit == 0 for unit, o, _ in asked)
     # Three blocks in each of three runs; every unit ends once, and may then compute a part of a group.
     assert 0 < sum(count % unit > 0 for unit, _, count in asked) <= 3 * 3 * 3
