@@ -85,14 +85,14 @@ bool set_gemm(const std::string& name) {
 }
 
 bool set_isa(const std::string& name) {
-  for (dcx::Isa isa : {dcx::Isa::kGeneric, dcx::Isa::kAvx2, dcx::Isa::kAvx512})
+  for (dcx::Isa isa : dcx::kAllIsas)
     if (name == dcx::isa_name(isa)) return dcx::set_active_isa(isa);
   return false;
 }
 
 pybind11::dict cpu_features() {
   pybind11::dict features;
-  for (dcx::Isa isa : {dcx::Isa::kGeneric, dcx::Isa::kAvx2, dcx::Isa::kAvx512}) {
+  for (dcx::Isa isa : dcx::kAllIsas) {
     pybind11::dict entry;
     entry["compiled"] = dcx::isa_compiled(isa);
     entry["detected"] = dcx::isa_detected(isa);
@@ -114,7 +114,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "active_isa_error", [] { return std::string(dcx::active_isa_error()); },
       "Why DUALCODEC_EXT_ISA was not followed; empty when it was.");
-  m.def("set_isa", &set_isa, "Switches kernels to generic, avx2 or avx512; False when that can't run here.");
+  m.def("set_isa", &set_isa,
+        "Switches kernels to generic, avx2, avx512 or avx512_bf16; False when that can't run here.");
   m.def("rvq_search_counts", &dcx::rvq_search_counts, pybind11::arg("reset"),
         "(codes searched for, those redone in float64) on the CPU since the last reset.");
   m.def("set_rvq_search_bound_factor", &dcx::set_rvq_search_bound_factor,

@@ -27,8 +27,13 @@ inline bool is_compute_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-// What kernels accumulate in, and what packed weights are stored in.
+// What kernels accumulate in, and what vectors and packed quantisers are stored in.
 inline at::ScalarType accumulate_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+// What CPU kernels for signals of this dtype want the weights of convolutions packed in.
+inline at::ScalarType packed_dtype(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? at::kBFloat16 : accumulate_dtype(dtype);
+}
 
 inline DType kernel_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble     ? DType::kF64
@@ -139,9 +144,8 @@ inline TensorView view_of(const at::Tensor& t) {
 
 // The packed weight, or the one that `pack` makes now.
 template <class Pack>
-inline at::Tensor packed_or(const char* op, const OptionalTensor& packed, int64_t numel, const at::Tensor& x,
+inline at::Tensor packed_or(const char* op, const OptionalTensor& packed, int64_t numel, at::ScalarType dtype,
                             const Pack& pack) {
-  const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
   if (!packed.has_value() || !packed->defined()) return pack().to(dtype);
   // Other families pack with other layouts and more dims.
   const bool fits = packed->dim() == 1 && packed->numel() == numel && packed->is_contiguous();

@@ -4,10 +4,10 @@
 #include <type_traits>
 
 #include "../kernels/common/conv_shape.h"
-#include "../kernels/common/gemm_pack.h"
 #include "../kernels/residual_unit/params.h"
 #include "../kernels/residual_unit/winograd.h"
 #include "checks.h"
+#include "packing.h"
 #ifdef DCX_WITH_CUDA
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -38,30 +38,32 @@ int64_t check_winograd(const char* op, int64_t winograd) {
   return winograd == 0 ? kResidualUnitTaps : winograd;
 }
 
-// conv_gemm panels of both weights, one behind the other; weight1 transformed where winograd is not 0.
+// conv_gemm panels of both weights, one behind the other; weight1 transformed where winograd is not 0, then in float32
+// at least.
 at::Tensor pack_residual_unit_cpu(const at::Tensor& weight1,  // [C, C, 7]
                                   const at::Tensor& weight2,  // [C, C, 1]
                                   int64_t winograd) {
-  const int64_t channels = check_unit_weights(weight1, weight2), pointwise = channels * round_up(channels, kColumnUnit);
+  const int64_t channels = check_unit_weights(weight1, weight2);
   const int64_t products = check_winograd("pack_residual_unit", winograd);
-  const at::ScalarType dtype = accumulate_dtype(weight1.scalar_type());
-  const at::Tensor wide = weight1.detach().to(dtype).contiguous(), narrow = weight2.detach().to(dtype).contiguous();
-  at::Tensor packed = at::empty({(products + 1) * pointwise}, wide.options());
-  const auto fill = [&](auto* out) {
-    using T = std::remove_pointer_t<decltype(out)>;
-    if (winograd == 0)
-      pack_panels(out, wide.const_data_ptr<T>(), kResidualUnitTaps, channels, channels, int64_t{1}, kResidualUnitTaps,
-                  channels * kResidualUnitTaps);
-    else
-      with_winograd_form(
-          winograd, [&](auto form) { pack_winograd<decltype(form)>(out, wide.const_data_ptr<T>(), channels); });
-    pack_panels(out + products * pointwise, narrow.const_data_ptr<T>(), int64_t{1}, channels, channels,
-                int64_t{1}, int64_t{1}, channels);
+  const at::ScalarType wide = accumulate_dtype(weight1.scalar_type());
+  const at::ScalarType dtype = winograd == 0 ? packed_dtype(weight1.scalar_type()) : wide;
+  const int64_t pointwise = panels_numel(dtype, 1, channels, channels);
+  at::Tensor packed = at::empty({(products + 1) * pointwise}, weight1.options().dtype(dtype));
+  const at::Tensor taps = weight1.detach().to(wide).contiguous();
+  const auto transform = [&](auto* out) {
+    with_winograd_form(winograd, [&](auto form) {
+      pack_winograd<decltype(form)>(out, taps.const_data_ptr<std::remove_pointer_t<decltype(out)>>(), channels);
+    });
   };
-  if (dtype == at::kDouble)
-    fill(packed.mutable_data_ptr<double>());
+  if (winograd == 0)
+    pack_panels_into(packed, 0, taps, kResidualUnitTaps, channels, channels, 1, kResidualUnitTaps,
+                     channels * kResidualUnitTaps);
+  else if (dtype == at::kDouble)
+    transform(packed.mutable_data_ptr<double>());
   else
-    fill(packed.mutable_data_ptr<float>());
+    transform(packed.mutable_data_ptr<float>());
+  pack_panels_into(packed, products * pointwise, weight2.detach().to(wide).contiguous(), 1, channels, channels, 1, 1,
+                   channels);
   return packed;
 }
 
@@ -113,9 +115,9 @@ at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dt
   const at::Tensor alpha2_values = small_vector(op, "alpha2", alpha2, channels, x);
   const at::Tensor bias1_values = padded_bias(op, "bias1", bias1, channels, x);
   const at::Tensor bias2_values = padded_bias(op, "bias2", bias2, channels, x);
-  const int64_t pointwise_numel = channels * round_up(channels, kColumnUnit);
-  const at::Tensor panels = packed_or(op, packed, (products + 1) * pointwise_numel, x, [&] {
-    const at::ScalarType dtype = accumulate_dtype(x.scalar_type());
+  const at::ScalarType dtype = packed_dtype(x.scalar_type());
+  const int64_t pointwise_numel = panels_numel(dtype, 1, channels, channels);
+  const at::Tensor panels = packed_or(op, packed, (products + 1) * pointwise_numel, dtype, [&] {
     return pack_residual_unit_cpu(weight1.to(dtype), weight2.to(dtype), winograd);
   });
   at::Tensor y = output_signal(op, out, p.batch, channels, p.out_steps, x);

@@ -46,7 +46,7 @@ void set_rvq_search_bound_factor(double factor);
 template <class Pack>
 inline at::Tensor cuda_packed_quantizer(const char* op, const OptionalTensor& packed, const RvqLayout& layout,
                                         const at::Tensor& like, const Pack& pack) {
-  const at::Tensor values = packed_or(op, packed, layout.total(), like, pack);
+  const at::Tensor values = packed_or(op, packed, layout.total(), accumulate_dtype(like.scalar_type()), pack);
   DCX_CHECK(values.device() == like.device(), op, ": packed must be on ", like.device(), " as the input is, got ",
             values.device());
   return reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 == 0 ? values : values.clone();

@@ -73,7 +73,7 @@ at::Tensor rvq_lookup_cpu(const OptionalTensor& out,      // [B, C, F]; may be t
   RvqLookupParams& p = call.p;
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.frames);
   const at::ScalarType dtype = accumulate_dtype(call.like.scalar_type());
-  const at::Tensor values = packed_or(op, packed, p.layout.total(), call.like, [&] {
+  const at::Tensor values = packed_or(op, packed, p.layout.total(), dtype, [&] {
     return pack_quantizer(p.layout, at::Tensor(), at::Tensor(), codebooks, out_weight, out_bias, dtype);
   });
   const at::Tensor code_values = codes.to(at::kLong).contiguous();

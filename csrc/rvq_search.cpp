@@ -185,7 +185,7 @@ Outputs rvq_search_cpu(const at::Tensor& z,           // [B, C, F] f32|f64|bf16|
   const char* op = "rvq_search";
   RvqSearchParams p = check_rvq_search(z, in_weight, in_bias, codebooks, out_weight, out_bias, num_quantizers);
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.frames);
-  const at::Tensor values = packed_or(op, packed, p.layout.total(), z, [&] {
+  const at::Tensor values = packed_or(op, packed, p.layout.total(), accumulate_dtype(z.scalar_type()), [&] {
     return pack_quantizer(p.layout, in_weight, in_bias, codebooks, out_weight, out_bias,
                           accumulate_dtype(z.scalar_type()));
   });

@@ -3,9 +3,9 @@
 #include <string_view>
 
 #include "../kernels/common/conv_shape.h"
-#include "../kernels/common/gemm_pack.h"
 #include "../kernels/snake_conv1d/params.h"
 #include "checks.h"
+#include "packing.h"
 #ifdef DCX_WITH_CUDA
 #include <ATen/ops/constant_pad_nd.h>
 
@@ -23,21 +23,25 @@ Activation parse_activation(std::string_view name) {
   return Activation::kGelu;
 }
 
-template <class T>
-at::Tensor pack_as(const at::Tensor& weight) {
-  const at::Tensor values = weight.detach().to(c10::CppTypeToScalarType<T>::value).contiguous();
-  const int64_t columns = values.size(0), channels = values.size(1), taps = values.size(2);
-  at::Tensor packed = at::empty({taps * channels * round_up(columns, kColumnUnit)}, values.options());
-  pack_panels(packed.mutable_data_ptr<T>(), values.const_data_ptr<T>(), taps, channels, columns, 1, taps,
-              channels * taps);
-  return packed;
+// Elements of packed weights: bfloat16 takes one channel's taps as channels, so that they lie in pairs.
+int64_t conv1d_numel(at::ScalarType dtype, int64_t taps, int64_t channels, int64_t columns) {
+  const bool unfolded = dtype == at::kBFloat16 && channels == 1;
+  return unfolded ? panels_numel(dtype, 1, taps, columns) : panels_numel(dtype, taps, channels, columns);
 }
 
 at::Tensor pack_conv1d_cpu(const at::Tensor& weight,  // [Cout, Cin, K]
                            int64_t /* stride */, int64_t /* dilation */) {
   DCX_CHECK(weight.dim() == 3, "pack_conv1d: weight must be [Cout, Cin, K], got ", shape_text(weight));
   check_float("pack_conv1d", "weight", weight);
-  return weight.scalar_type() == at::kDouble ? pack_as<double>(weight) : pack_as<float>(weight);
+  const at::ScalarType dtype = packed_dtype(weight.scalar_type());
+  const at::Tensor values = weight.detach().to(accumulate_dtype(weight.scalar_type())).contiguous();
+  const int64_t columns = values.size(0), channels = values.size(1), taps = values.size(2);
+  at::Tensor packed = at::empty({conv1d_numel(dtype, taps, channels, columns)}, values.options().dtype(dtype));
+  if (dtype == at::kBFloat16 && channels == 1)
+    pack_panels_into(packed, 0, values, 1, taps, columns, 0, 1, taps);
+  else
+    pack_panels_into(packed, 0, values, taps, channels, columns, 1, taps, channels * taps);
+  return packed;
 }
 
 // Checks every argument and fills in what does not depend on the device.
@@ -90,9 +94,9 @@ at::Tensor snake_conv1d_cpu(const OptionalTensor& out,    // [B, Cout, T'], x's 
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   at::Tensor y = output_signal(op, out, p.batch, p.out_channels, p.out_steps, x);
-  const at::Tensor panels =
-      packed_or(op, packed, p.taps * p.in_channels * round_up(p.out_channels, kColumnUnit), x,
-                [&] { return pack_conv1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), 1, 1); });
+  const at::ScalarType dtype = packed_dtype(x.scalar_type());
+  const at::Tensor panels = packed_or(op, packed, conv1d_numel(dtype, p.taps, p.in_channels, p.out_channels), dtype,
+                                      [&] { return pack_conv1d_cpu(weight.to(dtype), 1, 1); });
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight = panels.const_data_ptr();

@@ -2,9 +2,9 @@
 
 #include <string_view>
 
-#include "../kernels/common/gemm_pack.h"
 #include "../kernels/snake_upsample1d/params.h"
 #include "checks.h"
+#include "packing.h"
 #ifdef DCX_WITH_CUDA
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -49,27 +49,21 @@ at::Tensor fold_phase(const at::Tensor& weight, const UpsamplePhases& phases, in
   return folded;
 }
 
-template <class T>
-at::Tensor pack_as(const at::Tensor& weight, const UpsamplePhases& phases) {
-  const auto [in_channels, out_channels] = weight_channels("pack_upsample1d", weight, phases);
-  const int64_t out_ld = round_up(out_channels, kColumnUnit);
-  at::Tensor packed = at::empty({phases.total_taps() * in_channels * out_ld},
-                                weight.options().dtype(c10::CppTypeToScalarType<T>::value));
-  T* out = packed.mutable_data_ptr<T>();
-  for (int64_t phase = 0; phase < phases.stride; ++phase) {
-    const int64_t taps = phases.taps(phase);
-    const at::Tensor folded = fold_phase(weight, phases, phase);
-    pack_panels(out, folded.const_data_ptr<double>(), taps, in_channels, out_channels, in_channels * out_channels,
-                out_channels, int64_t{1});
-    out += taps * in_channels * out_ld;
-  }
-  return packed;
-}
-
 at::Tensor pack_upsample1d_cpu(const at::Tensor& weight, int64_t stride, c10::string_view mode,
                                at::IntArrayRef padding) {
   const UpsamplePhases phases = parse_phases("pack_upsample1d", stride, mode, padding);
-  return weight.scalar_type() == at::kDouble ? pack_as<double>(weight, phases) : pack_as<float>(weight, phases);
+  const auto [in_channels, out_channels] = weight_channels("pack_upsample1d", weight, phases);
+  const at::ScalarType dtype = packed_dtype(weight.scalar_type());
+  at::Tensor packed =
+      at::empty({panels_numel(dtype, phases.total_taps(), in_channels, out_channels)}, weight.options().dtype(dtype));
+  int64_t offset = 0;
+  for (int64_t phase = 0; phase < phases.stride; ++phase) {
+    const int64_t taps = phases.taps(phase);
+    pack_panels_into(packed, offset, fold_phase(weight, phases, phase), taps, in_channels, out_channels,
+                     in_channels * out_channels, out_channels, 1);
+    offset += panels_numel(dtype, taps, in_channels, out_channels);
+  }
+  return packed;
 }
 
 // Checks every argument and fills in what does not depend on the device.
@@ -105,9 +99,10 @@ at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
-  const at::Tensor panels = packed_or(
-      op, packed, p.phases.total_taps() * p.in_channels * round_up(p.out_channels, kColumnUnit), x,
-      [&] { return pack_upsample1d_cpu(weight.to(accumulate_dtype(x.scalar_type())), stride, mode, padding); });
+  const at::ScalarType dtype = packed_dtype(x.scalar_type());
+  const at::Tensor panels =
+      packed_or(op, packed, panels_numel(dtype, p.phases.total_taps(), p.in_channels, p.out_channels), dtype,
+                [&] { return pack_upsample1d_cpu(weight.to(dtype), stride, mode, padding); });
   if (out.has_value()) {
     DCX_CHECK(out->dim() == 3 && first >= 0 && first + out->size(2) <= p.out_steps, op,
               ": out must be [B, C, N] with first + N in 0..", p.out_steps, ", got first = ", first, " and ",

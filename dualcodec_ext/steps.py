@@ -28,8 +28,8 @@ def vector_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def weight_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """CPU kernels keep weights in the accumulation dtype, CUDA's in that of the activations, for tensor cores."""
-    return vector_dtype(dtype) if device.type == "cpu" else dtype
+    """Kernels keep weights in the activations' dtype; on the CPU float16 has no products of its own."""
+    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
 
 
 def _inner(conv: nn.Module) -> WNConv1d:

@@ -2,8 +2,8 @@
 
 A packed weight belongs to the family of kernels that is to run. `backend("triton")`, or `auto` where it takes Triton,
 packs for Triton, as two-dimensional tensors; otherwise the compiled module packs, as one-dimensional ones. float64
-weights pack as float64, all others as float32; Triton's upsampling also keeps half precision. The wrong kind is refused
-in one line.
+weights pack as float64, bfloat16 ones of convolutions as bfloat16 in pairs of channels, all others as float32; CUDA and
+Triton's upsampling also keep half precision. The wrong kind is refused in one line.
 """
 
 from __future__ import annotations
@@ -74,18 +74,29 @@ def _packed(like: Tensor, numel: int) -> Tensor:
     return like.new_empty(numel, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
+def _panels(weight: Tensor, taps: int, channels: int, columns: int) -> Tensor:
+    """Return the CPU's packed weight, as csrc/packing.h counts it: bfloat16 lies in pairs of channels."""
+    if weight.dtype != torch.bfloat16:
+        return _packed(weight, taps * channels * _columns(columns))
+    return weight.new_empty(taps * (channels + channels % 2) * _columns(columns))
+
+
 def _fake_conv1d(weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
     columns, channels, taps = weight.shape
     if weight.is_cuda:
         return weight.new_empty(_gemm_numel(channels, taps, stride, dilation, columns))
-    return _packed(weight, taps * channels * _columns(columns))
+    if channels == 1 and weight.dtype == torch.bfloat16:  # its taps lie in pairs
+        return _panels(weight, 1, taps, columns)
+    return _panels(weight, taps, channels, columns)
 
 
 def _fake_residual_unit(weight1: Tensor, weight2: Tensor, winograd: int = 0) -> Tensor:
     channels = weight1.shape[0]
     if weight1.is_cuda:
         return weight1.new_empty(8 * _channels(channels) * _columns(channels))
-    return _packed(weight1, ((winograd or 7) + 1) * channels * _columns(channels))
+    if winograd:  # a transformed weight is float32 at least
+        return _packed(weight1, (winograd + 1) * channels * _columns(channels))
+    return _panels(weight1, 8, channels, channels)
 
 
 def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[int]) -> Tensor:
@@ -97,7 +108,7 @@ def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[i
         taps = sum((first + 2 * stride - 1) // stride - first // stride + 1 for first in firsts)
     if weight.is_cuda:
         return weight.new_empty(taps * _channels(channels) * _columns(columns))
-    return _packed(weight, taps * channels * _columns(columns))
+    return _panels(weight, taps, channels, columns)
 
 
 def _fake_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:

@@ -33,6 +33,17 @@ DCX_HOST_DEVICE inline TensorView view_from(TensorView view, int64_t channel, in
   return view;
 }
 
+// Two neighbouring channels' weights as bfloat16, the first in the lower half: what VDPBF16PS multiplies at once.
+struct Bf16Pair {
+  uint32_t bits;
+};
+
+// A float's bits rounded to bfloat16: nearest, ties to even.
+DCX_HOST_DEVICE inline uint16_t bf16_bits(uint32_t bits) {
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
 // Channel counts are padded to this many columns in packed weights and scratch tiles: one AVX-512 register of floats,
 // so that no kernel needs a masked column.
 constexpr int64_t kColumnUnit = 16;

@@ -4,9 +4,9 @@
 // (taps, channels) alone, each block summed from zero and then added: an output's value depends neither on M nor on the
 // tile.
 #pragma once
+#include "bf16.h"
 #include "gemm_pack.h"
 #include "runtime.h"
-#include "vec.h"
 
 namespace dcx {
 namespace DCX_NS {
@@ -16,9 +16,21 @@ namespace DCX_NS {
 // elsewhere.
 constexpr int64_t kReductionBlock = 128;
 
-template <class T>
+// What sums of products of a tile's elements are kept in.
+template <class A>
+struct SumOf {
+  typedef A type;
+};
+template <>
+struct SumOf<Bf16> {
+  typedef float type;
+};
+template <class A>
+using Sum = typename SumOf<A>::type;
+
+template <class A>
 struct GemmOperand {
-  const T* a;
+  const A* a;
   int64_t row_stride;
   int64_t tap_stride;
   int64_t taps;
@@ -26,9 +38,11 @@ struct GemmOperand {
   int64_t block = kReductionBlock;  // how much of the reduction is summed before it is added to C
 };
 
-// c: [m][round_up(columns, 16)], rows ld_c apart, overwritten. b: gemm_pack.h's panels. T is float or double.
-template <class T>
-void conv_gemm(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, T* c, int64_t ld_c);
+// c: [m][round_up(columns, 16)], rows ld_c apart, overwritten. b: panels of gemm_pack.h, or of gemm_pack_bf16.h whose
+// elements are two channels' weights. A tile then has an even number of channels, zero where there is none, and the
+// reduction is cut between pairs. (A, B): (float, float), (double, double) and (Bf16Kind::Tile, Bf16Pair).
+template <class A, class B>
+void conv_gemm(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns, Sum<A>* c, int64_t ld_c);
 
 // Clips of m rows each that share one pass over the weights: clip i reads a + i * a_step and writes c + i * c_step.
 struct GemmClips {
@@ -39,8 +53,8 @@ struct GemmClips {
 
 // As conv_gemm, bit for bit, for one panel's columns alone; c points at the first of them. The weights are read in the
 // order in which they lie, once for all clips: what a few rows of a wide layer are bound by.
-template <class T>
-void conv_gemm_panel(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, int64_t panel, T* c,
+template <class A, class B>
+void conv_gemm_panel(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns, int64_t panel, Sum<A>* c,
                      int64_t ld_c, const GemmClips& clips);
 
 }  // namespace DCX_NS

@@ -4,9 +4,12 @@ namespace dcx {
 namespace DCX_NS {
 namespace {
 
-template <class T, int MR, int NV>
-inline void micro_kernel(const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels, const T* b,
-                         int64_t b_stride, T* c, int64_t ld_c, bool add) {
+// Everything below counts the reduction in steps, one element of B each.
+template <class A, class B, int MR, int NV>
+inline void micro_kernel(const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps, const B* b,
+                         int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add) {
+  typedef Sum<A> T;
+  constexpr int64_t kStep = kChannelsPerElement<B>;
   Vec<T> acc[MR][NV];  // every loop over it is unrolled, or it would live in memory
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -15,20 +18,46 @@ inline void micro_kernel(const T* a, int64_t row_stride, int64_t tap_stride, int
   for (int64_t k = 0; k < taps; ++k) {
     // Base rows three apart keep the addresses within base + {0, 1, 2} * row_stride, which x86 encodes without extra
     // registers.
-    const T* rows[(MR + 2) / 3];
+    const A* rows[(MR + 2) / 3];
 #pragma GCC unroll 8
     for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + k * tap_stride + 3 * g * row_stride;
-    for (int64_t i = 0; i < channels; ++i) {
-      Vec<T> bv[NV];
+    for (int64_t i = 0; i < steps; ++i) {
+      if constexpr (kStep == 1) {
+        Vec<T> bv[NV];
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) bv[n] = vload<T>(b + n * kLanes<T>);
-      b += b_stride;
+        for (int n = 0; n < NV; ++n) bv[n] = vload<T>(b + n * kLanes<T>);
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-        const Vec<T> av = vset1(rows[m / 3][(m % 3) * row_stride + i]);
+        for (int m = 0; m < MR; ++m) {
+          const Vec<T> av = vset1(rows[m / 3][(m % 3) * row_stride + i]);
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) acc[m][n] = vfma(av, bv[n], acc[m][n]);
+          for (int n = 0; n < NV; ++n) acc[m][n] = vfma(av, bv[n], acc[m][n]);
+        }
+      } else if constexpr (sizeof(A) == 2) {
+        PairVec bv[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) bv[n] = load_pairs(b + n * kLanes<T>);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+          const PairVec av = broadcast_pair(rows[m / 3] + (m % 3) * row_stride + kStep * i);
+#pragma GCC unroll 4
+          for (int n = 0; n < NV; ++n) acc[m][n] = dot_pairs(av, bv[n], acc[m][n]);
+        }
+      } else {
+        // The pair's halves as floats, one after the other: both at once would not leave registers for the sums.
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          Vec<T> bv[NV];
+#pragma GCC unroll 4
+          for (int n = 0; n < NV; ++n) bv[n] = pair_half(load_pairs(b + n * kLanes<T>), half);
+#pragma GCC unroll 16
+          for (int m = 0; m < MR; ++m) {
+            const Vec<T> av = vset1(rows[m / 3][(m % 3) * row_stride + kStep * i + half]);
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; ++n) acc[m][n] = vfma(av, bv[n], acc[m][n]);
+          }
+        }
       }
+      b += b_stride;
     }
   }
 #pragma GCC unroll 16
@@ -40,22 +69,22 @@ inline void micro_kernel(const T* a, int64_t row_stride, int64_t tap_stride, int
     }
 }
 
-template <class T, int MR, int NV>
-inline void row_block(int64_t rows, const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels,
-                      const T* b, int64_t b_stride, T* c, int64_t ld_c, bool add) {
+template <class A, class B, int MR, int NV>
+inline void row_block(int64_t rows, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps,
+                      const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add) {
   if constexpr (MR > 1) {
     if (rows < MR) {
-      row_block<T, MR - 1, NV>(rows, a, row_stride, tap_stride, taps, channels, b, b_stride, c, ld_c, add);
+      row_block<A, B, MR - 1, NV>(rows, a, row_stride, tap_stride, taps, steps, b, b_stride, c, ld_c, add);
       return;
     }
   }
-  micro_kernel<T, MR, NV>(a, row_stride, tap_stride, taps, channels, b, b_stride, c, ld_c, add);
+  micro_kernel<A, B, MR, NV>(a, row_stride, tap_stride, taps, steps, b, b_stride, c, ld_c, add);
 }
 
 // Rows per register block, so that MR * NV accumulators, NV columns and one broadcast fill the register file.
 template <int NV>
 constexpr int kBlockRows =
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
     NV == 3   ? 9
     : NV == 2 ? 13
               : 16;
@@ -63,30 +92,30 @@ constexpr int kBlockRows =
     NV == 2 ? 6 : 12;
 #endif
 
-template <class T, int NV>
-inline void panel_columns(int64_t m, const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels,
-                          const T* b, int64_t b_stride, T* c, int64_t ld_c, bool add) {
+template <class A, class B, int NV>
+inline void panel_columns(int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps,
+                          const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add) {
   constexpr int MR = kBlockRows<NV>;
   for (int64_t i = 0; i < m; i += MR)
-    row_block<T, MR, NV>(m - i < MR ? m - i : MR, a + i * row_stride, row_stride, tap_stride, taps, channels, b,
-                         b_stride, c + i * ld_c, ld_c, add);
+    row_block<A, B, MR, NV>(m - i < MR ? m - i : MR, a + i * row_stride, row_stride, tap_stride, taps, steps, b,
+                            b_stride, c + i * ld_c, ld_c, add);
 }
 
 // One panel (width columns) over one reduction block.
-template <class T>
-void gemm_panel(int64_t m, const T* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t channels,
-                const T* b, int64_t width, T* c, int64_t ld_c, bool add) {
+template <class A, class B>
+void gemm_panel(int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps, const B* b,
+                int64_t width, Sum<A>* c, int64_t ld_c, bool add) {
   int64_t n = 0;
-#if DCX_ISA == 2
-  constexpr int64_t three = 3 * kLanes<T>;
+#if DCX_ISA >= 2
+  constexpr int64_t three = 3 * kLanes<Sum<A>>;
   for (; n + three <= width; n += three)
-    panel_columns<T, 3>(m, a, row_stride, tap_stride, taps, channels, b + n, width, c + n, ld_c, add);
+    panel_columns<A, B, 3>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add);
 #endif
-  constexpr int64_t two = 2 * kLanes<T>;
+  constexpr int64_t two = 2 * kLanes<Sum<A>>;
   for (; n + two <= width; n += two)
-    panel_columns<T, 2>(m, a, row_stride, tap_stride, taps, channels, b + n, width, c + n, ld_c, add);
-  for (; n < width; n += kLanes<T>)
-    panel_columns<T, 1>(m, a, row_stride, tap_stride, taps, channels, b + n, width, c + n, ld_c, add);
+    panel_columns<A, B, 2>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add);
+  for (; n < width; n += kLanes<Sum<A>>)
+    panel_columns<A, B, 1>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add);
 }
 
 inline bool library_gemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add,
@@ -96,79 +125,87 @@ inline bool library_gemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t 
   gemm(m, n, k, ld_a, ld_b, ld_c, add, a, b, c);
   return true;
 }
-inline bool library_gemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const double*, const double*,
-                         double*) {
+template <class A, class B>
+inline bool library_gemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const A*, const B*, Sum<A>*) {
   return false;
 }
 
-// One block of the reduction: a run of taps, or some channels of one tap.
+// One block of the reduction: a run of taps, or some steps of one tap.
 struct Block {
-  int64_t tap, taps, c0, c1;
+  int64_t tap, taps, begin, end;
   bool add;
 };
 
 // Calls f with the blocks in order.
-template <class T, class F>
-inline void for_each_block(const GemmOperand<T>& op, const F& f) {
-  const int64_t blocks_per_tap = ceil_div(op.channels, op.block);
-  const int64_t taps_per_block = op.channels >= op.block ? 1 : op.block / op.channels;
+template <class B, class A, class F>
+inline void for_each_block(const GemmOperand<A>& op, const F& f) {
+  const int64_t steps = ceil_div(op.channels, kChannelsPerElement<B>);
+  const int64_t length = ceil_div(op.block, kChannelsPerElement<B>);
+  const int64_t blocks_per_tap = ceil_div(steps, length);
+  const int64_t taps_per_block = steps >= length ? 1 : length / steps;
   for (int64_t tap = 0; tap < op.taps; tap += taps_per_block) {
     const int64_t taps = op.taps - tap < taps_per_block ? op.taps - tap : taps_per_block;
     for (int64_t block = 0; block < blocks_per_tap; ++block)
-      f(Block{tap, taps, op.channels * block / blocks_per_tap, op.channels * (block + 1) / blocks_per_tap,
-              tap > 0 || block > 0});
+      f(Block{tap, taps, steps * block / blocks_per_tap, steps * (block + 1) / blocks_per_tap, tap > 0 || block > 0});
   }
 }
 
 // One panel, of `width` columns, over one block.
-template <class T>
-inline void panel_block(int64_t m, const GemmOperand<T>& op, const Block& block, const T* panel, int64_t width, T* c,
-                        int64_t ld_c) {
-  const T* a = op.a + block.tap * op.tap_stride + block.c0;
-  const T* slice = panel + (block.tap * op.channels + block.c0) * width;
-  const int64_t channels = block.c1 - block.c0;
+template <class A, class B>
+inline void panel_block(int64_t m, const GemmOperand<A>& op, const Block& block, const B* panel, int64_t width,
+                        Sum<A>* c, int64_t ld_c) {
+  const int64_t all_steps = ceil_div(op.channels, kChannelsPerElement<B>), steps = block.end - block.begin;
+  const A* a = op.a + block.tap * op.tap_stride + block.begin * kChannelsPerElement<B>;
+  const B* slice = panel + (block.tap * all_steps + block.begin) * width;
   for (int64_t k = 0; k < block.taps; ++k)
-    if (!library_gemm(m, width, channels, op.row_stride, width, ld_c, block.add || k > 0, a + k * op.tap_stride,
-                      slice + k * op.channels * width, c)) {
-      gemm_panel<T>(m, a, op.row_stride, op.tap_stride, block.taps, channels, slice, width, c, ld_c, block.add);
+    if (!library_gemm(m, width, steps, op.row_stride, width, ld_c, block.add || k > 0, a + k * op.tap_stride,
+                      slice + k * all_steps * width, c)) {
+      gemm_panel<A, B>(m, a, op.row_stride, op.tap_stride, block.taps, steps, slice, width, c, ld_c, block.add);
       return;
     }
 }
 
+// A panel's first element.
+template <class A, class B>
+inline const B* panel_at(const GemmOperand<A>& op, const B* b, int64_t column) {
+  return b + op.taps * ceil_div(op.channels, kChannelsPerElement<B>) * column;
+}
+
 }  // namespace
 
-template <class T>
-void conv_gemm(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, T* c, int64_t ld_c) {
+template <class A, class B>
+void conv_gemm(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns, Sum<A>* c, int64_t ld_c) {
   if (m <= 0) return;
   // Panels inside blocks: a block of the rows stays in L1 while the panels pass.
-  for_each_block(op, [&](const Block& block) {
+  for_each_block<B>(op, [&](const Block& block) {
     for (int64_t p = 0; p < panel_count(columns); ++p) {
       const int64_t n0 = panel_begin(columns, p), width = panel_begin(columns, p + 1) - n0;
-      panel_block<T>(m, op, block, b + op.taps * op.channels * n0, width, c + n0, ld_c);
+      panel_block(m, op, block, panel_at(op, b, n0), width, c + n0, ld_c);
     }
   });
 }
 
-template <class T>
-void conv_gemm_panel(int64_t m, const GemmOperand<T>& op, const T* b, int64_t columns, int64_t panel, T* c,
+template <class A, class B>
+void conv_gemm_panel(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns, int64_t panel, Sum<A>* c,
                      int64_t ld_c, const GemmClips& clips) {
   if (m <= 0) return;
   const int64_t n0 = panel_begin(columns, panel), width = panel_begin(columns, panel + 1) - n0;
-  for_each_block(op, [&](const Block& block) {
+  for_each_block<B>(op, [&](const Block& block) {
     for (int64_t i = 0; i < clips.count; ++i) {
-      GemmOperand<T> clip = op;
+      GemmOperand<A> clip = op;
       clip.a += i * clips.a_step;
-      panel_block<T>(m, clip, block, b + op.taps * op.channels * n0, width, c + i * clips.c_step, ld_c);
+      panel_block(m, clip, block, panel_at(op, b, n0), width, c + i * clips.c_step, ld_c);
     }
   });
 }
 
-template void conv_gemm<float>(int64_t, const GemmOperand<float>&, const float*, int64_t, float*, int64_t);
-template void conv_gemm<double>(int64_t, const GemmOperand<double>&, const double*, int64_t, double*, int64_t);
-template void conv_gemm_panel<float>(int64_t, const GemmOperand<float>&, const float*, int64_t, int64_t, float*,
-                                     int64_t, const GemmClips&);
-template void conv_gemm_panel<double>(int64_t, const GemmOperand<double>&, const double*, int64_t, int64_t, double*,
-                                      int64_t, const GemmClips&);
+#define DCX_INSTANTIATE(A, B)                                                                                       \
+  template void conv_gemm<A, B>(int64_t, const GemmOperand<A>&, const B*, int64_t, Sum<A>*, int64_t);               \
+  template void conv_gemm_panel<A, B>(int64_t, const GemmOperand<A>&, const B*, int64_t, int64_t, Sum<A>*, int64_t, \
+                                      const GemmClips&);
+DCX_INSTANTIATE(float, float)
+DCX_INSTANTIATE(double, double)
+DCX_INSTANTIATE(Bf16Kind::Tile, Bf16Pair)
 
 }  // namespace DCX_NS
 }  // namespace dcx

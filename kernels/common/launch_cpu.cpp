@@ -14,15 +14,22 @@
   }                                 \
   namespace avx512 {                \
   void op(const Params&);           \
+  }                                 \
+  namespace avx512_bf16 {           \
+  void op(const Params&);           \
   }
-#define DCX_X86_SELECT(op, params)    \
-  if (active_isa() == Isa::kAvx512) { \
-    avx512::op(params);               \
-    return;                           \
-  }                                   \
-  if (active_isa() == Isa::kAvx2) {   \
-    avx2::op(params);                 \
-    return;                           \
+#define DCX_X86_SELECT(op, params)        \
+  if (active_isa() == Isa::kAvx512Bf16) { \
+    avx512_bf16::op(params);              \
+    return;                               \
+  }                                       \
+  if (active_isa() == Isa::kAvx512) {     \
+    avx512::op(params);                   \
+    return;                               \
+  }                                       \
+  if (active_isa() == Isa::kAvx2) {       \
+    avx2::op(params);                     \
+    return;                               \
   }
 #else
 #define DCX_X86_DECLARE(op, Params)

@@ -47,7 +47,7 @@ struct IsaChoice {
 };
 
 Isa best_isa() {
-  for (Isa isa : {Isa::kAvx512, Isa::kAvx2})
+  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2})
     if (isa_compiled(isa) && isa_detected(isa)) return isa;
   return Isa::kGeneric;
 }
@@ -56,7 +56,7 @@ IsaChoice choose_isa() {
   IsaChoice choice{best_isa(), {}};
   const char* wanted = getenv("DUALCODEC_EXT_ISA");
   if (wanted == nullptr || *wanted == '\0') return choice;
-  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : kAllIsas) {
     if (strcmp(wanted, isa_name(isa)) != 0) continue;
     if (isa_compiled(isa) && isa_detected(isa)) {
       choice.isa = isa;
@@ -66,7 +66,8 @@ IsaChoice choose_isa() {
     }
     return choice;
   }
-  snprintf(choice.error, sizeof(choice.error), "DUALCODEC_EXT_ISA must be generic, avx2 or avx512, got %.60s", wanted);
+  snprintf(choice.error, sizeof(choice.error),
+           "DUALCODEC_EXT_ISA must be generic, avx2, avx512 or avx512_bf16, got %.60s", wanted);
   return choice;
 }
 
@@ -91,7 +92,10 @@ bool set_active_isa(Isa isa) {
   return true;
 }
 
-const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "generic"; }
+const char* isa_name(Isa isa) {
+  constexpr const char* names[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+  return names[static_cast<int>(isa)];
+}
 
 bool isa_compiled(Isa isa) {
 #ifdef DCX_X86
@@ -108,8 +112,9 @@ bool isa_detected(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::kAvx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return isa == Isa::kAvx512 ? avx512 : avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

@@ -19,8 +19,10 @@ struct Runtime {
 };
 Runtime& runtime();
 
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
-// The best set that both this build and this machine have; DUALCODEC_EXT_ISA=generic|avx2|avx512 asks for another one.
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+constexpr Isa kAllIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+// The best set that both this build and this machine have; DUALCODEC_EXT_ISA=generic|avx2|avx512|avx512_bf16 asks for
+// another one.
 // An Isa that can't run is refused: active_isa_error() then tells why, and the best one is used.
 Isa active_isa();
 const char* isa_name(Isa isa);

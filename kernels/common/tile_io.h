@@ -1,24 +1,10 @@
 // Moves a stretch of time steps between strided tensors of any element type and a scratch tile [rows][ld] of the
 // compute type (channels innermost, columns past the channels zero). Steps outside [0, valid) read as zero.
 #pragma once
-#include "dtype.h"
-#include "vec.h"
+#include "bf16.h"
 
 namespace dcx {
 namespace DCX_NS {
-
-static inline float bf16_to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  memcpy(&value, &wide, 4);
-  return value;
-}
-static inline uint16_t float_to_bf16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // nearest, ties to even
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 #if DCX_ISA >= 1
 static inline float f16_to_float(uint16_t bits) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits))); }
@@ -78,15 +64,49 @@ struct LoadF16 {
   static inline void put(uint16_t* p, float v) { *p = float_to_f16(v); }
 };
 
+template <class Io>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<LoadBF16> = true;
+
+// One element into a tile.
+template <class Io, class T>
+static inline void tile_put(T* out, const typename Io::Element* p) {
+  if constexpr (sizeof(T) == 2) {
+    if constexpr (kIsBf16<Io>)
+      out->bits = *p;
+    else
+      out->bits = float_to_bf16(static_cast<float>(Io::get(p)));
+  } else {
+    *out = static_cast<T>(Io::get(p));
+  }
+}
+
+// A row of contiguous channels, with vector code for bfloat16.
+template <class Io, class T>
+static inline void load_row(T* out, const typename Io::Element* row, int64_t channels) {
+  int64_t c = 0;
+  if constexpr (kIsBf16<Io> && sizeof(T) == 2) {
+    memcpy(out, row, static_cast<size_t>(channels) * sizeof(T));
+    return;
+  } else if constexpr (kIsBf16<Io> && sizeof(T) == 4) {
+    for (; c + kLanes<float> <= channels; c += kLanes<float>) vstore<float>(out + c, vload_bf16(row + c));
+  }
+  for (; c < channels; ++c) tile_put<Io>(out + c, row + c);
+}
+template <class Io, class T>
+static inline void store_row(typename Io::Element* row, const T* in, int64_t channels) {
+  int64_t c = 0;
+  if constexpr (kIsBf16<Io> && sizeof(T) == 4)
+    for (; c + kLanes<float> <= channels; c += kLanes<float>) vstore_bf16(row + c, vload<float>(in + c));
+  for (; c < channels; ++c) Io::put(row + c, in[c]);
+}
+
 template <class Io, class T>
 static void load_rows(T* tile, int64_t ld, int64_t rows, int64_t channels, const typename Io::Element* base,
                       int64_t stride_c, int64_t stride_t) {
   if (stride_c == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const typename Io::Element* row = base + r * stride_t;
-      T* out = tile + r * ld;
-      for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<T>(Io::get(row + c));
-    }
+    for (int64_t r = 0; r < rows; ++r) load_row<Io>(tile + r * ld, base + r * stride_t, channels);
     return;
   }
   // Blocks of 16 channels x 16 steps keep both sides within a few cache lines.
@@ -94,18 +114,14 @@ static void load_rows(T* tile, int64_t ld, int64_t rows, int64_t channels, const
     for (int64_t r0 = 0; r0 < rows; r0 += 16)
       for (int64_t c = c0; c < channels && c < c0 + 16; ++c)
         for (int64_t r = r0; r < rows && r < r0 + 16; ++r)
-          tile[r * ld + c] = static_cast<T>(Io::get(base + c * stride_c + r * stride_t));
+          tile_put<Io>(tile + r * ld + c, base + c * stride_c + r * stride_t);
 }
 
 template <class Io, class T>
 static void store_rows(const T* tile, int64_t ld, int64_t rows, int64_t channels, typename Io::Element* base,
                        int64_t stride_c, int64_t stride_t) {
   if (stride_c == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      typename Io::Element* row = base + r * stride_t;
-      const T* in = tile + r * ld;
-      for (int64_t c = 0; c < channels; ++c) Io::put(row + c, in[c]);
-    }
+    for (int64_t r = 0; r < rows; ++r) store_row<Io>(base + r * stride_t, tile + r * ld, channels);
     return;
   }
   for (int64_t c0 = 0; c0 < channels; c0 += 16)

@@ -49,7 +49,7 @@ static inline void vstore(T* p, Vec<T> v) {
 }
 
 static inline Vec<float> vset1(float x) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_set1_ps(x);
 #elif DCX_ISA == 1
   return _mm256_set1_ps(x);
@@ -58,7 +58,7 @@ static inline Vec<float> vset1(float x) {
 #endif
 }
 static inline Vec<double> vset1(double x) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_set1_pd(x);
 #elif DCX_ISA == 1
   return _mm256_set1_pd(x);
@@ -69,7 +69,7 @@ static inline Vec<double> vset1(double x) {
 
 // a * b + c, rounded once where the unit has the instruction.
 static inline Vec<float> vfma(Vec<float> a, Vec<float> b, Vec<float> c) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_fmadd_ps(a, b, c);
 #elif DCX_ISA == 1
   return _mm256_fmadd_ps(a, b, c);
@@ -80,7 +80,7 @@ static inline Vec<float> vfma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #endif
 }
 static inline Vec<double> vfma(Vec<double> a, Vec<double> b, Vec<double> c) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_fmadd_pd(a, b, c);
 #elif DCX_ISA == 1
   return _mm256_fmadd_pd(a, b, c);
@@ -118,7 +118,7 @@ static inline T vsum(Vec<T> v) {
 // Whether any lane of a comparison's result is set.
 template <class T>
 static inline bool vany(IVec<T> mask) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
 #elif DCX_ISA == 1
   return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);

@@ -45,35 +45,41 @@ void add_residual(T* out, T* extra, int64_t ld, int64_t rows, int64_t channels, 
 }
 
 // A few rows of every clip: tasks are panels of the output's columns, first of W1 with Snake behind it, then of W2.
-template <class T>
-void run_short(const ResidualUnitParams& p, const T* shared) {
+template <class Kind>
+void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared) {
+  typedef typename Kind::Tile Tile;
+  typedef typename Kind::Sum T;
   const int64_t ld = round_up(p.channels, kColumnUnit), rows = p.out_steps;
   const int64_t halo = p.dilation * (kResidualUnitTaps - 1), in_rows = rows + halo;
   const int64_t shift = p.centre * p.dilation - p.pad_left;
-  T* in = static_cast<T*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * ld) * sizeof(T)));
-  T* middle = static_cast<T*>(thread_scratch(kAllMiddle, static_cast<size_t>(p.batch * rows * ld) * sizeof(T)));
+  Tile* in = static_cast<Tile*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * ld) * sizeof(Tile)));
+  Tile* middle =
+      static_cast<Tile*>(thread_scratch(kAllMiddle, static_cast<size_t>(p.batch * rows * ld) * sizeof(Tile)));
   for (int64_t b = 0; b < p.batch; ++b) {
-    T* tile = in + b * in_rows * ld;
-    load_tile<T>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, in_valid_steps(p, b));
+    Tile* tile = in + b * in_rows * ld;
+    load_tile<Tile>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, in_valid_steps(p, b));
     const RowRange inside = rows_inside(-p.pad_left, in_rows, in_valid_steps(p, b));
     snake_rows(tile + inside.first * ld, ld, inside.last - inside.first, shared, shared + ld, ld);
   }
   const int64_t panels = panel_count(p.channels), work = p.batch * rows * p.channels * p.channels;
+  const size_t out_bytes = static_cast<size_t>(p.batch * rows * kMaxPanelWidth) * sizeof(T);
   parallel(panels, work * kResidualUnitTaps, [&](int64_t panel) {
     const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
-    const GemmOperand<T> dilated{in, ld, p.dilation * ld, kResidualUnitTaps, p.channels};
-    conv_gemm_panel<T>(rows, dilated, static_cast<const T*>(p.weight1), p.channels, panel, middle + n0, ld,
-                       GemmClips{p.batch, in_rows * ld, rows * ld});
-    add_bias<T>(middle + n0, ld, p.batch * rows, static_cast<const T*>(p.bias1) + n0, width);
-    snake_rows(middle + n0, ld, p.batch * rows, shared + 2 * ld + n0, shared + 3 * ld + n0, width);
+    T* out = static_cast<T*>(thread_scratch(kOutput, out_bytes));
+    const GemmOperand<Tile> dilated{in, ld, p.dilation * ld, kResidualUnitTaps, p.channels};
+    conv_gemm_panel<Tile>(rows, dilated, static_cast<const typename Kind::Weight*>(p.weight1), p.channels, panel, out,
+                          width, GemmClips{p.batch, in_rows * ld, rows * width});
+    bias_snake(middle + n0, ld, out, width, p.batch * rows, static_cast<const T*>(p.bias1) + n0, shared + 2 * ld + n0,
+               shared + 3 * ld + n0, width);
   });
   parallel(panels, work, [&](int64_t panel) {
     const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
     const int64_t channels = p.channels - n0 < width ? p.channels - n0 : width;
-    T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(p.batch * rows * width) * sizeof(T)));
-    T* extra = static_cast<T*>(thread_scratch(kResidual, static_cast<size_t>(rows * width) * sizeof(T)));
-    const GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
-    conv_gemm_panel<T>(p.batch * rows, pointwise, static_cast<const T*>(p.weight2), p.channels, panel, out, width, {});
+    T* out = static_cast<T*>(thread_scratch(kOutput, out_bytes));
+    T* extra = static_cast<T*>(thread_scratch(kResidual, out_bytes));
+    const GemmOperand<Tile> pointwise{middle, ld, 0, 1, p.channels};
+    conv_gemm_panel<Tile>(p.batch * rows, pointwise, static_cast<const typename Kind::Weight*>(p.weight2), p.channels,
+                          panel, out, width, {});
     for (int64_t b = 0; b < p.batch; ++b) {
       T* tile = out + b * rows * width;
       add_residual<T>(tile, extra, width, rows, channels, static_cast<const T*>(p.bias2) + n0, view_from(p.x, n0), b,
@@ -83,15 +89,17 @@ void run_short(const ResidualUnitParams& p, const T* shared) {
   });
 }
 
-template <class T>
+template <class Kind>
 void run(const ResidualUnitParams& p) {
+  typedef typename Kind::Tile Tile;
+  typedef typename Kind::Sum T;
   const int64_t ld = round_up(p.channels, kColumnUnit);
   const int64_t halo = p.dilation * (kResidualUnitTaps - 1);
   T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>(4 * ld) * sizeof(T)));
   snake_prepare<T>(shared, ld, static_cast<const T*>(p.alpha1), p.channels);
   snake_prepare<T>(shared + 2 * ld, ld, static_cast<const T*>(p.alpha2), p.channels);
   if (is_short(p.out_steps, p.batch)) {
-    run_short<T>(p, shared);
+    run_short<Kind>(p, shared);
     return;
   }
 
@@ -103,20 +111,21 @@ void run(const ResidualUnitParams& p) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     const int64_t in_valid = in_valid_steps(p, b);
-    const size_t tile_bytes = static_cast<size_t>(rows * ld) * sizeof(T);
-    T* in = static_cast<T*>(thread_scratch(kInput, tile_bytes + static_cast<size_t>(halo * ld) * sizeof(T)));
-    T* middle = static_cast<T*>(thread_scratch(kMiddle, tile_bytes));
-    T* out = static_cast<T*>(thread_scratch(kOutput, tile_bytes));
-    load_tile<T>(in, ld, count + halo, p.channels, p.x, b, t0 - p.pad_left, in_valid);
+    const size_t numel = static_cast<size_t>(rows * ld);
+    // The input tile holds the residual too, in the sums' type.
+    Tile* in = static_cast<Tile*>(thread_scratch(
+        kInput, (numel + static_cast<size_t>(halo * ld)) * sizeof(Tile) + (sizeof(Tile) < sizeof(T) ? numel : 0) * 2));
+    Tile* middle = static_cast<Tile*>(thread_scratch(kMiddle, numel * sizeof(Tile)));
+    T* out = static_cast<T*>(thread_scratch(kOutput, numel * sizeof(T)));
+    load_tile<Tile>(in, ld, count + halo, p.channels, p.x, b, t0 - p.pad_left, in_valid);
     snake_rows(in, ld, count + halo, shared, shared + ld, ld);
-    const GemmOperand<T> dilated{in, ld, p.dilation * ld, kResidualUnitTaps, p.channels};
-    conv_gemm<T>(count, dilated, static_cast<const T*>(p.weight1), p.channels, middle, ld);
-    add_bias<T>(middle, ld, count, static_cast<const T*>(p.bias1), ld);
-    snake_rows(middle, ld, count, shared + 2 * ld, shared + 3 * ld, ld);
-    const GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
-    conv_gemm<T>(count, pointwise, static_cast<const T*>(p.weight2), p.channels, out, ld);
+    const GemmOperand<Tile> dilated{in, ld, p.dilation * ld, kResidualUnitTaps, p.channels};
+    conv_gemm<Tile>(count, dilated, static_cast<const typename Kind::Weight*>(p.weight1), p.channels, out, ld);
+    bias_snake(middle, ld, out, ld, count, static_cast<const T*>(p.bias1), shared + 2 * ld, shared + 3 * ld, ld);
+    const GemmOperand<Tile> pointwise{middle, ld, 0, 1, p.channels};
+    conv_gemm<Tile>(count, pointwise, static_cast<const typename Kind::Weight*>(p.weight2), p.channels, out, ld);
     // The residual is read again, un-snaked: it is still in L2, and a copy of the tile would take its place there.
-    add_residual<T>(out, in, ld, count, p.channels, static_cast<const T*>(p.bias2), p.x, b,
+    add_residual<T>(out, reinterpret_cast<T*>(in), ld, count, p.channels, static_cast<const T*>(p.bias2), p.x, b,
                     t0 - p.pad_left + p.centre * p.dilation, in_valid);
     store_tile<T>(out, ld, count, p.channels, p.y, b, t0, out_valid_steps(p, b));
   });
@@ -128,9 +137,11 @@ void residual_unit(const ResidualUnitParams& p) {
   if (p.winograd != 0)
     residual_unit_winograd(p);
   else if (p.x.dtype == DType::kF64)
-    run<double>(p);
+    run<DoubleKind>(p);
+  else if (p.x.dtype == DType::kBF16)
+    run<Bf16Kind>(p);
   else
-    run<float>(p);
+    run<SingleKind>(p);
 }
 
 }  // namespace DCX_NS

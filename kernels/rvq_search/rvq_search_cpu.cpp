@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kTileFrames = 66;
 constexpr int kFrameBlock = 6;
-constexpr int kPassRegisters = DCX_ISA == 2 ? 4 : 1;
+constexpr int kPassRegisters = DCX_ISA >= 2 ? 4 : 1;
 
 enum Slot { kInput = 0, kCode = 1, kQuery = 2, kOutput = 3, kBest = 4, kRedo = 5, kShared = 7 };
 
@@ -26,7 +26,7 @@ inline double root(double x) { return sqrt(x); }
 
 // b where a is NaN, as `a < b ? a : b`, in one instruction. (The unmasked intrinsics warn in GCC 12.)
 inline Vec<float> lesser(Vec<float> a, Vec<float> b) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_maskz_min_ps(0xffff, a, b);
 #elif DCX_ISA == 1
   return _mm256_min_ps(a, b);
@@ -35,7 +35,7 @@ inline Vec<float> lesser(Vec<float> a, Vec<float> b) {
 #endif
 }
 inline Vec<double> lesser(Vec<double> a, Vec<double> b) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_maskz_min_pd(0xff, a, b);
 #elif DCX_ISA == 1
   return _mm256_min_pd(a, b);
@@ -44,7 +44,7 @@ inline Vec<double> lesser(Vec<double> a, Vec<double> b) {
 #endif
 }
 inline Vec<float> greater(Vec<float> a, Vec<float> b) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_maskz_max_ps(0xffff, a, b);
 #elif DCX_ISA == 1
   return _mm256_max_ps(a, b);
@@ -53,7 +53,7 @@ inline Vec<float> greater(Vec<float> a, Vec<float> b) {
 #endif
 }
 inline Vec<double> greater(Vec<double> a, Vec<double> b) {
-#if DCX_ISA == 2
+#if DCX_ISA >= 2
   return _mm512_maskz_max_pd(0xff, a, b);
 #elif DCX_ISA == 1
   return _mm256_max_pd(a, b);

@@ -19,7 +19,7 @@ constexpr int64_t kTileBytes = 448 * 1024;
 // Wide layers stream megabytes of weights per tile; fewer rows than this and the stream would bound them.
 constexpr int64_t kMinTileRows = 96;
 
-enum Slot { kInput = 0, kOutput = 1, kResidual = 2, kAllInput = 4, kShared = 7 };
+enum Slot { kInput = 0, kOutput = 1, kResidual = 2, kUnfolded = 3, kAllInput = 4, kShared = 7 };
 
 // Rows of whole registers; a single column is gathered first, since the rest of its rows was never written.
 template <class T>
@@ -54,6 +54,53 @@ void single_output(T* out, int64_t rows, const T* in, int64_t ld, int64_t row_st
     out[r * kColumnUnit] = vsum<T>(acc[0] + acc[1]);
   }
 }
+#if DCX_ISA == 3
+// Sixteen channels, the tile's unit, are half a register of pairs.
+void single_output(float* out, int64_t rows, const Bf16* in, int64_t ld, int64_t row_stride, int64_t tap_stride,
+                   int64_t taps, const Bf16* weight) {
+  const auto load = [](const Bf16* p) {
+    return reinterpret_cast<__m256bh>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    int64_t turn = 0;
+    for (int64_t k = 0; k < taps; ++k)
+      for (int64_t c = 0; c < ld; c += kColumnUnit, turn ^= 1)
+        acc[turn] =
+            _mm256_dpbf16_ps(acc[turn], load(in + r * row_stride + k * tap_stride + c), load(weight + k * ld + c));
+    float lanes[8];
+    _mm256_storeu_ps(lanes, acc[0] + acc[1]);
+    for (int width = 4; width >= 1; width /= 2)
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    out[r * kColumnUnit] = lanes[0];
+  }
+}
+#endif
+
+// Channel c of tap k of the first column.
+template <class T>
+T first_column(const T* weight, int64_t channels, int64_t k, int64_t c, const T*) {
+  return weight[(k * channels + c) * kColumnUnit];
+}
+inline uint16_t first_column_bits(const Bf16Pair* weight, int64_t channels, int64_t k, int64_t c) {
+  const uint32_t pair = weight[(k * ceil_div(channels, int64_t{2}) + c / 2) * kColumnUnit].bits;
+  return static_cast<uint16_t>(c % 2 == 0 ? pair : pair >> 16);
+}
+inline float first_column(const Bf16Pair* weight, int64_t channels, int64_t k, int64_t c, const float*) {
+  return bf16_to_float(first_column_bits(weight, channels, k, c));
+}
+inline Bf16 first_column(const Bf16Pair* weight, int64_t channels, int64_t k, int64_t c, const Bf16*) {
+  return Bf16{first_column_bits(weight, channels, k, c)};
+}
+
+// Row r of `rows` gets its taps side by side: a convolution of one channel as a product over them, `ld` a multiple
+// of 16.
+template <class T>
+void unfold(T* out, int64_t ld, int64_t rows, const T* in, int64_t row_stride, int64_t tap_stride, int64_t taps) {
+  memset(out, 0, static_cast<size_t>(rows * ld) * sizeof(T));
+  for (int64_t k = 0; k < taps; ++k)
+    for (int64_t r = 0; r < rows; ++r) out[r * ld + k] = in[r * row_stride + k * tap_stride];
+}
 
 inline int64_t out_valid_steps(const SnakeConv1dParams& p, int64_t b) {
   return p.lengths != nullptr ? conv_output_steps(p.lengths[b], p.taps, p.stride, p.dilation, p.pad_left, p.pad_right)
@@ -75,15 +122,18 @@ void finish(const SnakeConv1dParams& p, T* out, int64_t ld, int64_t rows, bool s
 }
 
 // A few rows of every clip: tasks are panels of the output's columns.
-template <class T>
-void run_short(const SnakeConv1dParams& p, const T* shared) {
+template <class Kind>
+void run_short(const SnakeConv1dParams& p, const typename Kind::Sum* shared) {
+  typedef typename Kind::Tile Tile;
+  typedef typename Kind::Sum T;
   const int64_t in_ld = round_up(p.in_channels, kColumnUnit), rows = p.out_steps;
   const int64_t in_rows = (rows - 1) * p.stride + p.dilation * (p.taps - 1) + 1;
-  T* in = static_cast<T*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * in_ld) * sizeof(T)));
+  Tile* in =
+      static_cast<Tile*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * in_ld) * sizeof(Tile)));
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    T* tile = in + b * in_rows * in_ld;
-    load_tile<T>(tile, in_ld, in_rows, p.in_channels, p.x, b, -p.pad_left, valid);
+    Tile* tile = in + b * in_rows * in_ld;
+    load_tile<Tile>(tile, in_ld, in_rows, p.in_channels, p.x, b, -p.pad_left, valid);
     const RowRange inside = rows_inside(-p.pad_left, in_rows, valid);
     if (p.alpha != nullptr)
       snake_rows(tile + inside.first * in_ld, in_ld, inside.last - inside.first, shared, shared + in_ld, in_ld);
@@ -93,37 +143,45 @@ void run_short(const SnakeConv1dParams& p, const T* shared) {
     const int64_t n0 = panel_begin(p.out_channels, panel), width = panel_begin(p.out_channels, panel + 1) - n0;
     const int64_t channels = p.out_channels - n0 < width ? p.out_channels - n0 : width;
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(p.batch * rows * width) * sizeof(T)));
-    const GemmOperand<T> operand{in, p.stride * in_ld, p.dilation * in_ld, p.taps, p.in_channels};
-    conv_gemm_panel<T>(rows, operand, static_cast<const T*>(p.weight), p.out_channels, panel, out, width,
-                       GemmClips{p.batch, in_rows * in_ld, rows * width});
+    const GemmOperand<Tile> operand{in, p.stride * in_ld, p.dilation * in_ld, p.taps, p.in_channels};
+    conv_gemm_panel<Tile>(rows, operand, static_cast<const typename Kind::Weight*>(p.weight), p.out_channels, panel,
+                          out, width, GemmClips{p.batch, in_rows * in_ld, rows * width});
     add_bias<T>(out, width, p.batch * rows, static_cast<const T*>(p.bias) + n0, width);
     for (int64_t b = 0; b < p.batch; ++b) finish<T>(p, out + b * rows * width, width, rows, false, n0, channels, b, 0);
   });
 }
 
-template <class T>
+template <class Kind>
 void run(const SnakeConv1dParams& p) {
-  const bool single_input = p.in_channels == 1 && p.dilation == 1 && p.alpha == nullptr;
-  const bool single_column = p.out_channels == 1 && !single_input;
-  const int64_t in_ld = single_input ? 1 : round_up(p.in_channels, kColumnUnit);
+  typedef typename Kind::Tile Tile;
+  typedef typename Kind::Sum T;
+  typedef typename Kind::Weight Weight;
+  // Pairs of one channel's taps lie wherever the stride and dilation put them, and a tile's samples may end between the
+  // two, so they are brought side by side.
+  const bool unfolded = p.in_channels == 1 && weight_steps<Kind>(2) == 1;
+  const bool single_input = !unfolded && p.in_channels == 1 && p.dilation == 1 && p.alpha == nullptr;
+  const bool single_column = p.out_channels == 1 && p.in_channels > 1;
+  const int64_t in_ld = p.in_channels == 1 && p.alpha == nullptr ? 1 : round_up(p.in_channels, kColumnUnit);
   const int64_t out_ld = round_up(p.out_channels, kColumnUnit);
   const int64_t halo = p.dilation * (p.taps - 1) + 1;
 
   T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>((2 + p.taps) * in_ld) * sizeof(T)));
   if (p.alpha != nullptr) snake_prepare<T>(shared, in_ld, static_cast<const T*>(p.alpha), p.in_channels);
-  if (!single_input && !single_column && is_short(p.out_steps, p.batch)) {
-    run_short<T>(p, shared);
+  if (p.in_channels > 1 && !single_column && is_short(p.out_steps, p.batch)) {
+    run_short<Kind>(p, shared);
     return;
   }
-  T* column = shared + 2 * in_ld;
+  Tile* column = reinterpret_cast<Tile*>(shared + 2 * in_ld);
   if (single_column)
     for (int64_t k = 0; k < p.taps; ++k)
       for (int64_t c = 0; c < in_ld; ++c)
-        column[k * in_ld + c] =
-            c < p.in_channels ? static_cast<const T*>(p.weight)[(k * p.in_channels + c) * kColumnUnit] : T(0);
+        column[k * in_ld + c] = c < p.in_channels ? first_column(static_cast<const Weight*>(p.weight), p.in_channels, k,
+                                                                 c, static_cast<const Tile*>(nullptr))
+                                                  : Tile{};
 
+  const int64_t taps_ld = unfolded ? round_up(p.taps, kColumnUnit) : 0;
   const int64_t row_bytes =
-      (p.stride * in_ld + (p.residual.data != nullptr ? 2 : 1) * out_ld) * static_cast<int64_t>(sizeof(T));
+      (p.stride * in_ld + taps_ld + (p.residual.data != nullptr ? 2 : 1) * out_ld) * static_cast<int64_t>(sizeof(T));
   const int64_t fitting = kTileBytes / row_bytes;
   const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kColumnUnit);
   const int64_t tiles = ceil_div(p.out_steps, rows);
@@ -133,17 +191,23 @@ void run(const SnakeConv1dParams& p) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    T* in = static_cast<T*>(thread_scratch(kInput, static_cast<size_t>(in_rows * in_ld) * sizeof(T)));
+    Tile* in = static_cast<Tile*>(thread_scratch(kInput, static_cast<size_t>(in_rows * in_ld) * sizeof(Tile)));
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(rows * out_ld) * sizeof(T)));
     const int64_t used = (count - 1) * p.stride + halo;
-    load_tile<T>(in, in_ld, used, p.in_channels, p.x, b, t0 * p.stride - p.pad_left, in_valid);
+    load_tile<Tile>(in, in_ld, used, p.in_channels, p.x, b, t0 * p.stride - p.pad_left, in_valid);
     if (p.alpha != nullptr) snake_rows(in, in_ld, used, shared, shared + in_ld, in_ld);
     if (single_column) {
-      single_output<T>(out, count, in, in_ld, p.stride * in_ld, p.dilation * in_ld, p.taps, column);
+      single_output(out, count, in, in_ld, p.stride * in_ld, p.dilation * in_ld, p.taps, column);
     } else {
-      GemmOperand<T> operand{in, p.stride * in_ld, p.dilation * in_ld, p.taps, p.in_channels};
-      if (single_input) operand = GemmOperand<T>{in, p.stride, 0, 1, p.taps};
-      conv_gemm<T>(count, operand, static_cast<const T*>(p.weight), p.out_channels, out, out_ld);
+      GemmOperand<Tile> operand{in, p.stride * in_ld, p.dilation * in_ld, p.taps, p.in_channels};
+      if (single_input) operand = GemmOperand<Tile>{in, p.stride, 0, 1, p.taps};
+      if (unfolded) {
+        Tile* rows_of_taps =
+            static_cast<Tile*>(thread_scratch(kUnfolded, static_cast<size_t>(rows * taps_ld) * sizeof(Tile)));
+        unfold<Tile>(rows_of_taps, taps_ld, count, in, p.stride * in_ld, p.dilation * in_ld, p.taps);
+        operand = GemmOperand<Tile>{rows_of_taps, taps_ld, 0, 1, p.taps};
+      }
+      conv_gemm<Tile>(count, operand, static_cast<const Weight*>(p.weight), p.out_channels, out, out_ld);
     }
     if (single_column)
       for (int64_t r = 0; r < count; ++r) out[r * out_ld] += static_cast<const T*>(p.bias)[0];
@@ -157,9 +221,11 @@ void run(const SnakeConv1dParams& p) {
 
 void snake_conv1d(const SnakeConv1dParams& p) {
   if (p.x.dtype == DType::kF64)
-    run<double>(p);
+    run<DoubleKind>(p);
+  else if (p.x.dtype == DType::kBF16)
+    run<Bf16Kind>(p);
   else
-    run<float>(p);
+    run<SingleKind>(p);
 }
 
 }  // namespace DCX_NS

@@ -18,16 +18,19 @@ constexpr int64_t kMinTileFrames = 64;
 enum Slot { kInput = 0, kOutput = 1, kAllInput = 4, kShared = 7 };
 
 // A few frames of every clip: a task is one phase of one panel of the output's columns.
-template <class T>
-void run_short(const SnakeUpsample1dParams& p, const T* shared, int64_t first, int64_t span) {
+template <class Kind>
+void run_short(const SnakeUpsample1dParams& p, const typename Kind::Sum* shared, int64_t first, int64_t span) {
+  typedef typename Kind::Tile Tile;
+  typedef typename Kind::Sum T;
   const int64_t in_ld = round_up(p.in_channels, kColumnUnit), out_ld = round_up(p.out_channels, kColumnUnit);
   const int64_t stride = p.phases.stride, last_step = p.first + p.out_steps;
   const int64_t q_begin = p.first / stride, frames = ceil_div(last_step, stride) - q_begin, in_rows = frames + span - 1;
-  T* in = static_cast<T*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * in_ld) * sizeof(T)));
+  Tile* in =
+      static_cast<Tile*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * in_ld) * sizeof(Tile)));
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    T* tile = in + b * in_rows * in_ld;
-    load_tile<T>(tile, in_ld, in_rows, p.in_channels, p.x, b, q_begin + first, valid);
+    Tile* tile = in + b * in_rows * in_ld;
+    load_tile<Tile>(tile, in_ld, in_rows, p.in_channels, p.x, b, q_begin + first, valid);
     const RowRange inside = rows_inside(q_begin + first, in_rows, valid);
     snake_rows(tile + inside.first * in_ld, in_ld, inside.last - inside.first, shared, shared + in_ld, in_ld);
   }
@@ -41,13 +44,14 @@ void run_short(const SnakeUpsample1dParams& p, const T* shared, int64_t first, i
     if (steps <= 0) return;
     const int64_t n0 = panel_begin(p.out_channels, panel), width = panel_begin(p.out_channels, panel + 1) - n0;
     const int64_t channels = p.out_channels - n0 < width ? p.out_channels - n0 : width;
-    const T* weight = static_cast<const T*>(p.weight);
-    for (int64_t earlier = 0; earlier < phase; ++earlier) weight += p.phases.taps(earlier) * p.in_channels * out_ld;
+    const auto* weight = static_cast<const typename Kind::Weight*>(p.weight);
+    for (int64_t earlier = 0; earlier < phase; ++earlier)
+      weight += p.phases.taps(earlier) * weight_steps<Kind>(p.in_channels) * out_ld;
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(p.batch * frames * width) * sizeof(T)));
-    const GemmOperand<T> operand{in + (p.phases.first(phase) - first + q0 - q_begin) * in_ld, in_ld, in_ld, taps,
-                                 p.in_channels};
-    conv_gemm_panel<T>(steps, operand, weight, p.out_channels, panel, out, width,
-                       GemmClips{p.batch, in_rows * in_ld, frames * width});
+    const GemmOperand<Tile> operand{in + (p.phases.first(phase) - first + q0 - q_begin) * in_ld, in_ld, in_ld, taps,
+                                    p.in_channels};
+    conv_gemm_panel<Tile>(steps, operand, weight, p.out_channels, panel, out, width,
+                          GemmClips{p.batch, in_rows * in_ld, frames * width});
     TensorView y = view_from(p.y, n0, q0 * stride + phase - p.first);
     y.stride_t *= stride;
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -59,8 +63,10 @@ void run_short(const SnakeUpsample1dParams& p, const T* shared, int64_t first, i
   });
 }
 
-template <class T>
+template <class Kind>
 void run(const SnakeUpsample1dParams& p) {
+  typedef typename Kind::Tile Tile;
+  typedef typename Kind::Sum T;
   const int64_t in_ld = round_up(p.in_channels, kColumnUnit), out_ld = round_up(p.out_channels, kColumnUnit);
   const int64_t stride = p.phases.stride;
   T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>(2 * in_ld) * sizeof(T)));
@@ -76,7 +82,7 @@ void run(const SnakeUpsample1dParams& p) {
   const int64_t q_begin = p.first / stride, q_end = ceil_div(p.first + p.out_steps, stride);
   const int64_t frames_out = q_end - q_begin;
   if (is_short(frames_out, p.batch)) {
-    run_short<T>(p, shared, first, span);
+    run_short<Kind>(p, shared, first, span);
     return;
   }
   const int64_t fitting = kTileBytes / ((in_ld + stride * out_ld) * static_cast<int64_t>(sizeof(T)));
@@ -91,16 +97,16 @@ void run(const SnakeUpsample1dParams& p) {
     const int64_t steps = (last_step < (q0 + count) * stride ? last_step : (q0 + count) * stride) - t0;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
     const int64_t out_valid = p.lengths != nullptr ? p.phases.output_steps(in_valid) : last_step;
-    T* in = static_cast<T*>(thread_scratch(kInput, static_cast<size_t>((frames + span) * in_ld) * sizeof(T)));
+    Tile* in = static_cast<Tile*>(thread_scratch(kInput, static_cast<size_t>((frames + span) * in_ld) * sizeof(Tile)));
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(frames * stride * out_ld) * sizeof(T)));
-    load_tile<T>(in, in_ld, count + span - 1, p.in_channels, p.x, b, q0 + first, in_valid);
+    load_tile<Tile>(in, in_ld, count + span - 1, p.in_channels, p.x, b, q0 + first, in_valid);
     snake_rows(in, in_ld, count + span - 1, shared, shared + in_ld, in_ld);
-    const T* weight = static_cast<const T*>(p.weight);
+    const auto* weight = static_cast<const typename Kind::Weight*>(p.weight);
     for (int64_t phase = 0; phase < stride; ++phase) {
       const int64_t taps = p.phases.taps(phase);
-      const GemmOperand<T> operand{in + (p.phases.first(phase) - first) * in_ld, in_ld, in_ld, taps, p.in_channels};
-      conv_gemm<T>(count, operand, weight, p.out_channels, out + phase * out_ld, stride * out_ld);
-      weight += taps * p.in_channels * out_ld;
+      const GemmOperand<Tile> operand{in + (p.phases.first(phase) - first) * in_ld, in_ld, in_ld, taps, p.in_channels};
+      conv_gemm<Tile>(count, operand, weight, p.out_channels, out + phase * out_ld, stride * out_ld);
+      weight += taps * weight_steps<Kind>(p.in_channels) * out_ld;
     }
     T* kept = out + (t0 - q0 * stride) * out_ld;
     add_bias<T>(kept, out_ld, steps, static_cast<const T*>(p.bias), out_ld);
@@ -112,9 +118,11 @@ void run(const SnakeUpsample1dParams& p) {
 
 void snake_upsample1d(const SnakeUpsample1dParams& p) {
   if (p.x.dtype == DType::kF64)
-    run<double>(p);
+    run<DoubleKind>(p);
+  else if (p.x.dtype == DType::kBF16)
+    run<Bf16Kind>(p);
   else
-    run<float>(p);
+    run<SingleKind>(p);
 }
 
 }  // namespace DCX_NS

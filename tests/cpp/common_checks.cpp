@@ -3,6 +3,7 @@
 #include "check.h"
 #include "common/activation.h"
 #include "common/gemm.h"
+#include "common/gemm_pack_bf16.h"
 #include "common/snake.h"
 #include "common/tile_io.h"
 
@@ -201,6 +202,86 @@ void check_gemm(int64_t taps, int64_t channels, int64_t columns, double toleranc
     CHECK(memcmp(clips[i], c + 2 * i * ld, static_cast<size_t>((rows - 4) * ld) * sizeof(T)) == 0);
 }
 
+// Products of bfloat16 pairs: the same checks, an odd number of channels included.
+void check_gemm_bf16(int64_t taps, int64_t channels, int64_t columns) {
+  typedef Bf16Kind::Tile Tile;
+  constexpr int64_t rows = 37, ld_a = 304, max_taps = 3, max_columns = 112, dilation = 2;
+  static float plain[(rows + dilation * max_taps) * ld_a], weight[max_taps * ld_a * max_columns];
+  static Tile a[(rows + dilation * max_taps) * ld_a];
+  static Bf16Pair packed[max_taps * ld_a * max_columns / 2];
+  static float c[rows * max_columns], alone[max_columns], panelwise[rows * max_columns];
+  const int64_t all_rows = rows + dilation * max_taps, pairs = weight_steps<Bf16Kind>(channels);
+  for (int64_t i = 0; i < all_rows * ld_a; ++i)
+    plain[i] = i % ld_a < channels ? bf16_to_float(float_to_bf16(uniform())) : 0.0f;
+  for (int64_t i = 0; i < all_rows * ld_a; i += kLanes<float>) vstore_tile(a + i, vload<float>(plain + i));
+  for (float& value : weight) value = bf16_to_float(float_to_bf16(uniform()));
+  pack_pair_panels(packed, weight, taps, channels, columns, channels * columns, columns, 1);
+  const int64_t ld = round_up(columns, kColumnUnit);
+  const GemmOperand<Tile> operand{a, ld_a, dilation * ld_a, taps, channels};
+  conv_gemm<Tile>(rows, operand, packed, columns, c, ld);
+  CHECK(pairs == (channels + 1) / 2);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < ld; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; n < columns && k < taps; ++k)
+        for (int64_t i = 0; i < channels; ++i)
+          sum += static_cast<double>(plain[(m + k * dilation) * ld_a + i]) *
+                 static_cast<double>(weight[(k * channels + i) * columns + n]);
+      CHECK_NEAR(c[m * ld + n], sum, 3e-5);
+    }
+    const GemmOperand<Tile> row{a + m * ld_a, ld_a, dilation * ld_a, taps, channels};
+    conv_gemm<Tile>(1, row, packed, columns, alone, ld);
+    CHECK(memcmp(alone, c + m * ld, static_cast<size_t>(ld) * sizeof(float)) == 0);
+  }
+  for (int64_t panel = 0; panel < panel_count(columns); ++panel)
+    conv_gemm_panel<Tile>(rows, operand, packed, columns, panel, panelwise + panel_begin(columns, panel), ld, {});
+  CHECK(memcmp(panelwise, c, static_cast<size_t>(rows * ld) * sizeof(float)) == 0);
+}
+
+// In memory rounding is to nearest, ties to even, denormals kept; a tile may lose the denormals alone. Snake's short
+// form stays within bfloat16's rounding.
+void check_bf16_registers() {
+  constexpr int lanes = kLanes<float>;
+  for (uint32_t base = 0; base < 0x10000u; base += lanes) {
+    uint16_t halves[lanes], back[lanes];
+    float wide[lanes];
+    for (int i = 0; i < lanes; ++i) halves[i] = static_cast<uint16_t>(base + static_cast<uint32_t>(i));
+    vstore<float>(wide, vload_bf16(halves));
+    vstore_bf16(back, vload<float>(wide));
+    for (int i = 0; i < lanes; ++i) {
+      const float value = bf16_to_float(halves[i]);
+      CHECK(isnan(value) ? isnan(wide[i]) && isnan(bf16_to_float(back[i])) : wide[i] == value && back[i] == halves[i]);
+      if (isnan(value) || isinf(value)) continue;
+      uint32_t bits;
+      memcpy(&bits, &value, 4);
+      bits |= 0x8000u + (static_cast<uint32_t>(i) & 1u);  // a tie, or just past one
+      memcpy(&wide[i], &bits, 4);
+    }
+    vstore_bf16(back, vload<float>(wide));
+    for (int i = 0; i < lanes; ++i) CHECK(isnan(wide[i]) || back[i] == float_to_bf16(wide[i]));
+  }
+  static Bf16Kind::Tile tile[lanes * 2];
+  float alpha[2 * kColumnUnit], prepared[4 * kColumnUnit], sums[2 * kColumnUnit], bias[2 * kColumnUnit];
+  for (int round = 0; round < 2000; ++round) {
+    for (int c = 0; c < 2 * kColumnUnit; ++c) {
+      alpha[c] = 1.5f + uniform();
+      bias[c] = uniform();
+      sums[c] = 20.0f * uniform();
+    }
+    snake_prepare<float>(prepared, 2 * kColumnUnit, alpha, 2 * kColumnUnit);
+    for (int c = 0; c < 2 * kColumnUnit; c += lanes) {
+      bias_snake(tile, lanes, sums + c, lanes, 1, bias + c, prepared + c, prepared + 2 * kColumnUnit + c, lanes);
+      float out[lanes];
+      vstore<float>(out, vload_tile(tile));
+      for (int i = 0; i < lanes; ++i) {
+        const double x = static_cast<double>(sums[c + i] + bias[c + i]), s = sin(alpha[c + i] * x);
+        const double expected = x + s * s / (static_cast<double>(alpha[c + i]) + 1e-9);
+        CHECK_NEAR(out[i], expected, 0x1.1p-8 * fabs(expected) + 1e-5);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void check_common() {
@@ -209,6 +290,7 @@ void check_common() {
   check_halves();
   check_snake();
   check_activations();
+  check_bf16_registers();
   check_tile<float>(DType::kF32, 0.0);
   check_tile<double>(DType::kF64, 0.0);
   check_tile<uint16_t>(DType::kBF16, 0x1p-9);
@@ -217,6 +299,7 @@ void check_common() {
   for (const auto& shape : shapes) {
     check_gemm<float>(shape[0], shape[1], shape[2], 2e-5);
     check_gemm<double>(shape[0], shape[1], shape[2], 1e-13);
+    check_gemm_bf16(shape[0], shape[1], shape[2]);
   }
 }
 

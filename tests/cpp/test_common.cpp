@@ -15,6 +15,9 @@ void check_common();
 namespace avx512 {
 void check_common();
 }
+namespace avx512_bf16 {
+void check_common();
+}
 #endif
 }  // namespace dcx
 
@@ -28,6 +31,10 @@ int main() {
   }
   if (dcx::isa_detected(dcx::Isa::kAvx512)) {
     dcx::avx512::check_common();
+    ++sets;
+  }
+  if (dcx::isa_detected(dcx::Isa::kAvx512Bf16)) {
+    dcx::avx512_bf16::check_common();
     ++sets;
   }
 #endif

@@ -115,7 +115,7 @@ void test_strided_conv() {
 
 int main() {
   int sets = 0;
-  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : kAllIsas) {
     if (!set_active_isa(isa)) {
       std::printf("kernels: %s is not on this machine\n", isa_name(isa));
       continue;
