@@ -54,7 +54,8 @@ def residual_unit(
         ValueError: a wrong shape, dtype or range; one line.
         RuntimeError: a gradient is needed and `packed` is given.
 
-    Numerics: float32 accumulation (float64 for float64), in an order that depends on C alone. With `winograd` the
+    Numerics: float32 accumulation (float64 for float64), in an order that depends on C alone. On the CPU a bfloat16 x
+        takes its weights in bfloat16. With `winograd` the
         outputs [4d * g, 4d * g + 4d) are one group: an output's bits, and whether it is NaN, depend on all inputs that
         its group reads. A signal cut at multiples of 4d, with the context that the convolution needs, gives the
         same bits. The reference computes the same, directly, whatever `winograd` is.

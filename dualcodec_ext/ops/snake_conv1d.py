@@ -49,6 +49,7 @@ def snake_conv1d(
         RuntimeError: a gradient is needed and `packed` is given.
 
     Numerics: float32 accumulation (float64 for float64), in an order that depends on the weight's shape alone.
+        On the CPU a bfloat16 x takes its weights in bfloat16.
 
     Source: kernels/snake_conv1d; defined by `reference.snake_conv1d_ref`.
     """

@@ -45,6 +45,7 @@ def snake_upsample1d(
         RuntimeError: a gradient is needed and `packed` is given.
 
     Numerics: float32 accumulation (float64 for float64); taps of a repeat that meet are added in float64 when packing.
+        On the CPU a bfloat16 x takes its weights in bfloat16.
 
     Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_ref`.
     """
