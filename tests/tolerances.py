@@ -27,7 +27,8 @@ _row("snake_upsample1d", 4e-6, 2e-14, 4e-2, 5e-3)  # 1.6e-6, 7.1e-15, 0.016, 0.0
 # 9.5e-7, 0.0039, 0.00098; snake_conv1d 1.9e-6, 0.031, 0.0039, one unit in the last place of an output of 4 to 8.
 TOLERANCE["snake_conv1d, tf32", F32] = 4e-3  # 0.0013
 
-# residual_unit's Winograd forms, whose transforms magnify rounding; AMD Zen 4. Worst seen: 1.5e-5, 2.4e-14; 4.2e-6, 5.3e-15.
+# residual_unit's Winograd forms, whose transforms magnify rounding; on AMD Zen 4. Worst seen: 1.5e-5, 2.4e-14; 4.2e-6,
+# 5.3e-15.
 TOLERANCE["residual_unit, 10 products", F32] = 3.5e-5
 TOLERANCE["residual_unit, 10 products", F64] = 6e-14
 TOLERANCE["residual_unit, 13 products", F32] = 1e-5

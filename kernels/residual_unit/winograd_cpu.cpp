@@ -21,8 +21,8 @@ constexpr int64_t kSnakeBytes = 16 * 1024;
 constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
 constexpr int64_t kMinChunkRows = 4 * kRowUnit;
 
-// Each piece is summed apart, in shorter chains than elsewhere: the transforms magnify what they round. 64 for 128 takes
-// a quarter of the error away where C >= 96, and up to 2 % of the rate.
+// Each piece is summed apart, in shorter chains than elsewhere: the transforms magnify what they round. 64 for 128
+// takes a quarter of the error away where C >= 96, and up to 2 % of the rate.
 constexpr int64_t kProductBlock = 64;
 
 enum Slot { kInput = 0, kTransformed = 1, kProducts = 2, kMiddle = 3, kOutput = 4, kShared = 7 };
@@ -166,8 +166,8 @@ void run(const ResidualUnitParams& p) {
   snake_prepare<T>(shared + 2 * ld, ld, static_cast<const T*>(p.alpha2), p.channels);
 
   const int64_t panel = ld < kMaxPanelWidth ? ld : kMaxPanelWidth;
-  int64_t chunk_rows =
-      kChunkBytes / (((Shape::kInputs + kWinogradOutputs) * ld + Shape::kInputs * panel) * element) / kRowUnit * kRowUnit;
+  int64_t chunk_rows = kChunkBytes / (((Shape::kInputs + kWinogradOutputs) * ld + Shape::kInputs * panel) * element) /
+                       kRowUnit * kRowUnit;
   if (chunk_rows < kMinChunkRows) chunk_rows = kMinChunkRows;
   const int64_t fitting = kTileBytes / (ld * element) - halo, least = chunk_rows * kWinogradOutputs;
   int64_t unit = group;  // whole groups, and full register blocks where groups are small
@@ -184,9 +184,9 @@ void run(const ResidualUnitParams& p) {
     const int64_t full = count / group, left = count - full * group;
     const int64_t group_rows = full * d + (left < d ? left : d), reached = ceil_div(count, group) * group;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    const int64_t out_valid =
-        p.lengths != nullptr ? conv_output_steps(in_valid, kResidualUnitTaps, 1, d, p.pad_left, p.pad_right)
-                             : p.out_steps;
+    const int64_t out_valid = p.lengths != nullptr
+                                  ? conv_output_steps(in_valid, kResidualUnitTaps, 1, d, p.pad_left, p.pad_right)
+                                  : p.out_steps;
     const auto scratch = [&](Slot slot, int64_t count_of_rows, int64_t width) {
       return static_cast<T*>(thread_scratch(slot, static_cast<size_t>(count_of_rows * width) * sizeof(T)));
     };
@@ -209,7 +209,8 @@ void run(const ResidualUnitParams& p) {
                      shared + 2 * ld, shared + 3 * ld, transformed, products, middle);
       // The operands are done with, and leave their place to the 1x1's outputs.
       const GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
-      conv_gemm<T>(kWinogradOutputs * chunk.count, pointwise, static_cast<const T*>(p.weight2), p.channels, transformed, ld);
+      conv_gemm<T>(kWinogradOutputs * chunk.count, pointwise, static_cast<const T*>(p.weight2), p.channels, transformed,
+                   ld);
       for (int64_t r = 0; r < chunk.count; ++r)
         for (int64_t j = 0; j < kWinogradOutputs; ++j) {
           const int64_t t = chunk.step(r) + j * d;
