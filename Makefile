@@ -25,7 +25,7 @@ CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp tests/si
 extra = $(BIN)/python -c "import sys, tomllib; \
   print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]], sep='\n')" $(1)
 
-.PHONY: build demo test pytest ctest cuda cuda-archs gpu-check neon bench lint wheel sdist peers clean
+.PHONY: build demo test pytest ctest cuda cuda-archs gpu-check neon bench bench-cpu lint wheel sdist peers clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -69,6 +69,15 @@ bench: $(VENV)/.built
 	$(BIN)/python -m bench decode
 	$(BIN)/python -m bench encode
 	$(BIN)/python -m bench ops
+
+# What the README quotes of a CPU: the runs, their goals, the chart, the README's tables. Piece by piece: make bench-cpu
+# PIECES=decode-12hz_v1,encode-12hz_v1; the last three steps take the results that are there.
+PIECES ?=
+bench-cpu: $(VENV)/.built $(VENV)/.bench
+	$(BIN)/python -m bench.cpu_runs $(if $(PIECES),--only $(PIECES))
+	$(BIN)/python -m bench.goals bench/results/cpu-*.json
+	$(BIN)/python -m bench.chart bench/results/cpu-*.json --out docs/cpu-speed.png
+	$(BIN)/python -m bench.readme
 
 # On a machine with a GPU, torch, nvcc, ninja and pytest; nothing is installed. Within nine minutes, or part by part:
 # make gpu-check PART=test,bench RESULTS=/tmp/results
@@ -123,6 +132,14 @@ $(VENV)/.test: $(VENV)/.installed
 	$(call extra,test) > $@.txt
 	$(PIP) install -q -r $@.txt
 	$(PIP) install -q --no-deps $(PEER) || echo "the PyPI package could not be had: the tests that compare with it are skipped"
+	touch $@
+
+# zentorch comes for one minor version of torch, and not for every machine.
+$(VENV)/.bench: $(VENV)/.test
+	$(call extra,bench) > $@.txt
+	$(PIP) install -q -r $@.txt
+	$(PIP) install -q "zentorch==$$($(BIN)/python -c 'import torch; print(torch.__version__.rsplit(".", 1)[0])').*" \
+	  || echo "zentorch could not be had: its rows stay empty"
 	touch $@
 
 $(CUDA_VENV)/.torch: $(VENV)/.test

@@ -1,4 +1,7 @@
-"""`python -m bench.goals bench/results/cuda-*.json`: one row per goal on an H100, with what the runs measured."""
+"""`python -m bench.goals bench/results/cuda-*.json`: one row per goal on an H100, with what the runs measured.
+
+Runs on a CPU (`bench/results/cpu-*.json`) are held to the goals of `cpu_goals`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from . import cpu_goals
 
 BEST_PEER = "the best peer"
 _BF16_DECODE = {"what": "decode", "model": "12hz_v1", "dtype": "bfloat16", "device": "cuda"}
@@ -128,11 +133,12 @@ TITLES = ["goal", "limit us", "measured us", "verdict", "peers", "peak MiB beyon
 
 def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     machines = sorted({f"{r['machine'].get('gpu') or r['machine']['cpu']}, commit {r['commit']}" for r in runs})
-    lines = [
-        *machines,
-        "",
-        *("| " + " | ".join(cells) + " |" for cells in [TITLES, ["---"] * len(TITLES), *rows(runs)]),
-    ]
+    lines = machines
+    for device, titles, table in (("cuda", TITLES, rows), ("cpu", cpu_goals.TITLES, cpu_goals.rows)):
+        here = [run for run in runs if run["device"] == device]
+        if here:
+            cells = [titles, ["---"] * len(titles), *table(here)]
+            lines += ["", *("| " + " | ".join(line) + " |" for line in cells)]
     return "\n".join(lines) + "\n"
 
 

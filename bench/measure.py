@@ -30,6 +30,7 @@ class Side:
     build: Callable[[], Call]
     ours: bool = False
     fast: bool = False
+    counts: Callable[[], dict[str, int]] | None = None  # what the side has counted since it was last asked
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Outcome:
     prepare_s: float | None = None
     verdict: Verdict | None = None
     peak_bytes: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)  # of one call
     timed: str = "call by call"
     samples_s: list[float] = field(default_factory=list)
 
@@ -100,12 +102,15 @@ def _prepare(case: Case, side: Side, timing: Timing) -> tuple[Outcome, Call | No
     try:
         built = side.build()
         call = _synchronous(built, timing.device)
+        if side.counts is not None:
+            side.counts()
         output = call()
     except Unavailable as why:
         return Outcome(side, UNAVAILABLE, str(why)), None
     except Exception as error:  # whatever a side raises ends that side and no other
         return Outcome(side, FAILED, _one_line(error)), None
     outcome = Outcome(side, TIMED, prepare_s=time.perf_counter() - start)
+    outcome.counts = {} if side.counts is None else side.counts()
     outcome.verdict = case.check(output, _held_to(side, timing.device), ours=side.ours, fast=side.fast)
     if not outcome.verdict.ok:
         outcome.status, outcome.reason = WRONG, f"wrong: {outcome.verdict.text}; not timed"
@@ -169,6 +174,7 @@ def describe(case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype
             "prepare_s": outcome.prepare_s,
             "peak_extra_bytes": outcome.peak_bytes,
             "timed": outcome.timed,
+            "counts": outcome.counts,
             "samples_s": outcome.samples_s,
         }
         if outcome.verdict is not None:

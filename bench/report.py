@@ -79,7 +79,9 @@ def _cells(case: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     if case["has_memory"]:
         peak = row["peak_extra_bytes"]
         cells.append("-" if peak is None else f"{peak / 2**20:.0f}")
-    return [*cells, row.get("error", {}).get("text", "-")]
+    counts = row.get("counts") or {}
+    redone = f", {counts['redone']} of {counts['codes']} redone" if "redone" in counts else ""
+    return [*cells, row.get("error", {}).get("text", "-") + redone]
 
 
 def _titles(case: Mapping[str, Any]) -> list[str]:

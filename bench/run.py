@@ -1,4 +1,4 @@
-"""The command line: `python -m bench decode|encode|ops`."""
+"""The command line: `python -m bench decode|encode|ops|inference`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .ours import codec_call, missing_module, require_module
 from .peers.base import Peer, Task
 from .peers.catalog import CODEC_PEERS, select
 from .program import build_program
+from .speech import inference_case
 from .workload import decode_check, encode_check, load_settings, make_task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Measure dualcodec_ext beside what users would pick."
     )
-    parser.add_argument("what", choices=("decode", "encode", "ops"))
+    parser.add_argument("what", choices=("decode", "encode", "ops", "inference"))
     parser.add_argument("--preset", default="12hz_v1", help="one or several, separated by commas (12hz_v1)")
     parser.add_argument("--config", help="a JSON file with the settings of a codec, instead of a preset")
     parser.add_argument("--seconds", type=float, default=10.0, help="of audio (10); less than a frame is one frame")
@@ -44,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="cores to use (all that this process may)")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     parser.add_argument("--peers", default="all", help="all, none, or names separated by commas")
-    parser.add_argument("--rounds", type=int, help="samples per side (decode and encode 9, ops 15)")
+    parser.add_argument("--rounds", type=int, help="samples per side (9; ops 15, inference 5)")
     parser.add_argument("--ops", default=",".join(registry.OPS), help="for ops: which, separated by commas")
     parser.add_argument("--every", action="store_true", help="for ops: every layer, equal shapes and all dilations too")
     parser.add_argument("--fast", action="store_true", help="for decode: also accelerate(fast=True)")
@@ -63,6 +64,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if args.what == "inference" and (args.device, args.dtype, args.batch) != ("cpu", "float32", 1):
+        parser.error("inference is measured on the CPU, in float32 and with bfloat16 features, one clip")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU and a CUDA build of torch")
     everything = "cuda,triton" if args.device == "cuda" and args.what == "ops" else args.device
@@ -74,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.what != "ops" and len(args.backends) > 1:
         parser.error(f"--backends must name one for {args.what}, got {','.join(args.backends)}")
     args.threads = args.threads or _cores()
-    args.rounds = args.rounds or (15 if args.what == "ops" else 9)
+    args.rounds = args.rounds or {"ops": 15, "inference": 5}.get(args.what, 9)
     args.ops = tuple(name.strip() for name in args.ops.split(","))
     for name in args.ops:
         if name not in registry.OPS:
@@ -94,6 +97,10 @@ def _cores() -> int:
 
 def choose_peers(args: argparse.Namespace) -> list[Any]:
     """Codec peers, or for ops the providers, that --peers names."""
+    if args.what == "inference":
+        if args.peers not in ("all", "none", "pypi"):
+            raise ValueError(f"--peers must be all, none or pypi for inference, got {args.peers}")
+        return []
     if args.what != "ops":
         return list(select(args.peers, _DTYPES[args.dtype], device=args.device))
     known = {p.name: p for p in registry.PROVIDERS}
@@ -155,7 +162,14 @@ def op_cases(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> I
             facts=facts,
         )
         sides = [
-            Side(f"dualcodec_ext {family}", "ours", dtype, partial(_our_op, row, dtype, family), ours=True)
+            Side(
+                f"dualcodec_ext {family}",
+                "ours",
+                dtype,
+                partial(_our_op, row, dtype, family),
+                ours=True,
+                counts=_search_counts if row.op == "rvq_search" and family == "cpu" else None,
+            )
             for family in args.backends
             if registry.has_kernels(row.op, family)
         ]
@@ -165,6 +179,13 @@ def op_cases(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> I
             Side(p.name, p.what, dtype, partial(p.build, row, dtype)) for p in args.chosen if _fits(p.name, row.op)
         ]
         yield case, sides
+
+
+def _search_counts() -> dict[str, int]:
+    """What rvq_search has counted since the last call."""
+    from dualcodec_ext import ops
+
+    return ops.rvq_search_stats(reset=True)._asdict()
 
 
 def _fits(provider: str, op: str) -> bool:
@@ -178,6 +199,8 @@ def _our_op(row: registry.Row, dtype: torch.dtype, family: str) -> Callable[[], 
 
 
 def _ceilings(args: argparse.Namespace) -> dict[torch.dtype, probes.Ceilings]:
+    if args.what == "inference":
+        return {dtype: probes.measure(args.threads, dtype, args.device) for dtype in (torch.float32, torch.bfloat16)}
     dtypes = {_DTYPES[args.dtype]} | ({p.dtype for p in args.chosen} if args.what != "ops" else set())
     ordered = sorted(dtypes, key=lambda d: d != _DTYPES[args.dtype])
     return {dtype: probes.measure(args.threads, dtype, args.device) for dtype in ordered}
@@ -254,7 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     per_op = args.what == "ops"
     timing = _timing(args)
     for name, settings in args.models:
-        cases = op_cases(args, name, settings) if per_op else iter([codec_case(args, name, settings)])
+        if args.what == "inference":
+            cases = iter([inference_case(settings, name, args.seconds, args.peers)])
+        else:
+            cases = op_cases(args, name, settings) if per_op else iter([codec_case(args, name, settings)])
         for case, sides in cases:
             outcomes = measure_case(case, sides, timing)
             # --fast asks for something that a version may lack; that is said, and is not a failure.

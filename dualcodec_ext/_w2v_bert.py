@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DualCodecError
 
@@ -78,6 +78,17 @@ def load_w2v_bert(folder: Path) -> tuple[Any, Any]:
         raise DualCodecError(f"w2v_path: {folder} lacks {missing[0]} ({len(missing)} such)")
     # transformers 5 keeps the checkpoint's dtype.
     return model.to(torch.float32).eval().requires_grad_(False), extractor
+
+
+def keep_weights_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn the weights of linear layers and convolutions into `dtype`, in place.
+
+    Under torch.autocast that changes no result: it would turn them into `dtype` on every call, since it keeps only
+    those that need gradients.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            module.to(dtype)
 
 
 @contextmanager

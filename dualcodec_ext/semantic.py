@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._w2v_bert import autocast_dtype, load_statistics, load_w2v_bert
+from ._w2v_bert import autocast_dtype, keep_weights_in, load_statistics, load_w2v_bert
 from .errors import DualCodecError, need_extra
 from .hub import find_directory, find_file
 
@@ -309,6 +309,8 @@ class W2vBertFeatures:
                 folder = find_directory(self.w2v_path, ["*.json", "*.safetensors"])
                 statistics = find_file(self.dualcodec_path, self.meanvar_fname)
                 model, extractor = load_w2v_bert(folder)
+                if self.autocast_dtype is not None:
+                    keep_weights_in(model, self.autocast_dtype)
                 mean, std = load_statistics(statistics, int(model.config.hidden_size))
                 self._loaded = (model.to(self.device), extractor, mean.to(self.device), std.to(self.device))
             return self._loaded

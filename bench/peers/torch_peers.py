@@ -6,12 +6,12 @@ from __future__ import annotations
 import inspect
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import Call, Task, Unavailable, need
 from .folded import FoldedDecoder, FoldedEncoder, finish
@@ -41,22 +41,28 @@ def pypi_autocast(task: Task) -> Call:
     return call
 
 
-def pypi(task: Task) -> Call:
+def pypi_model(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+    """The PyPI package's model with a checkpoint, in eval mode; Unavailable where it cannot be had."""
     from dualcodec_ext.peer import find_peer
 
     cls, found = find_peer()
     if cls is None:
         raise Unavailable(found)
     known = inspect.signature(cls.__init__).parameters
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in task.settings.items() if k in known}
+    chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k in known}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its weight norm is torch's deprecated one
-        model = cls(**settings)
+        model = cls(**chosen)
     try:
-        model.load_state_dict(task.state)
+        model.load_state_dict(state)
     except RuntimeError:
         raise Unavailable("the PyPI package has no such model") from None
-    return _codec_call(model.to(task.device).eval(), task, torch.float32)
+    return model.eval()
+
+
+def pypi(task: Task) -> Call:
+    model = pypi_model(task.settings, task.state)
+    return _codec_call(model.to(task.device), task, torch.float32)
 
 
 def reference(task: Task, dtype: torch.dtype) -> Call:

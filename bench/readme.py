@@ -1,0 +1,118 @@
+"""`python -m bench.readme`: the README's measured numbers, written from bench/results between two markers.
+
+`--check` writes nothing and exits with 1 where README and results differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .chart import label_of
+
+_ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The runs on a CPU that lie in a folder."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu-*.json"))]
+
+
+def _model(case: Mapping[str, Any]) -> str:
+    words = case["case"].split()
+    return str(case.get("model") or words[0 if words[0][0].isdigit() else 1])
+
+
+def _timed(case: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted((row for row in case["sides"] if row["status"] == "timed"), key=lambda row: row["p50_s"])
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    label = label_of(row)
+    return f"**{label}**" if row["ours"] else label
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    faster = row.get("ours_is_faster")
+    return "-" if faster is None else f"{faster['of_medians']:.2f}"
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    share = row.get("share_of_limit")
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (titles, ["---"] * len(titles), *lines)]
+
+
+def _codec(run: Mapping[str, Any], case: Mapping[str, Any]) -> Iterator[str]:
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}[run["dtype"]]
+    what = "encode with w2v-BERT" if run["what"] == "inference" else run["what"]
+    titles = [f"{what}, {_model(case)}, {dtype}", "x real time", "time, ours = 1", "of the direct limit"]
+    lines = [[_name(row), f"{row['times_real_time']:.1f}", _times(row), _share(row)] for row in _timed(case)]
+    yield from _table(titles, lines)
+
+
+def _searches(run: Mapping[str, Any]) -> Iterator[str]:
+    lines = []
+    for case in run["cases"]:
+        if "rvq_search" not in case["case"]:
+            continue
+        by_side = {row["side"]: f"{row['frame_us']:.2g}" for row in _timed(case)}
+        shape = " ".join(case["case"].split()[2:])
+        lines.append(
+            [f"{_model(case)} {shape}", *(by_side.get(side, "-") for side in ("dualcodec_ext", "faiss", "eager"))]
+        )
+    titles = ["rvq_search, microseconds per frame", "**dualcodec_ext**", "faiss-cpu, stage by stage", "PyTorch eager"]
+    yield from _table(titles, lines) if lines else ()
+
+
+def section(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What stands between the markers: where it was measured, then a table per model and way, the decodes first."""
+    machines = sorted(
+        {
+            f"{run['threads']} threads of an {run['machine']['cpu']} ({run['machine']['cores']} cores), torch "
+            f"{run['machine']['torch']}, commit {(run['commit'] or '?')[:9]}"
+            for run in runs
+        }
+    )
+    lines = [f"{text}  " for text in machines]
+    order = {"decode": 0, "encode": 1, "inference": 2, "ops": 3}
+    for run in sorted(runs, key=lambda r: (order[r["what"]], r["dtype"] != "float32", r["command"])):
+        parts = [list(_searches(run))] if run["what"] == "ops" else [list(_codec(run, case)) for case in run["cases"]]
+        for part in parts:
+            lines += ["", *part] if part else []
+    return "\n".join(lines) + "\n"
+
+
+def replaced(page: str, text: str) -> str:
+    """A page with another text between its markers."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page must hold {BEGIN} and {END} once each")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="The README's measured numbers.")
+    parser.add_argument("--results", default=str(_ROOT / "bench" / "results"), help="folder of the runs")
+    parser.add_argument("--readme", default=str(_ROOT / "README.md"))
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where they differ")
+    args = parser.parse_args(argv)
+    readme = Path(args.readme)
+    page = readme.read_text(encoding="utf-8")
+    wanted = replaced(page, section(load(Path(args.results))))
+    if args.check:
+        return 0 if page == wanted else 1
+    readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
