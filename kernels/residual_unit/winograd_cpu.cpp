@@ -21,9 +21,10 @@ constexpr int64_t kSnakeBytes = 16 * 1024;
 constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
 constexpr int64_t kMinChunkRows = 4 * kRowUnit;
 
-// Each piece is summed apart, in shorter chains than elsewhere: the transforms magnify what they round. 64 for 128
-// takes a quarter of the error away where C >= 96, and up to 2 % of the rate.
+// Each piece is summed apart, in shorter chains than elsewhere, since the transforms magnify what they round: 64
+// channels for 128 take a quarter of the error away, and 2.5 % of the rate at C = 96, 13 % at C = 768.
 constexpr int64_t kProductBlock = 64;
+constexpr int64_t kMaxShortChains = 192;  // channels up to which the 10-product form has them
 
 enum Slot { kInput = 0, kTransformed = 1, kProducts = 2, kMiddle = 3, kOutput = 4, kShared = 7 };
 
@@ -131,6 +132,8 @@ template <class T, class F>
 void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, const T* weight, const T* bias,
               const T* alpha, const T* inverse, T* transformed, T* products, T* middle) {
   using Shape = WinogradShape<F>;
+  const int64_t block =
+      F::kPieces > 1 || channels <= kMaxShortChains ? minimum(channels, kProductBlock) : kReductionBlock;
   const int64_t d = chunk.dilation, rows = chunk.count, transformed_rows = rows + (F::kPieces - 1) * d;
   for (int64_t r = 0; r < transformed_rows; ++r)
     transform_input<T, F>(in + chunk.step(r) * ld, d * ld, transformed + r * ld, transformed_rows * ld, ld);
@@ -138,7 +141,7 @@ void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, con
     const int64_t n0 = panel_begin(channels, panel), width = panel_begin(channels, panel + 1) - n0;
     for (int i = 0; i < Shape::kInputs; ++i) {
       const T* a = transformed + i * transformed_rows * ld;
-      const GemmOperand<T> operand{a, ld, d * ld, Shape::pieces(i), channels, minimum(channels, kProductBlock)};
+      const GemmOperand<T> operand{a, ld, d * ld, Shape::pieces(i), channels, block};
       conv_gemm<T>(rows, operand, weight, width, products + i * rows * width, width);
       weight += Shape::pieces(i) * channels * width;
     }
