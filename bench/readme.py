@@ -73,6 +73,17 @@ def _searches(run: Mapping[str, Any]) -> Iterator[str]:
     yield from _table(titles, lines) if lines else ()
 
 
+def _stream(run: Mapping[str, Any]) -> Iterator[str]:
+    case = run["cases"][0]
+    ours, read = case["sides"]
+    titles = [f"frame after frame, {case['model']}, batch {run['batch']}", "median", "p99", "one read of the weights"]
+    cells = [
+        f"**one frame of {case['frame_s'] * 1e3:.0f} ms**",
+        *(f"{ours[k] * 1e3:.1f} ms" for k in ("p50_s", "p99_s")),
+    ]
+    yield from _table(titles, [[*cells, f"{read['p50_s'] * 1e3:.1f} ms"]])
+
+
 def section(runs: Sequence[Mapping[str, Any]]) -> str:
     """What stands between the markers: where it was measured, then a table per model and way, the decodes first."""
     machines = sorted(
@@ -83,9 +94,10 @@ def section(runs: Sequence[Mapping[str, Any]]) -> str:
         }
     )
     lines = [f"{text}  " for text in machines]
-    order = {"decode": 0, "encode": 1, "inference": 2, "ops": 3}
+    order = {"decode": 0, "encode": 1, "inference": 2, "ops": 3, "stream": 4}
     for run in sorted(runs, key=lambda r: (order[r["what"]], r["dtype"] != "float32", r["command"])):
-        parts = [list(_searches(run))] if run["what"] == "ops" else [list(_codec(run, case)) for case in run["cases"]]
+        special = {"ops": _searches, "stream": _stream}.get(run["what"])
+        parts = [list(special(run))] if special else [list(_codec(run, case)) for case in run["cases"]]
         for part in parts:
             lines += ["", *part] if part else []
     return "\n".join(lines) + "\n"

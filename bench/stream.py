@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .workload import load_settings
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _READ_BYTES = 256 * 2**20
+READ = "one read of the weights"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -34,6 +36,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     parser.add_argument("--json", metavar="F", help="write everything, all samples included")
+    parser.add_argument("--markdown", metavar="F", help="write what is printed")
     args = parser.parse_args(argv)
     for name in ("frames", "batch", "threads"):
         if getattr(args, name) < 1:
@@ -66,21 +69,38 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     weights = sum(node.stage.weight_bytes() for node in tiles.pipeline.nodes)
     read_gbs = probes._read_rate(_READ_BYTES, args.threads, 0.3)
     kept = samples_s[20:]
+    read_s = weights / read_gbs / 1e9
+    frame_s = engine.hop_samples / args.settings["sample_rate"]
+    ours = {"side": "dualcodec_ext", "ours": True, "p50_s": percentile(kept, 50), "p99_s": percentile(kept, 99)}
+    read = {"side": READ, "ours": False, "p50_s": read_s, "bytes": weights, "gbs": read_gbs}
+    sides = [
+        row | {"status": "timed", "dtype": args.dtype, "times_real_time": args.batch * frame_s / row["p50_s"]}
+        for row in (ours | {"samples_s": kept}, read)
+    ]
+    case = {"case": f"stream {args.name}", "model": args.name, "frame_s": frame_s, "state_bytes": tiles.bytes()}
     return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": f"python -m bench stream --preset {args.name}",
         "what": "stream",
-        "model": args.name,
+        "device": "cpu",
         "dtype": args.dtype,
         "threads": args.threads,
         "batch": args.batch,
-        "frame_s": engine.hop_samples / args.settings["sample_rate"],
-        "p50_s": percentile(kept, 50),
-        "p99_s": percentile(kept, 99),
-        "weight_bytes": weights,
-        "state_bytes": tiles.bytes(),
-        "read_gbs": read_gbs,
-        "read_s": weights / read_gbs / 1e9,
-        "samples_s": kept,
+        "cases": [case | {"sides": sides}],
     }
+
+
+def told(run: Mapping[str, Any]) -> str:
+    """One line of a run."""
+    case = run["cases"][0]
+    ours, read = case["sides"]
+    p50, p99 = (f"{ours[key] * 1e3:.2f} ms ({ours[key] / read['p50_s']:.2f}x)" for key in ("p50_s", "p99_s"))
+    return (
+        f"{case['model']} {run['dtype']} B={run['batch']} {run['threads']} threads, frames of"
+        f" {case['frame_s'] * 1e3:.0f} ms: p50 {p50}, p99 {p99} of {read['p50_s'] * 1e3:.2f} ms for reading"
+        f" {read['bytes'] / 2**20:.0f} MiB of weights at {read['gbs']:.1f} GB/s; state"
+        f" {case['state_bytes'] / 2**20:.1f} MiB"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,14 +113,9 @@ def main(argv: Sequence[str]) -> int:
     run = measure(args)
     commit, dirty = machine.commit()
     run |= {"machine": machine.describe("cpu"), "commit": commit, "dirty": dirty}
-    read_s = run["read_s"]
-    print(
-        f"{run['model']} {run['dtype']} B={run['batch']} {run['threads']} threads,"
-        f" frames of {run['frame_s'] * 1e3:.0f} ms:"
-        f" p50 {run['p50_s'] * 1e3:.2f} ms ({run['p50_s'] / read_s:.2f}x), p99 {run['p99_s'] * 1e3:.2f} ms"
-        f" ({run['p99_s'] / read_s:.2f}x) of {read_s * 1e3:.2f} ms for reading {run['weight_bytes'] / 2**20:.0f} MiB of"
-        f" weights at {run['read_gbs']:.1f} GB/s; state {run['state_bytes'] / 2**20:.1f} MiB"
-    )
+    print(told(run))
     if args.json:
         Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    if args.markdown:
+        Path(args.markdown).write_text(f"{told(run)}, commit {commit}\n", encoding="utf-8")
     return 0

@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from bench import correctness, machine, measure, probes, report, run, timing, workload
+from bench import correctness, cpu_goals, machine, measure, probes, readme, report, run, timing, workload
 from bench.ours import missing_module
 from bench.peers import base, catalog
 from dualcodec_ext import DualCodecConfig, testing
@@ -366,12 +366,18 @@ def test_all_peers_are_those_of_the_dtype():
 
 
 def test_stream(tiny_file, tmp_path, capsys):
-    out = tmp_path / "stream.json"
-    assert run.main(["stream", "--config", str(tiny_file), "--frames", "5", "--threads", "1", "--json", str(out)]) == 0
+    out, page = tmp_path / "stream.json", tmp_path / "stream.md"
+    options = ["--config", str(tiny_file), "--frames", "5", "--threads", "1"]
+    assert run.main(["stream", *options, "--json", str(out), "--markdown", str(page)]) == 0
     told = json.loads(out.read_text())
-    assert len(told["samples_s"]) == 5 and told["weight_bytes"] > 0
-    assert told["read_s"] == pytest.approx(told["weight_bytes"] / told["read_gbs"] / 1e9)
-    assert "tiny float32 B=1" in capsys.readouterr().out
+    ours, read = told["cases"][0]["sides"]
+    assert len(ours["samples_s"]) == 5 and read["bytes"] > 0
+    assert read["p50_s"] == pytest.approx(read["bytes"] / read["gbs"] / 1e9)
+    assert "tiny float32 B=1" in capsys.readouterr().out and "tiny float32 B=1" in page.read_text()
+    told["cases"][0]["model"] = "12hz_causal"
+    row = next(row for row in cpu_goals.rows([told]) if "streamed" in row[0])
+    assert row[2] == "<= 1.50x" and row[3] == f"{ours['p50_s'] / read['p50_s']:.2f}x"
+    assert f"{ours['p50_s'] * 1e3:.1f} ms" in readme.section([told])
     with pytest.raises(SystemExit):
         run.main(["stream", "--frames", "0"])
     assert "--frames must be at least 1, got 0" in capsys.readouterr().err
