@@ -229,9 +229,14 @@ def has_kernels(op: str, family: str) -> bool:
     return family != "triton" or op in TRITON_OPS
 
 
-def our_call(row: Row, dtype: torch.dtype, family: str = "auto") -> Call:
+def has_fast_form(row: Row, dtype: torch.dtype, family: str) -> bool:
+    """Whether a fast decoder runs the op otherwise than an exact one."""
+    return row.op == "residual_unit" and row.where == "decoder" and dtype == torch.float32 and family == "cpu"
+
+
+def our_call(row: Row, dtype: torch.dtype, family: str = "auto", fast: bool = False) -> Call:
     """The op on one backend, weights packed as the engine packs them, the input channels-last as it keeps it."""
-    from dualcodec_ext import backend, ops
+    from dualcodec_ext import backend, ops, steps
     from dualcodec_ext.ops import packing
 
     options = {k: v.float() if isinstance(v, Tensor) and dtype != torch.float64 else v for k, v in row.options.items()}
@@ -240,13 +245,14 @@ def our_call(row: Row, dtype: torch.dtype, family: str = "auto") -> Call:
     def kept(i: int) -> Tensor:
         weight = weights[i]
         assert weight is not None
-        return weight if row.device == "cpu" else weight.to(dtype)
+        return weight.to(steps.weight_dtype(dtype, torch.device(row.device)))
 
     with backend(family):
         if row.op == "snake_conv1d":
             options["packed"] = packing.pack_conv1d(kept(0), options["stride"], options["dilation"])
         elif row.op == "residual_unit":
-            options["packed"] = packing.pack_residual_unit(kept(1), kept(4))
+            winograd = steps.FAST_WINOGRAD if fast else 0
+            options |= {"winograd": winograd, "packed": packing.pack_residual_unit(kept(1), kept(4), winograd)}
         elif row.op == "snake_upsample1d":
             packed = packing.pack_upsample1d(kept(1), options["stride"], options["mode"], options["padding"])
             options["packed"] = packed

@@ -175,6 +175,9 @@ def op_cases(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> I
         ]
         if len(sides) == 1:
             sides = [replace(sides[0], name="dualcodec_ext")]
+        if registry.has_fast_form(row, dtype, args.backends[0]):
+            build = partial(_our_op, row, dtype, "cpu", fast=True)
+            sides.append(Side("dualcodec_ext fast", "ours, Winograd", dtype, build, ours=True, fast=True))
         sides += [
             Side(p.name, p.what, dtype, partial(p.build, row, dtype)) for p in args.chosen if _fits(p.name, row.op)
         ]
@@ -192,10 +195,10 @@ def _fits(provider: str, op: str) -> bool:
     return provider != "faiss" or op == "rvq_search"
 
 
-def _our_op(row: registry.Row, dtype: torch.dtype, family: str) -> Callable[[], object]:
+def _our_op(row: registry.Row, dtype: torch.dtype, family: str, fast: bool = False) -> Callable[[], object]:
     if family != "triton":
         require_module()
-    return registry.our_call(row, dtype, family)
+    return registry.our_call(row, dtype, family, fast)
 
 
 def _ceilings(args: argparse.Namespace) -> dict[torch.dtype, probes.Ceilings]:
