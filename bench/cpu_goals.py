@@ -133,12 +133,12 @@ GOALS = (
 )
 
 
-def matching(runs: Sequence[Mapping[str, Any]], goal: Goal) -> Iterator[Case]:
-    """The cases that a goal is about, the newest run first."""
+def matching(runs: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> Iterator[Case]:
+    """The cases of all runs that hold what a goal wants, the newest run first."""
     for run in sorted(runs, key=lambda r: r["started"], reverse=True):
         for case in run["cases"]:
             facts = {**{k: v for k, v in run.items() if k != "cases"}, **case}
-            if all(facts.get(k) == v for k, v in goal.case.items()):
+            if all(facts.get(k) == v for k, v in wanted.items()):
                 yield facts
 
 
@@ -149,7 +149,7 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Cells, one line per demand."""
     table = []
     for goal in GOALS:
-        pairs = ((timed(case, goal.side), case) for case in matching(runs, goal))
+        pairs = ((timed(case, goal.side), case) for case in matching(runs, goal.case))
         ours, case = next((pair for pair in pairs if pair[0] is not None), (None, {}))
         pace = "-" if ours is None else f"{ours['times_real_time']:.1f}"
         error = "-" if ours is None else ours.get("error", {}).get("text", "-")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,6 @@ GOALS = (
 )
 
 
-def matching(runs: Sequence[Mapping[str, Any]], goal: Goal) -> Iterator[Mapping[str, Any]]:
-    """The cases of all runs that a goal is about, the newest run first."""
-    for run in sorted(runs, key=lambda r: r["started"], reverse=True):
-        for case in run["cases"]:
-            facts = {**{k: v for k, v in run.items() if k != "cases"}, **case}
-            if all(facts.get(k) == v for k, v in goal.case.items()):
-                yield facts
-
-
 def _ours(case: Mapping[str, Any]) -> Mapping[str, Any] | None:
     timed = [row for row in case["sides"] if row["ours"] and row["status"] == "timed"]
     return min(timed, key=lambda row: row["p50_s"]) if timed else None
@@ -111,7 +102,7 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Cells: the goal, its limits, the measured median in microseconds, the verdict, the peers, the memory."""
     table = []
     for goal in GOALS:
-        cases = list(matching(runs, goal))
+        cases = list(cpu_goals.matching(runs, goal.case))
         best = next((row for case in cases if (row := _ours(case)) is not None), None)
         p50 = None if best is None else best["p50_s"]
         verdict = "not measured" if p50 is None else "met" if p50 <= goal.limit_s else "missed"

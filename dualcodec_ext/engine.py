@@ -170,8 +170,8 @@ class Engine:
         self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None
     ) -> Tensor:
         """As `decode`, the same bits, from the clips' own frames [B] on the CPU; in tiles on the CPU."""
-        rows = None if frame_lengths is None else self.decode_lengths(frame_lengths)
         if self.device.type != "cpu":
+            rows = None if frame_lengths is None else self.decode_lengths(frame_lengths)
             return self.decode(semantic_codes, acoustic_codes, None if rows is None else rows.to(self.device))
         semantic, acoustic = semantic_codes.cpu(), None if acoustic_codes is None else acoustic_codes.cpu()
         try:

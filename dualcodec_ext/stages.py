@@ -109,11 +109,10 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-class ConvStage(_Window):
-    def __init__(self, step: ConvStep) -> None:
-        self.out_channels, self.in_channels, taps = step.weight.shape
-        super().__init__((taps - 1) * step.dilation + 1, step.stride, step.padding)
-        self.step = step
+class _OpStage(_Window):
+    """A convolution that is one op."""
+
+    step: ConvStep | ResidualUnitStep
 
     def run(self, x: Tensor, begin: int, out: Tensor, o: int) -> None:
         self.step.into(out, x)
@@ -122,19 +121,20 @@ class ConvStage(_Window):
         return _bytes(self.step.packed)
 
 
-class UnitStage(_Window):
+class ConvStage(_OpStage):
+    def __init__(self, step: ConvStep) -> None:
+        self.out_channels, self.in_channels, taps = step.weight.shape
+        super().__init__((taps - 1) * step.dilation + 1, step.stride, step.padding)
+        self.step = step
+
+
+class UnitStage(_OpStage):
     def __init__(self, step: ResidualUnitStep) -> None:
         self.in_channels = self.out_channels = step.tensors[1].shape[0]
         reach = 6 * step.dilation
         super().__init__(reach + 1, 1, (reach, 0) if step.causal else (reach // 2, reach // 2))
         self.granularity = step.granularity
         self.step = step
-
-    def run(self, x: Tensor, begin: int, out: Tensor, o: int) -> None:
-        self.step.into(out, x)
-
-    def weight_bytes(self) -> int:
-        return _bytes(self.step.packed)
 
 
 class BlockStage(_Window):

@@ -1,14 +1,16 @@
 #pragma once
-#include "../common/dtype.h"
+#include "../common/conv_shape.h"
 
 namespace dcx {
+
+constexpr int64_t kResidualUnitTaps = 7;
 
 // h[t] = bias1 + sum_k W1_k snake(x[t - pad_left + k * dilation], alpha1), k = 0..6
 // y[t] = x[t - pad_left + centre * dilation] + bias2 + W2 snake(h[t], alpha2)
 struct ResidualUnitParams {
   TensorView x;         // [B, C, T]
   TensorView y;         // [B, C, T']
-  const void* weight1;  // gemm_pack.h panels of [7][C] x C, compute type (float, or double when x is f64)
+  const void* weight1;  // gemm_pack.h panels of [7][C] x C: float; double or bf16 pairs when x is f64 or bf16
   const void* weight2;  // panels of [1][C] x C
   const void* bias1;    // [round_up(C, 16)], compute type, zero-padded
   const void* bias2;
@@ -20,9 +22,14 @@ struct ResidualUnitParams {
   int64_t centre;  // the tap that the residual is aligned with: 3 centred, 6 causal
   // On the CPU: 0, direct, or a form of winograd.h; weight1 is then what its pack_winograd makes.
   int64_t winograd;
-};
 
-constexpr int64_t kResidualUnitTaps = 7;
+  // Steps of item b that count, on input and output.
+  DCX_HOST_DEVICE int64_t in_valid(int64_t b) const { return lengths != nullptr ? lengths[b] : in_steps; }
+  DCX_HOST_DEVICE int64_t out_valid(int64_t b) const {
+    return lengths != nullptr ? conv_output_steps(lengths[b], kResidualUnitTaps, 1, dilation, pad_left, pad_right)
+                              : out_steps;
+  }
+};
 
 void launch_residual_unit_cpu(const ResidualUnitParams& params);
 

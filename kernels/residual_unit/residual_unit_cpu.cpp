@@ -4,7 +4,6 @@
 // stores.
 #include "params.h"
 
-#include "../common/conv_shape.h"
 #include "../common/gemm.h"
 #include "../common/snake.h"
 #include "../common/tile_io.h"
@@ -22,15 +21,6 @@ constexpr int64_t kTileBytes = 576 * 1024;
 constexpr int64_t kMinTileRows = 128;
 
 enum Slot { kInput = 0, kMiddle = 1, kOutput = 2, kResidual = 3, kAllInput = 4, kAllMiddle = 5, kShared = 7 };
-
-inline int64_t in_valid_steps(const ResidualUnitParams& p, int64_t b) {
-  return p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-}
-inline int64_t out_valid_steps(const ResidualUnitParams& p, int64_t b) {
-  return p.lengths != nullptr
-             ? conv_output_steps(p.lengths[b], kResidualUnitTaps, 1, p.dilation, p.pad_left, p.pad_right)
-             : p.out_steps;
-}
 
 // out [rows][columns of ld] += bias2 + x, of the channels and steps that begin at x's.
 template <class T>
@@ -57,8 +47,8 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared) {
       static_cast<Tile*>(thread_scratch(kAllMiddle, static_cast<size_t>(p.batch * rows * ld) * sizeof(Tile)));
   for (int64_t b = 0; b < p.batch; ++b) {
     Tile* tile = in + b * in_rows * ld;
-    load_tile<Tile>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, in_valid_steps(p, b));
-    const RowRange inside = rows_inside(-p.pad_left, in_rows, in_valid_steps(p, b));
+    load_tile<Tile>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b));
+    const RowRange inside = rows_inside(-p.pad_left, in_rows, p.in_valid(b));
     snake_rows(tile + inside.first * ld, ld, inside.last - inside.first, shared, shared + ld, ld);
   }
   const int64_t panels = panel_count(p.channels), work = p.batch * rows * p.channels * p.channels;
@@ -83,8 +73,8 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared) {
     for (int64_t b = 0; b < p.batch; ++b) {
       T* tile = out + b * rows * width;
       add_residual<T>(tile, extra, width, rows, channels, static_cast<const T*>(p.bias2) + n0, view_from(p.x, n0), b,
-                      shift, in_valid_steps(p, b));
-      store_tile<T>(tile, width, rows, channels, view_from(p.y, n0), b, 0, out_valid_steps(p, b));
+                      shift, p.in_valid(b));
+      store_tile<T>(tile, width, rows, channels, view_from(p.y, n0), b, 0, p.out_valid(b));
     }
   });
 }
@@ -110,7 +100,7 @@ void run(const ResidualUnitParams& p) {
   parallel(p.batch * tiles, [&](int64_t task) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
-    const int64_t in_valid = in_valid_steps(p, b);
+    const int64_t in_valid = p.in_valid(b);
     const size_t numel = static_cast<size_t>(rows * ld);
     // The input tile holds the residual too, in the sums' type.
     Tile* in = static_cast<Tile*>(thread_scratch(
@@ -127,7 +117,7 @@ void run(const ResidualUnitParams& p) {
     // The residual is read again, un-snaked: it is still in L2, and a copy of the tile would take its place there.
     add_residual<T>(out, reinterpret_cast<T*>(in), ld, count, p.channels, static_cast<const T*>(p.bias2), p.x, b,
                     t0 - p.pad_left + p.centre * p.dilation, in_valid);
-    store_tile<T>(out, ld, count, p.channels, p.y, b, t0, out_valid_steps(p, b));
+    store_tile<T>(out, ld, count, p.channels, p.y, b, t0, p.out_valid(b));
   });
 }
 

@@ -4,7 +4,6 @@
 // and Snake, the 1x1, and the addition on the way to y. Between the transforms rows are in the order of (group, phase).
 #include "winograd.h"
 
-#include "../common/conv_shape.h"
 #include "../common/gemm.h"
 #include "../common/snake.h"
 #include "../common/tile_io.h"
@@ -186,10 +185,7 @@ void run(const ResidualUnitParams& p) {
     // Groups are whole: what the last one reads past the signal is zero, in whatever batch or tile the clip is.
     const int64_t full = count / group, left = count - full * group;
     const int64_t group_rows = full * d + (left < d ? left : d), reached = ceil_div(count, group) * group;
-    const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    const int64_t out_valid = p.lengths != nullptr
-                                  ? conv_output_steps(in_valid, kResidualUnitTaps, 1, d, p.pad_left, p.pad_right)
-                                  : p.out_steps;
+    const int64_t in_valid = p.in_valid(b), out_valid = p.out_valid(b);
     const auto scratch = [&](Slot slot, int64_t count_of_rows, int64_t width) {
       return static_cast<T*>(thread_scratch(slot, static_cast<size_t>(count_of_rows * width) * sizeof(T)));
     };

@@ -3,6 +3,7 @@
 // redone: the residual is rebuilt in float64 from z and the rows chosen so far, e follows from it, a float32 pass over
 // the codebook finds the entries within the pass's own error of the smallest, and float64 distances decide among those.
 #pragma once
+#include "book.h"
 #include "params.h"
 
 #include "../common/gemm.h"
@@ -140,13 +141,10 @@ static inline bool redo_code(const RvqLayout& layout, const float* packed, const
     query[d] = static_cast<float>(-2 * e[d]);
   }
 
-  constexpr int kPerGroup = kCodeGroup / kLanes<float>;
-  const float* book = packed + layout.books() + stage * layout.book_size();
-  const int64_t registers = layout.groups() * kPerGroup, group_size = (dim + 1) * kCodeGroup;
-  const auto column = [&](int64_t i) { return book + i / kPerGroup * group_size + i % kPerGroup * kLanes<float>; };
+  const Book<float> book(layout, packed, stage);
   Vec<float> smallest = vset1(HUGE_VALF), second = smallest;
-  for (int64_t i = 0; i < registers; ++i) {
-    const Vec<float> score = score_register(column(i), query, dim);
+  for (int64_t i = 0; i < book.registers; ++i) {
+    const Vec<float> score = score_register(book.column(i), query, dim);
     const Vec<float> loser = score < smallest ? smallest : score;
     second = loser < second ? loser : second;
     smallest = score < smallest ? score : smallest;
@@ -169,10 +167,10 @@ static inline bool redo_code(const RvqLayout& layout, const float* packed, const
   const float* rows = packed + layout.rows() + stage * layout.entries * dim;
   double best = HUGE_VAL, runner_up = HUGE_VAL;
   *winner = 0;
-  for (int64_t i = 0; i < registers; ++i) {
-    const IVec<float> within = score_register(column(i), query, dim) <= limit;
+  for (int64_t i = 0; i < book.registers; ++i) {
+    const IVec<float> within = score_register(book.column(i), query, dim) <= limit;
     if (__builtin_expect(!vany<float>(within), 1)) continue;
-    for (int64_t n = i * kLanes<float>; n < (i + 1) * kLanes<float> && n < layout.entries; ++n) {
+    for (int64_t n = i * kLanes<float>; n < (i + 1) * kLanes<float> && n < book.entries; ++n) {
       if (!within[n % kLanes<float>]) continue;
       const float* row = rows + n * dim;
       double length = 0, kept = 0, dot = 0;

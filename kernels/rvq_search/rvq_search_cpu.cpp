@@ -3,6 +3,7 @@
 // products, so no residual is stored. The search holds 6 frames x 4 registers of scores |c|^2 - 2 e.c (c: 16 entries);
 // of a pass over 4 registers a lane keeps the smallest score and the pass it was in, and the second smallest of all
 // passes, so no distance outlives its register block. A code that float32 cannot decide is redone in float64: redo.h.
+#include "book.h"
 #include "params.h"
 
 #include "../common/gemm.h"
@@ -115,23 +116,6 @@ inline void score_pass(const T* query, int64_t dim, const T* const* columns, int
   }
 }
 
-template <class T>
-struct Book {
-  const T* data;
-  int64_t dim, entries, registers;
-
-  Book(const RvqLayout& layout, const T* packed, int64_t stage)
-      : data(packed + layout.books() + stage * layout.book_size()),
-        dim(layout.dim),
-        entries(layout.entries),
-        registers(layout.groups() * (kCodeGroup / kLanes<T>)) {}
-  const T* column(int64_t i) const {
-    constexpr int kPerGroup = kCodeGroup / kLanes<T>;
-    return data + i / kPerGroup * (dim + 1) * kCodeGroup + i % kPerGroup * kLanes<T>;
-  }
-  int64_t pass_registers(int64_t first) const { return first + kPassRegisters <= registers ? kPassRegisters : 1; }
-};
-
 template <class T, int FB>
 void search_block(const T* query, const Book<T>& book, Best<T, FB>& best) {
   const T infinity = static_cast<T>(HUGE_VAL);
@@ -186,7 +170,7 @@ Winner<T> reduce_lanes(const T* query, const Book<T>& book, Vec<T> score, Vec<T>
   memcpy(first, &pass, sizeof(pass));
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     if (!mask[lane]) continue;
-    const int64_t begin = first[lane], end = begin + book.pass_registers(begin);
+    const int64_t begin = first[lane], end = begin + (begin + kPassRegisters <= book.registers ? kPassRegisters : 1);
     for (int64_t i = begin; i < end; ++i) {
       const T* column = book.column(i) + lane;
       T value = column[0];

@@ -10,7 +10,7 @@ struct SnakeConv1dParams {
   TensorView x;            // [B, Cin, T]
   TensorView y;            // [B, Cout, T']
   TensorView residual;     // [B, Cout, T'], data null: none
-  const void* weight;      // gemm_pack.h panels of [K][Cin] x Cout, compute type (float, or double when x is f64)
+  const void* weight;      // gemm_pack.h panels of [K][Cin] x Cout: float; double or bf16 pairs when x is f64 or bf16
   const void* bias;        // [round_up(Cout, 16)], compute type, zero-padded
   const void* alpha;       // [Cin], compute type, null: no Snake
   const int64_t* lengths;  // [B], null: T each
