@@ -137,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.goals", description="Goals beside what runs measured.")
     parser.add_argument("runs", nargs="+", help="JSON files of python -m bench")
     args = parser.parse_args(argv)
-    print(markdown([json.loads(Path(name).read_text(encoding="utf-8")) for name in args.runs]), end="")
+    try:
+        runs = [json.loads(Path(name).read_text(encoding="utf-8")) for name in args.runs]
+    except (OSError, ValueError) as error:
+        parser.error(f"runs must be JSON files of python -m bench: {error}")
+    print(markdown(runs), end="")
     return 0
 
 

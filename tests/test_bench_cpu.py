@@ -211,3 +211,9 @@ def test_redone_codes_are_reported(tmp_path: Path) -> None:
     cases = json.loads(data.read_text())["cases"]
     assert [set(case["sides"][0]["counts"]) for case in cases] == [set(ops.RvqSearchStats._fields)] * len(cases)
     assert all(case["sides"][0]["counts"]["codes"] > 0 for case in cases)
+
+
+def test_goals_of_no_file_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        goals.main([str(tmp_path / "none.json")])
+    assert "runs must be JSON files of python -m bench: " in capsys.readouterr().err

@@ -186,3 +186,8 @@ def test_float64_weights_count_as_float32() -> None:
     q = make(channels=64)
     weights: dict[str, Tensor] = {k: v.double() * (1 + 1e-9) for k, v in q.weights.items()}
     assert torch.equal(ops.rvq_search(q.z, **weights)[0], q.search()[0])
+
+
+def test_stats_refuse_what_is_no_bool() -> None:
+    with pytest.raises(ValueError, match="reset must be True or False, got 'x'"):
+        ops.rvq_search_stats(reset="x")  # type: ignore[arg-type]

@@ -109,7 +109,12 @@ def rvq_search_stats(reset: bool = False) -> RvqSearchStats:
 
     Returns:
         `codes` and, among them, `redone`: those that float32 could not decide and float64 did.
+
+    Raises:
+        ValueError: reset is no bool.
     """
+    if not isinstance(reset, bool):
+        raise ValueError(f"rvq_search_stats: reset must be True or False, got {reset!r}")
     module = build.load_module()
     return RvqSearchStats(0, 0) if module is None else RvqSearchStats(*module.rvq_search_counts(reset))
 
