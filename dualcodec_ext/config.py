@@ -36,6 +36,26 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "12hz_causal": _V1 | {"causal_decoder": True},
     "12hz_lookahead": _V1 | {"causal_decoder": True, "look_ahead": True},
+    "tiny": {
+        "encoder_rates": (6, 5, 4, 4),
+        "decoder_rates": (4, 4, 5, 6),
+        "encoder_dim": 8,
+        "decoder_dim": 256,
+        "latent_dim": 128,
+        "n_codebooks": 9,
+        "codebook_size": 1024,
+        "quantizer_dropout": 0.6,
+        "semantic_codebook_size": 2048,
+        "sample_rate": 24000,
+        "convnext_dim": 128,
+        "convnext_layers": 2,
+        "convnext_intermediate_dim": 384,
+        "is_causal": True,
+        "causal_decoder": True,
+        "causal_encoder": True,
+        "semantic_dim": 160,
+        "semantic_downsample_factor": 1,
+    },
     "12hz_stream": _V1 | {"causal_decoder": True, "causal_encoder": True},
 }
 
@@ -95,7 +115,7 @@ class DualCodecConfig:
         Args:
             name: "12hz_v1" or "25hz_v1" (the released checkpoints), "12hz_causal" or "12hz_lookahead"
                 (12hz_v1 with the causal decoder, without and with look-ahead), "12hz_stream" (also with the
-                causal encoder).
+                causal encoder), "tiny" (the small causal model that the package brings, on log-mel features).
 
         Raises:
             ValueError: an unknown name.

@@ -1,0 +1,112 @@
+"""Codebooks that are used to the last entry: a k-means start, and new rows for entries that nothing chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference
+from ..reference.quantize import VectorQuantize
+
+
+def stages_of(model: reference.DualCodec) -> list[VectorQuantize]:
+    """Return all codebooks of a model, the semantic one first."""
+    return [*model.semantic_vq.stages(), *model.dac.quantizer.stages()]
+
+
+@torch.no_grad()
+def start_codebooks(model: reference.DualCodec, batches: Iterator[tuple[Tensor, Tensor]], rounds: int = 10) -> None:
+    """Set every codebook to the k-means of what it is given on some batches, stage after stage.
+
+    Args:
+        model: changed in place.
+        batches: audio [B, 1, S] and features [B, C, F] each.
+        rounds: of k-means.
+    """
+    semantic, acoustic = [], []
+    for audio, features in batches:
+        semantic.append(_rows(model.convnext_encoder(features)))
+        acoustic.append((audio, features))
+    _start_stages(model.semantic_vq.stages(), torch.cat(semantic), rounds)
+    residuals = []
+    for audio, features in acoustic:
+        latent = model._semantic(features)[0]
+        residuals.append(_rows(model.dac._residual(audio, latent)))
+    _start_stages(model.dac.quantizer.stages(), torch.cat(residuals), rounds)
+
+
+def _rows(z: Tensor) -> Tensor:  # [B, C, F] -> [B F, C]
+    return z.transpose(1, 2).reshape(-1, z.shape[1])
+
+
+def _start_stages(stages: list[VectorQuantize], rows: Tensor, rounds: int) -> None:
+    residual = rows.t()[None]  # [1, C, N]
+    for stage in stages:
+        z_e = stage.in_proj(residual)
+        stage.codebook.weight.copy_(_k_means(z_e[0].t(), stage.codebook_size, rounds))
+        residual = residual - stage(residual)[0]
+
+
+def _k_means(rows: Tensor, count: int, rounds: int) -> Tensor:
+    """Spherical k-means, as the search is by angle; each centre is the mean of its un-normalised rows."""
+    order = torch.randperm(len(rows))[:count]
+    centres = rows[order]
+    if len(centres) < count:  # fewer rows than entries: the rest are rows again, a little apart
+        extra = rows[torch.randint(len(rows), (count - len(centres),))]
+        centres = torch.cat([centres, extra + 0.01 * rows.std() * torch.randn_like(extra)])
+    for _ in range(rounds):
+        nearest = (F.normalize(rows) @ F.normalize(centres).t()).argmax(dim=1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, rows)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]
+        spare = rows[torch.randint(len(rows), (count,))]
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), spare)
+    return centres
+
+
+class CodebookCare:
+    """Counts how often each entry is chosen, and gives unused ones a row of the current batch.
+
+    Args:
+        model: whose codebooks are looked after.
+        memory_steps: over how many steps the count is averaged.
+        fewest: an entry is unused when it is chosen less than this fraction of the mean.
+    """
+
+    def __init__(self, model: reference.DualCodec, memory_steps: int = 100, fewest: float = 0.1) -> None:
+        self._stages = stages_of(model)
+        self._keep, self._fewest = 1 - 1 / memory_steps, fewest
+        # Optimistic: an entry has the whole memory to be chosen a first time.
+        self.usage = [torch.ones(stage.codebook_size) for stage in self._stages]
+        self.restarted = 0
+
+    @torch.no_grad()
+    def update(self, codes: list[Tensor], latents: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Take in a step.
+
+        Args:
+            codes: of each stage, [B, F].
+            latents: what each stage searched for, [B, D, F].
+            optimizer: whose moments of a new row are forgotten.
+        """
+        self.restarted = 0
+        for stage, usage, chosen, z_e in zip(self._stages, self.usage, codes, latents, strict=True):
+            counts = torch.bincount(chosen.flatten().cpu(), minlength=stage.codebook_size).to(torch.float32)
+            usage.mul_(self._keep).add_(counts / counts.mean(), alpha=1 - self._keep)
+            dead = (usage < self._fewest).nonzero()[:, 0]
+            if not len(dead):
+                continue
+            rows = _rows(z_e.detach())
+            # At most a quarter of the batch at once: the rows would else be one another's copies.
+            dead = dead[torch.randperm(len(dead))[: max(1, len(rows) // 4)]]
+            fresh = rows[torch.randperm(len(rows))[: len(dead)]]
+            dead = dead[: len(fresh)]
+            weight = stage.codebook.weight
+            weight[dead.to(weight.device)] = fresh.to(weight.dtype)
+            usage[dead] = 1.0
+            self.restarted += len(dead)
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value[dead.to(value.device)] = 0

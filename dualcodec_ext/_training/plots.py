@@ -1,0 +1,74 @@
+"""Pictures of a run: its curves, and a clip's spectrograms before and after."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw a run's losses and scores over its steps.
+
+    Args:
+        lines: of its log.
+        path: PNG to write.
+
+    Returns:
+        Whether it was drawn: matplotlib may be missing, or nothing was logged.
+    """
+    losses = [line for line in lines if "loss" in line]
+    scores = [line for line in lines if "validation" in line]
+    if importlib.util.find_spec("matplotlib") is None or not losses:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = [n for n in losses[-1] if n in ("loss", "mel", "magnitude", "waveform", "commitment", "feature", "adversarial")]
+    for name in names:
+        own = [line for line in losses if name in line]
+        left.plot([line["step"] for line in own], [line[name] for line in own], label=name, linewidth=0.8)
+    left.set(xlabel="step", yscale="log", title="training losses")
+    left.legend()
+    for name in sorted({name for line in scores for name in line["validation"] if name[:4] in ("stoi", "pesq")}):
+        own = [line for line in scores if name in line["validation"]]
+        right.plot([line["step"] for line in own], [line["validation"][name] for line in own], label=name, marker=".")
+    right.set(xlabel="step", title="validation (name_codebooks)")
+    if scores:
+        right.legend()
+    figure.savefig(path, dpi=100)
+    return True
+
+
+def draw_spectrograms(before: Tensor, after: Tensor, rate_hz: int, path: Path) -> bool:
+    """Draw the spectrograms of a recording [S] and of what came back [S], one above the other.
+
+    Args:
+        rate_hz: of both.
+        path: PNG to write.
+
+    Returns:
+        Whether they were drawn: matplotlib may be missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for panel, wave, title in zip(panels, (before, after), ("in", "out"), strict=True):
+        window = 1024
+        padded = torch.nn.functional.pad(wave.detach().float().cpu(), (window // 2, window // 2))
+        frames = padded.unfold(-1, window, window // 4) * torch.hann_window(window)
+        level_db = 20 * torch.fft.rfft(frames).abs().clamp(min=1e-4).log10()
+        extent = (0, len(wave) / rate_hz, 0, rate_hz / 2000)
+        panel.imshow(level_db.t().numpy(), origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=40)
+        panel.set(title=title, ylabel="kHz")
+    panels[-1].set(xlabel="s")
+    figure.savefig(path, dpi=100)
+    return True

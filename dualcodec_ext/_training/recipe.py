@@ -1,0 +1,151 @@
+"""The settings of a training run: a frozen dataclass, read from JSON, with the recipe of preset `tiny` in the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import DualCodecConfig
+from ..errors import DualCodecError
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+_LOSSES = {"mel": 15.0, "magnitude": 1.0, "waveform": 1.0, "commitment": 0.25, "codebook": 1.0}
+_ADVERSARY = {"adversarial": 1.0, "feature": 2.0}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.
+
+    Args:
+        model: a preset's name, or the settings of a model.
+        seed: of everything drawn.
+        steps: in all; the learning rate ends its cosine there.
+        batch: items per step.
+        workers: parts that the batch is cut into, each on a thread of its own; it divides `batch`.
+        segment_frames: frames per item.
+        learning_rate, final_learning_rate: the cosine's ends.
+        warmup_steps: steps until the learning rate is reached.
+        betas, weight_decay: AdamW's.
+        clip: largest norm of the gradient; 0 for none.
+        ema_decay: of the averaged weights, which are what is saved.
+        losses: a factor per part; those left out keep their default.
+        windows, bands: of the spectral loss.
+        highest_hz: upper end of its mel bands; None for the Nyquist frequency.
+        quantizer_dropout: fraction of a batch whose number of acoustic codebooks is drawn, from none to all.
+        bypass: fraction of steps without acoustic codebooks.
+        start_batches: how many batches k-means sees.
+        memory_steps, fewest: of `CodebookCare`.
+        adversary_from: step from which the discriminators train and judge; None for never.
+        adversary: periods, windows and width of the discriminators, their learning rate, and their losses' factors.
+        voices: by the beginning of a speaker's name, a factor on how often it is drawn.
+        augment: vary speed, loudness, colour and noise.
+        way: of the forward: auto, reference, ops, channels_last.
+        log_every, validate_every: in steps.
+        checkpoint_every_s: seconds between checkpoints.
+
+    Raises:
+        DualCodecError: a setting of the wrong type or out of range.
+    """
+
+    model: str | dict[str, Any] = "tiny"
+    seed: int = 0
+    steps: int = 20000
+    batch: int = 6
+    workers: int = 1
+    segment_frames: int = 40
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 2e-5
+    warmup_steps: int = 200
+    betas: tuple[float, float] = (0.8, 0.99)
+    weight_decay: float = 1e-3
+    clip: float = 5.0
+    ema_decay: float = 0.999
+    losses: dict[str, float] = field(default_factory=dict)
+    windows: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    bands: tuple[int, ...] = (8, 16, 32, 64, 96)
+    highest_hz: float | None = None
+    quantizer_dropout: float = 0.5
+    bypass: float = 0.0
+    start_batches: int = 30
+    memory_steps: int = 100
+    fewest: float = 0.1
+    adversary_from: int | None = None
+    adversary: dict[str, Any] = field(default_factory=dict)
+    voices: dict[str, float] = field(default_factory=dict)
+    augment: bool = True
+    way: str = "auto"
+    log_every: int = 20
+    validate_every: int = 1000
+    checkpoint_every_s: float = 180.0
+
+    def __post_init__(self) -> None:
+        for name in ("betas", "windows", "bands"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "losses", _LOSSES | _ADVERSARY | self.losses)
+        for name in ("steps", "batch", "workers", "segment_frames", "log_every", "validate_every", "start_batches"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise DualCodecError(f"recipe: {name} must be an integer from 1, got {value!r}")
+        unknown = sorted(set(self.losses) - set(_LOSSES | _ADVERSARY))
+        if unknown:
+            raise DualCodecError(f"recipe: losses must be among {', '.join(_LOSSES | _ADVERSARY)}, got {unknown[0]}")
+        if self.batch % self.workers or self.workers > 2:
+            raise DualCodecError(f"recipe: workers must be 1 or 2 and divide batch={self.batch}, got {self.workers}")
+        if len(self.windows) != len(self.bands):
+            raise DualCodecError(f"recipe: bands must hold one number per window, got {len(self.bands)}")
+        from .forward import WAYS
+
+        if self.way not in WAYS:
+            raise DualCodecError(f"recipe: way must be one of {', '.join(WAYS)}, got {self.way!r}")
+        self.model_config()
+
+    def model_config(self) -> DualCodecConfig:
+        """Return the model's settings, with the recipe's quantizer_dropout."""
+        try:
+            if isinstance(self.model, str):
+                config = DualCodecConfig.preset(self.model)
+            else:
+                config = DualCodecConfig.from_dict(self.model)
+            return DualCodecConfig.from_dict(config.to_dict() | {"quantizer_dropout": self.quantizer_dropout})
+        except (TypeError, ValueError) as error:
+            raise DualCodecError(f"recipe: model: {error}") from None
+
+    @classmethod
+    def load(cls, source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a recipe.
+
+        Args:
+            source: a JSON file, or the name of a recipe in the package, such as "tiny".
+            changes: settings that replace those of the file.
+        """
+        path = RECIPES / f"{source}.json" if "/" not in str(source) and Path(source).suffix == "" else Path(source)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.json")))
+            raise DualCodecError(f"recipe: source must be a JSON file or one of {known}, got {source}") from None
+        except ValueError as error:
+            raise DualCodecError(f"recipe: {source} must be JSON, got: {error}") from None
+        if not isinstance(settings, dict):
+            raise DualCodecError(f"recipe: {source} must be an object, got {type(settings).__name__}")
+        return cls.from_dict(settings | dict(changes or {}))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Make a recipe from a mapping; names left out keep their defaults."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise DualCodecError(f"recipe: settings must be among {', '.join(known)}, got {unknown[0]}")
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise DualCodecError(f"recipe: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as `from_dict` takes them."""
+        return asdict(self)

@@ -1,0 +1,90 @@
+"""How well a model's speech comes back: STOI, wide-band PESQ, and what its codebooks carry."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..semantic import LogMelFeatures, resample
+
+_SCORE_RATE_HZ = 16000
+
+
+def speech_scores(clean: Tensor, decoded: Tensor, rate_hz: int) -> dict[str, float]:
+    """Compare decoded speech with what was encoded.
+
+    Args:
+        clean: [S] float.
+        decoded: [S] float.
+        rate_hz: of both.
+
+    Returns:
+        stoi (the plain form) and pesq (wide band), both at 16 kHz; those whose package (pystoi, pesq) is installed.
+    """
+    pair = [resample(x.to(torch.float32), rate_hz, _SCORE_RATE_HZ).numpy() for x in (clean, decoded)]
+    found: dict[str, float] = {}
+    if importlib.util.find_spec("pystoi"):
+        from pystoi import stoi
+
+        found["stoi"] = float(stoi(pair[0], pair[1], _SCORE_RATE_HZ, extended=False))
+    if importlib.util.find_spec("pesq"):
+        from pesq import PesqError, pesq
+
+        try:
+            found["pesq"] = float(pesq(_SCORE_RATE_HZ, pair[0], pair[1], "wb"))
+        except PesqError:  # no utterance found in it
+            pass
+    return found
+
+
+@torch.no_grad()
+def score(
+    model: reference.DualCodec,
+    features: LogMelFeatures,
+    clips: Sequence[Tensor],
+    quantizers: Iterable[int] | None = None,
+) -> dict[str, Any]:
+    """Score a model on clips.
+
+    Args:
+        model: in eval mode.
+        features: its front end.
+        clips: [1, 1, S] each, at the model's rate.
+        quantizers: how many codebooks to use, the semantic one included (None: 1, 4 and all).
+
+    Returns:
+        Means over the clips by number of codebooks: `stoi_1`, `pesq_1`, ...; and `entropy_bits`, per codebook.
+    """
+    most = 1 + model.dac.n_codebooks
+    counts = list(quantizers or (1, min(4, most), most))
+    found: dict[str, list[float]] = {}
+    codes = [[] for _ in range(most)]  # type: list[list[Tensor]]
+    for clip in clips:
+        semantic, acoustic = model.encode(clip, semantic_repr=features(clip))
+        assert acoustic is not None
+        for book, chosen in zip(codes, torch.cat([semantic, acoustic], 1)[0], strict=True):
+            book.append(chosen)
+        for count in counts:
+            decoded = model.decode_from_codes(semantic, acoustic[:, : count - 1] if count > 1 else None)
+            for name, value in speech_scores(clip[0, 0], decoded[0, 0, : clip.shape[-1]], _rate(model)).items():
+                found.setdefault(f"{name}_{count}", []).append(value)
+    scores: dict[str, Any] = {name: round(float(np.mean(values)), 4) for name, values in found.items()}
+    scores["entropy_bits"] = [round(entropy_bits(torch.cat(book)), 2) for book in codes]
+    return scores
+
+
+def entropy_bits(codes: Tensor) -> float:
+    """Return the entropy of codes [N], in bits."""
+    share = torch.bincount(codes.flatten()).to(torch.float64)
+    share = share[share > 0] / share.sum()
+    return float(-(share * share.log2()).sum())
+
+
+def _rate(model: reference.DualCodec) -> int:
+    return int(model.settings["sample_rate"])

@@ -1,0 +1,165 @@
+"""What a run keeps: model, averaged weights, optimisers, codebook counts; saved whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._files import write_atomic
+from ..errors import DualCodecError
+from ..model import DualCodec
+from ..semantic import LogMelFeatures
+from .codebooks import CodebookCare
+from .discriminators import Discriminators
+from .recipe import Recipe
+
+FEATURES = "features."  # of the log-mel front end's statistics in a weights file
+_DISCRIMINATORS = ("periods", "windows", "width")
+
+
+class State:
+    """Everything that changes from step to step.
+
+    Args:
+        recipe: the run's settings.
+        device: where it runs.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        config = recipe.model_config()
+        self.recipe, self.device, self.step = recipe, device, 0
+        self.model = DualCodec(**config.to_dict()).to(device).train()
+        self.features = LogMelFeatures(config.semantic_downsample_factor).to(device)
+        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        # A weight norm's length, a bias, an alpha or a codebook must not be drawn to zero.
+        decayed = [p for n, p in self.model.named_parameters() if p.dim() > 1 and n.endswith(("weight_v", "pwconv1.weight"))]
+        kept = [p for p in self.model.parameters() if not any(p is d for d in decayed)]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
+        self.care = CodebookCare(self.model, recipe.memory_steps, recipe.fewest)
+        self.discriminators: Discriminators | None = None
+        self.adversary_optimizer: torch.optim.Optimizer | None = None
+        if recipe.adversary_from is not None:
+            self.add_adversary()
+
+    def add_adversary(self) -> None:
+        """Make the discriminators and their optimiser."""
+        torch.manual_seed(self.recipe.seed + 1)
+        settings = {name: value for name, value in self.recipe.adversary.items() if name in _DISCRIMINATORS}
+        self.discriminators = Discriminators(**settings).to(self.device)
+        rate = self.recipe.adversary.get("learning_rate", self.recipe.learning_rate)
+        self.adversary_optimizer = torch.optim.AdamW(
+            self.discriminators.parameters(), lr=rate, betas=self.recipe.betas, weight_decay=self.recipe.weight_decay
+        )
+
+    def learning_rate(self) -> float:
+        """Return the model's rate at this step: a linear warm-up, then a cosine."""
+        recipe = self.recipe
+        if self.step < recipe.warmup_steps:
+            return recipe.learning_rate * (self.step + 1) / recipe.warmup_steps
+        done = min(1.0, (self.step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps))
+        reach = recipe.learning_rate - recipe.final_learning_rate
+        return recipe.final_learning_rate + reach * 0.5 * (1 + math.cos(math.pi * done))
+
+    @torch.no_grad()
+    def average_weights(self) -> None:
+        """Move the averaged weights a little towards the model's; early on, more."""
+        keep = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.model.state_dict().items():
+            self.average[name].lerp_(value, 1 - keep)
+
+    def averaged_model(self) -> DualCodec:
+        """Return a model in eval mode with the averaged weights."""
+        model = DualCodec(**self.recipe.model_config().to_dict()).to(self.device)
+        model.load_state_dict(self.average)
+        return model.eval()
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint that `load` goes on from."""
+        state: dict[str, Any] = {
+            "step": self.step,
+            "recipe": self.recipe.to_dict(),
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "features": self.features.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "usage": self.care.usage,
+        }
+        if self.discriminators is not None and self.adversary_optimizer is not None:
+            state["discriminators"] = self.discriminators.state_dict()
+            state["adversary_optimizer"] = self.adversary_optimizer.state_dict()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(path, buffer.getvalue())
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint; discriminators that it lacks start afresh.
+
+        Raises:
+            DualCodecError: no such file, or one of another model.
+        """
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.features.load_state_dict(state["features"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average = dict(state["average"])
+            self.care.usage = [usage.cpu() for usage in state["usage"]]
+            self.step = int(state["step"])
+            if self.discriminators is not None and self.adversary_optimizer is not None and "discriminators" in state:
+                self.discriminators.load_state_dict(state["discriminators"])
+                self.adversary_optimizer.load_state_dict(state["adversary_optimizer"])
+        except FileNotFoundError:
+            raise DualCodecError(f"train: {path} must be a checkpoint to go on from, it does not exist") from None
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DualCodecError(f"train: {path} must be a checkpoint of this recipe's model: {reason}") from None
+
+    def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+        """Write the averaged weights and the features' statistics as FOLDER/model.safetensors, and config.json.
+
+        Returns:
+            The weights file.
+        """
+        from safetensors.torch import save
+
+        tensors = {name: value.detach().to(dtype).contiguous().cpu() for name, value in self.average.items()}
+        for name, value in self.features.state_dict().items():
+            tensors[FEATURES + name] = value.to(torch.float32).contiguous().cpu()
+        path = folder / "model.safetensors"
+        write_atomic(path, save(tensors, {"format": "pt", "step": str(self.step)}))
+        write_atomic(folder / "config.json", self.recipe.model_config().to_json().encode())
+        return path
+
+
+def take_over(model: reference.DualCodec, weights: dict[str, Tensor]) -> list[str]:
+    """Copy the weights whose name and shape the model has; names of centred layers also fit causal ones.
+
+    Returns:
+        The model's parameters that nothing was taken over for, and the weights that had no place.
+    """
+    own = model.state_dict()
+    left, used = [], set()
+    for name, value in own.items():
+        # A causal layer wraps the convolution: `.conv.weight_v` there, `.weight_v` in a centred one.
+        plain = name
+        while plain not in weights and ".conv." in plain:
+            plain = ".".join(plain.rsplit(".conv.", 1))
+        if plain not in weights:
+            left.append(f"{name}: not in the weights")
+        elif weights[plain].shape != value.shape:
+            left.append(f"{name}: {list(weights[plain].shape)} there, {list(value.shape)} needed")
+            used.add(plain)
+        else:
+            with torch.no_grad():
+                value.copy_(weights[plain])
+            used.add(plain)
+    return left + [f"{name}: has no place in the model" for name in sorted(weights.keys() - used)]
+

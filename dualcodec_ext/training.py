@@ -1,0 +1,320 @@
+"""Train a DualCodec from scratch, from a checkpoint, or from where a run stopped: `train`, and what it takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._files import reason, write_atomic
+from ._training.codebooks import start_codebooks
+from ._training.data import Batches, Voice, hours, load_voices, stretches
+from ._training.discriminators import Discriminators
+from ._training.forward import Forward, Output, allow_recompiling, compile_snake
+from ._training.losses import SpectralLoss, discriminator_loss, feature_loss, generator_loss, waveform_loss
+from ._training.recipe import Recipe
+from ._training.state import State, take_over
+from .errors import DualCodecError
+
+__all__ = ["Recipe", "Trainer", "train"]
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+_STATISTICS_BATCHES = 20
+_START_SEED = 1 << 20  # batches before the first step are none of the steps'
+
+
+class Trainer:
+    """A run in memory: `step` by step, without files.
+
+    Args:
+        recipe: its settings.
+        voices: what it is trained on.
+        device: where it runs.
+        weights: to start from (`take_over`); None to start from nothing.
+
+    Attributes:
+        left: what of `weights` did not fit, one line each.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        voices: list[Voice],
+        device: str | torch.device = "cpu",
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.recipe, self.device = recipe, torch.device(device)
+        self.state = State(recipe, self.device)
+        config = recipe.model_config()
+        if config.semantic_dim != self.state.features.channels:
+            raise DualCodecError(
+                f"train: the model must take log-mel features, semantic_dim={self.state.features.channels}, got"
+                f" {config.semantic_dim}"
+            )
+        self.samples = recipe.segment_frames * config.hop_length
+        self.batches = Batches(voices, recipe.batch, self.samples, recipe.seed, recipe.augment)
+        self.spectral = SpectralLoss(config.sample_rate, recipe.windows, recipe.bands, recipe.highest_hz).to(device)
+        self.left = [] if weights is None else take_over(self.state.model, weights)
+        self._weights_given = weights is not None
+        self.forward = Forward(self.state.model, recipe.way, recipe.bypass)
+        if recipe.workers > 1:
+            torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(recipe.workers, initializer=_one_thread if recipe.workers > 1 else None)
+        if self.forward.way == "channels_last":
+            compile_snake()
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Set the features' statistics and the codebooks; what a run from nothing does before its first step."""
+        torch.manual_seed(self.recipe.seed + 2)
+        first = [self.batches.at(_START_SEED + i) for i in range(max(_STATISTICS_BATCHES, self.recipe.start_batches))]
+        mel = self.state.features
+        rows = torch.cat([mel(audio.to(self.device)).transpose(1, 2).flatten(0, 1) for audio in first])
+        rows = rows * mel.variance.sqrt() + mel.mean
+        mel.set_statistics(rows.mean(0), rows.var(0).clamp(min=1e-3))
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for audio in first[: self.recipe.start_batches]:
+                yield audio.to(self.device), mel(audio.to(self.device))
+
+        if not self._weights_given:
+            start_codebooks(self.state.model, pairs())
+        self.state.average = {name: value.clone() for name, value in self.state.model.state_dict().items()}
+
+    def step(self) -> dict[str, float]:
+        """Train one step.
+
+        Returns:
+            The losses and what else is logged.
+
+        Raises:
+            DualCodecError: the loss is not finite.
+        """
+        state, recipe = self.state, self.recipe
+        # What a step draws depends on the seed and on its number alone, so that a resumed run draws the same.
+        torch.manual_seed(recipe.seed * 1_000_003 + state.step)
+        audio = self.batches.at(state.step).to(self.device)
+        with torch.no_grad():
+            features = state.features(audio)
+        counts = self.forward.draw(len(audio)).to(self.device)
+        for group in state.optimizer.param_groups:
+            group["lr"] = state.learning_rate()
+        judges = self._judges()
+        if judges is not None:
+            judges.requires_grad_(False)
+        state.optimizer.zero_grad(set_to_none=True)
+        shards = zip(audio.chunk(recipe.workers), features.chunk(recipe.workers), counts.chunk(recipe.workers), strict=True)
+        done = self._each(lambda shard: self._shard(*shard), list(shards))
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip or float("inf"))
+        if not bool(torch.isfinite(norm)):
+            raise DualCodecError(f"train: the gradient is not finite at step {state.step}: lower the learning rate")
+        state.optimizer.step()
+        outputs = [output for output, _ in done]
+        codes = [torch.cat(own) for own in zip(*(output.codes for output in outputs), strict=True)]
+        latents = [torch.cat(own) for own in zip(*(output.latents for output in outputs), strict=True)]
+        state.care.update(codes, latents, state.optimizer)
+        logged = {name: sum(float(parts[name]) for _, parts in done) / len(done) for name in done[0][1]}
+        if judges is not None:
+            logged["discriminator"] = self._train_judges(audio, [output.x.detach() for output in outputs])
+        state.step += 1
+        state.average_weights()
+        used = [float((usage > recipe.fewest).float().mean()) for usage in state.care.usage]
+        restarted = float(state.care.restarted)
+        return {**logged, "gradient_norm": float(norm), "restarted": restarted, "entries_in_use": min(used)}
+
+    def _shard(self, audio: Tensor, features: Tensor, counts: Tensor) -> tuple[Output, dict[str, Tensor]]:
+        """Forward and backward of a part of the batch; the losses come back without their graph."""
+        recipe, judges = self.recipe, self._judges()
+        output = self.forward(audio, features, counts)
+        mel, magnitude = self.spectral(output.x, audio)
+        parts = {
+            "mel": mel,
+            "magnitude": magnitude,
+            "waveform": waveform_loss(output.x, audio),
+            "commitment": output.commitment,
+            "codebook": output.codebook,
+        }
+        if judges is not None:
+            with torch.no_grad():
+                wanted = judges(audio)[1]
+            scores, found = judges(output.x)
+            parts |= {"adversarial": generator_loss(scores), "feature": feature_loss(wanted, found)}
+        loss = torch.stack([recipe.losses[name] * value for name, value in parts.items()]).sum()
+        (loss / recipe.workers).backward()
+        return output, {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
+
+    def _judges(self) -> Discriminators | None:
+        first = self.recipe.adversary_from
+        return None if first is None or self.state.step < first else self.state.discriminators
+
+    def _train_judges(self, audio: Tensor, made: list[Tensor]) -> float:
+        """One step of the discriminators on the batch and on what the model made of it; returns their loss."""
+        judges, optimizer = self.state.discriminators, self.state.adversary_optimizer
+        assert judges is not None and optimizer is not None
+        judges.requires_grad_(True)
+        optimizer.zero_grad(set_to_none=True)
+
+        def shard(pair: tuple[Tensor, Tensor]) -> Tensor:
+            loss = discriminator_loss(judges(pair[0])[0], judges(pair[1])[0])
+            (loss / self.recipe.workers).backward()
+            return loss.detach()
+
+        losses = self._each(shard, list(zip(audio.chunk(self.recipe.workers), made, strict=True)))
+        torch.nn.utils.clip_grad_norm_(judges.parameters(), 10.0)
+        optimizer.step()
+        return sum(float(loss) for loss in losses) / len(losses)
+
+    def _each(self, call: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+        """Run a call on every part of the batch, side by side.
+
+        Threads of whole passes meet once per step; an op's own threads meet at every op, and on a machine that others
+        use too each meeting may wait for a time slice. Two parts' gradients add up to the same bits in either order.
+        """
+        if len(items) == 1:
+            return [call(items[0])]
+        return list(self._pool.map(call, items))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    allow_recompiling()
+
+
+def train(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    weights: dict[str, Tensor] | None = None,
+    device: str = "cpu",
+    tell: Callable[[str], None] = print,
+    progress: Callable[[int, Mapping[str, float], float], None] | None = None,
+) -> dict[str, Any]:
+    """Train a model, with its files.
+
+    Args:
+        recipe: the run's settings.
+        data: folder with train/ and validation/, one folder per speaker in each; or with speakers alone, of which the
+            last is held out.
+        out: folder of the run: checkpoint.pt, log.jsonl, model.safetensors, config.json, curves.png, ...
+        resume: go on from out/checkpoint.pt, if it is there.
+        weights: a checkpoint to start from instead of nothing.
+        device: where it runs.
+        tell: takes a line about the run.
+        progress: takes the step, its losses and audio-hours per hour.
+
+    Returns:
+        The last validation.
+
+    Raises:
+        DualCodecError: wrong settings, data or files.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DualCodecError(f"cannot make the folder {out}: {reason(error)}") from error
+    rate_hz = recipe.model_config().sample_rate
+    voices, held_out = _voices(data, rate_hz, recipe)
+    tell(f"train: {hours(voices, rate_hz):.2f} h of {len(voices)} voices; validation: {hours(held_out, rate_hz):.2f} h")
+    trainer = Trainer(recipe, voices, device, weights)
+    for line in trainer.left:
+        tell(f"not taken over: {line}")
+    state = trainer.state
+    checkpoint, log = out / CHECKPOINT, Log(out / LOG)
+    if resume and checkpoint.exists():
+        state.load(checkpoint)
+        tell(f"going on from step {state.step}")
+    else:
+        trainer.start()
+    log.cut(state.step)
+    started, first, saved = time.monotonic(), state.step, time.monotonic()
+    scores: dict[str, Any] = {}
+    sums: dict[str, float] = {}
+    while state.step < recipe.steps:
+        for name, value in trainer.step().items():
+            sums[name] = sums.get(name, 0.0) + value
+        if state.step % recipe.log_every == 0:
+            means = {name: value / recipe.log_every for name, value in sums.items()}
+            sums = {}
+            heard_h = (state.step - first) * recipe.batch * trainer.samples / rate_hz / 3600
+            speed = heard_h / ((time.monotonic() - started) / 3600)
+            log.add({"step": state.step, **means})
+            if progress is not None:
+                progress(state.step, means, speed)
+        if state.step % recipe.validate_every == 0 or state.step == recipe.steps:
+            scores = validate(state, held_out)
+            log.add({"step": state.step, "validation": scores})
+            tell(f"step {state.step}: {json.dumps(scores)}")
+            state.export(out)
+        # Only between log lines, so that a resumed run's means are over the same steps.
+        due = time.monotonic() - saved > recipe.checkpoint_every_s and not sums
+        if due or state.step == recipe.steps:
+            state.save(checkpoint)
+            saved = time.monotonic()
+    finish(state, held_out, out, log)
+    return scores
+
+
+def validate(state: State, voices: list[Voice]) -> dict[str, Any]:
+    """Score the averaged weights on held-out voices; see `scores.score`."""
+    from ._training.scores import score
+
+    config = state.recipe.model_config()
+    clips = [clip for _, clip in stretches(voices, 4 * config.sample_rate, 12)]
+    return score(state.averaged_model(), state.features, clips)
+
+
+def finish(state: State, voices: list[Voice], out: Path, log: Log) -> None:
+    """Write the weights and, where matplotlib is there, the pictures of the run."""
+    from ._training.plots import draw_curves, draw_spectrograms
+
+    state.export(out)
+    config = state.recipe.model_config()
+    clip = next(clip for _, clip in stretches(voices, 3 * config.sample_rate, 1))
+    draw_curves(log.lines(), out / "curves.png")
+    model = state.averaged_model()
+    with torch.no_grad():
+        codes = model.encode(clip, semantic_repr=state.features(clip))
+        decoded = model.decode_from_codes(*codes)
+    draw_spectrograms(clip[0, 0], decoded[0, 0], config.sample_rate, out / "spectrograms.png")
+
+
+class Log:
+    """One JSON object per line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return what was logged."""
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
+    def add(self, values: dict[str, Any]) -> None:
+        """Add a line."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def cut(self, step: int) -> None:
+        """Drop what lies past a step: a resumed run goes through it again."""
+        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step] if step else []
+        write_atomic(self._path, "".join(kept).encode())
+
+
+def _voices(data: Path, rate_hz: int, recipe: Recipe) -> tuple[list[Voice], list[Voice]]:
+    if (data / "train").is_dir():
+        held_out = load_voices(data / "validation", rate_hz) if (data / "validation").is_dir() else []
+        voices = load_voices(data / "train", rate_hz, recipe.voices)
+        return voices, held_out or voices[-1:]
+    voices = load_voices(data, rate_hz, recipe.voices)
+    if len(voices) < 2:
+        raise DualCodecError(f"train: {data} must hold train/ and validation/, or folders of two speakers")
+    return voices[:-1], voices[-1:]
