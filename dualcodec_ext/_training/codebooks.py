@@ -67,20 +67,33 @@ def _k_means(rows: Tensor, count: int, rounds: int) -> Tensor:
 
 
 class CodebookCare:
-    """Counts how often each entry is chosen, and gives unused ones a row of the current batch.
+    """Counts how often each entry is chosen, gives unused ones a row of the current batch, and moves the others.
 
     Args:
         model: whose codebooks are looked after.
-        memory_steps: over how many steps the count is averaged.
+        memory_steps: over how many steps counts and means are averaged.
         fewest: an entry is unused when it is chosen less than this fraction of the mean.
+        average: set each entry to the running mean of what chose it, instead of leaving it to the codebook loss.
     """
 
-    def __init__(self, model: reference.DualCodec, memory_steps: int = 100, fewest: float = 0.1) -> None:
+    def __init__(
+        self, model: reference.DualCodec, memory_steps: int = 100, fewest: float = 0.1, average: bool = True
+    ) -> None:
         self._stages = stages_of(model)
-        self._keep, self._fewest = 1 - 1 / memory_steps, fewest
+        self._keep, self._fewest, self._average = 1 - 1 / memory_steps, fewest, average
         # Optimistic: an entry has the whole memory to be chosen a first time.
-        self.usage = [torch.ones(stage.codebook_size) for stage in self._stages]
+        self.usage = [torch.ones_like(stage.codebook.weight[:, 0]).detach() for stage in self._stages]
+        self.sizes = [torch.zeros_like(usage) for usage in self.usage]
+        self.sums = [torch.zeros_like(stage.codebook.weight).detach() for stage in self._stages]
         self.restarted = 0
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """Return what a checkpoint keeps."""
+        return {"usage": self.usage, "sizes": self.sizes, "sums": self.sums}
+
+    def load(self, state: dict[str, list[Tensor]]) -> None:
+        """Go on from `state`."""
+        self.usage, self.sizes, self.sums = (list(state[name]) for name in ("usage", "sizes", "sums"))
 
     @torch.no_grad()
     def update(self, codes: list[Tensor], latents: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -92,21 +105,25 @@ class CodebookCare:
             optimizer: whose moments of a new row are forgotten.
         """
         self.restarted = 0
-        for stage, usage, chosen, z_e in zip(self._stages, self.usage, codes, latents, strict=True):
-            counts = torch.bincount(chosen.flatten().cpu(), minlength=stage.codebook_size).to(torch.float32)
+        for i, (stage, chosen, z_e) in enumerate(zip(self._stages, codes, latents, strict=True)):
+            rows, weight, usage = _rows(z_e), stage.codebook.weight, self.usage[i]
+            counts = torch.bincount(chosen.flatten(), minlength=stage.codebook_size).to(rows)
             usage.mul_(self._keep).add_(counts / counts.mean(), alpha=1 - self._keep)
+            if self._average:
+                self.sizes[i].mul_(self._keep).add_(counts)
+                self.sums[i].mul_(self._keep).index_add_(0, chosen.flatten(), rows)
+                hit = counts > 0
+                weight[hit] = (self.sums[i][hit] / self.sizes[i][hit, None]).to(weight.dtype)
             dead = (usage < self._fewest).nonzero()[:, 0]
             if not len(dead):
                 continue
-            rows = _rows(z_e.detach())
             # At most a quarter of the batch at once: the rows would else be one another's copies.
-            dead = dead[torch.randperm(len(dead))[: max(1, len(rows) // 4)]]
-            fresh = rows[torch.randperm(len(rows))[: len(dead)]]
+            dead = dead[torch.randperm(len(dead), device=dead.device)[: max(1, len(rows) // 4)]]
+            fresh = rows[torch.randperm(len(rows), device=dead.device)[: len(dead)]]
             dead = dead[: len(fresh)]
-            weight = stage.codebook.weight
-            weight[dead.to(weight.device)] = fresh.to(weight.dtype)
-            usage[dead] = 1.0
+            weight[dead] = fresh.to(weight.dtype)
+            usage[dead], self.sizes[i][dead], self.sums[i][dead] = 1.0, 1.0, fresh
             self.restarted += len(dead)
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value[dead.to(value.device)] = 0
+                    value[dead] = 0

@@ -38,6 +38,7 @@ class Recipe:
         quantizer_dropout: fraction of a batch whose number of acoustic codebooks is drawn, from none to all.
         bypass: fraction of steps without acoustic codebooks.
         start_batches: how many batches k-means sees.
+        codebooks: "average": entries are the running means of what chose them; "gradient": the codebook loss moves them.
         memory_steps, fewest: of `CodebookCare`.
         adversary_from: step from which the discriminators train and judge; None for never.
         adversary: periods, windows and width of the discriminators, their learning rate, and their losses' factors.
@@ -71,7 +72,8 @@ class Recipe:
     quantizer_dropout: float = 0.5
     bypass: float = 0.0
     start_batches: int = 30
-    memory_steps: int = 100
+    codebooks: str = "average"
+    memory_steps: int = 60
     fewest: float = 0.1
     adversary_from: int | None = None
     adversary: dict[str, Any] = field(default_factory=dict)
@@ -97,6 +99,8 @@ class Recipe:
             raise DualCodecError(f"recipe: workers must be 1 or 2 and divide batch={self.batch}, got {self.workers}")
         if len(self.windows) != len(self.bands):
             raise DualCodecError(f"recipe: bands must hold one number per window, got {len(self.bands)}")
+        if self.codebooks not in ("average", "gradient"):
+            raise DualCodecError(f"recipe: codebooks must be average or gradient, got {self.codebooks!r}")
         from .forward import WAYS
 
         if self.way not in WAYS:

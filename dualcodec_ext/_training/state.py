@@ -38,12 +38,17 @@ class State:
         self.model = DualCodec(**config.to_dict()).to(device).train()
         self.features = LogMelFeatures(config.semantic_downsample_factor).to(device)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        averaged = {f"{name}.codebook.weight" for name, part in self.model.named_modules() if hasattr(part, "codebook")}
+        named = dict(self.model.named_parameters())
+        if recipe.codebooks == "average":
+            named = {name: p for name, p in named.items() if name not in averaged}
         # A weight norm's length, a bias, an alpha or a codebook must not be drawn to zero.
-        decayed = [p for n, p in self.model.named_parameters() if p.dim() > 1 and n.endswith(("weight_v", "pwconv1.weight"))]
-        kept = [p for p in self.model.parameters() if not any(p is d for d in decayed)]
+        decayed = [p for name, p in named.items() if name.endswith(("weight_v", "pwconv1.weight", "pwconv2.weight"))]
+        ids = {id(p) for p in decayed}
+        kept = [p for p in named.values() if id(p) not in ids]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
-        self.care = CodebookCare(self.model, recipe.memory_steps, recipe.fewest)
+        self.care = CodebookCare(self.model, recipe.memory_steps, recipe.fewest, recipe.codebooks == "average")
         self.discriminators: Discriminators | None = None
         self.adversary_optimizer: torch.optim.Optimizer | None = None
         if recipe.adversary_from is not None:
@@ -90,7 +95,7 @@ class State:
             "average": self.average,
             "features": self.features.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "usage": self.care.usage,
+            "codebooks": self.care.state(),
         }
         if self.discriminators is not None and self.adversary_optimizer is not None:
             state["discriminators"] = self.discriminators.state_dict()
@@ -111,7 +116,7 @@ class State:
             self.features.load_state_dict(state["features"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average = dict(state["average"])
-            self.care.usage = [usage.cpu() for usage in state["usage"]]
+            self.care.load(state["codebooks"])
             self.step = int(state["step"])
             if self.discriminators is not None and self.adversary_optimizer is not None and "discriminators" in state:
                 self.discriminators.load_state_dict(state["discriminators"])
