@@ -18,7 +18,7 @@ from dualcodec_ext._cli.report import FAILED, PROGRAM, debugging, explain, fatal
 
 app = typer.Typer(
     name=PROGRAM,
-    help="DualCodec, a neural speech codec at 12.5 or 25 frames per second: speech to codes and back.",
+    help="DualCodec, a neural speech codec: speech to codes and back.",
     epilog="Exit codes: 0 all went well, 1 verify found a difference, 2 something failed (one line on stderr says "
     "what). DUALCODEC_EXT_DEBUG=1 shows errors in full.",
     add_completion=False,
@@ -54,12 +54,16 @@ def roundtrip(
         Path, typer.Argument(metavar="IN", help="Audio file: any format that libsndfile reads, any rate.")
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Audio file to write; its ending gives the format.")],
-    model: opt.Model = "12hz_v1",
+    model: opt.Model = opt.DEFAULT_MODEL,
     weights: opt.Weights = None,
     w2v: opt.W2v = None,
     quantizers: opt.Quantizers = None,
     rate: opt.Rate = None,
     kind: opt.Format = None,
+    codes: Annotated[Path | None, typer.Option("--codes", metavar="FILE", help="Write the codes too.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", help="Draw the spectrograms of both (needs matplotlib).")
+    ] = None,
     dtype: opt.DtypeOption = opt.Dtype.float32,
     fast: opt.Fast = False,
     device: opt.Device = "cpu",
@@ -74,14 +78,14 @@ def roundtrip(
     from dualcodec_ext._cli.commands import run_roundtrip
 
     settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed, fast)
-    raise typer.Exit(run_roundtrip(source, target, settings, quantizers, rate, kind, as_json))
+    raise typer.Exit(run_roundtrip(source, target, settings, quantizers, rate, kind, codes, plot, as_json))
 
 
 @app.command()
 def encode(
     inputs: opt.Inputs,
     folder: opt.OutputFolder,
-    model: opt.Model = "12hz_v1",
+    model: opt.Model = opt.DEFAULT_MODEL,
     weights: opt.Weights = None,
     w2v: opt.W2v = None,
     quantizers: opt.Quantizers = None,
@@ -137,7 +141,12 @@ def decode(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A code file, a weights file or an audio file.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]", help="A code file, a weights file or an audio file. [default: tiny's weights]"
+        ),
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Say what a code file, a weights file or an audio file holds."""
@@ -176,6 +185,39 @@ def verify(
 
     settings = opt.ModelOptions(model, weights, w2v, "float32", "cpu", threads, 0)
     raise typer.Exit(run_verify(settings, audio, as_json))
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path,
+        typer.Option("--data", metavar="DIR", help="Speech: DIR/train and DIR/validation, one folder per speaker."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Checkpoints, weights, log and pictures.")],
+    config: Annotated[
+        str, typer.Option("--config", help="Recipe: a JSON file, or the name of one in the package (tiny).")
+    ] = "tiny",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", metavar="PRESET", help="Start from this model's weights, as far as they fit."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", "-w", help="Where the weights to start from are. [default: the hub]")
+    ] = None,
+    w2v: opt.W2v = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="In place of the recipe's.")] = None,
+    device: opt.Device = "cpu",
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Train a model: from nothing, from a checkpoint (--init), or from where a run stopped (--resume).
+
+    Writes checkpoint.pt, model.safetensors, config.json, log.jsonl, curves.png and spectrograms.png.
+    """
+    from dualcodec_ext._cli.train import run_train
+
+    raise typer.Exit(run_train(config, data, out, resume, init, weights, w2v, steps, device, threads, as_json))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -44,7 +44,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "latent_dim": 128,
         "n_codebooks": 9,
         "codebook_size": 1024,
-        "quantizer_dropout": 0.6,
+        "quantizer_dropout": 0.4,
         "semantic_codebook_size": 2048,
         "sample_rate": 24000,
         "convnext_dim": 128,

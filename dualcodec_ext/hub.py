@@ -18,6 +18,8 @@ RELEASED_FILES = {
     "12hz_v1": "dualcodec_12hz_16384_4096.safetensors",
     "25hz_v1": "dualcodec_25hz_16384_1024.safetensors",
 }
+# Weights that the package brings; their settings are the preset's.
+BUNDLED = {"tiny": Path(__file__).parent / "weights" / "tiny.safetensors"}
 _CONFIG_FILE = "config.json"
 
 _log = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ def resolve_pretrained(source: str | Path, weights: str | Path | None = None) ->
     """
     if str(source) in DualCodecConfig.presets():
         preset = str(source)
+        if weights is None and preset in BUNDLED:
+            return DualCodecConfig.preset(preset), bundled_checkpoint(preset)
         if weights is None and preset not in RELEASED_FILES:
             raise DualCodecError(
                 f"checkpoint: {preset} has no released weights: weights must be a file or directory, got None"
@@ -105,6 +109,14 @@ def resolve_pretrained(source: str | Path, weights: str | Path | None = None) ->
             f"or one safetensors file and its {_CONFIG_FILE}, got {_listed(files)}"
         )
     return _settings_of(files[0]), files[0]
+
+
+def bundled_checkpoint(preset: str) -> Path:
+    """Return the weights file that the package brings for a preset; raise DualCodecError where it is not there."""
+    path = BUNDLED[preset]
+    if not path.is_file():
+        raise DualCodecError(f"checkpoint: {path} must be there, the package is not whole: install it again")
+    return path
 
 
 def find_checkpoint(source: str | Path, preset: str) -> Path:

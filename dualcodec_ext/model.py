@@ -16,8 +16,11 @@ from . import reference
 from .errors import DualCodecError
 from .ops import _common
 from .ops._choice import ENGINE
+from .reference.ops import mask_past_lengths
+from .semantic import LogMelFeatures
 
 _ENGINE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FEATURES = "features."  # what the front end's statistics are called in a weights file
 _building = threading.Lock()  # threads that meet at a model's first call wait for one engine
 _packed_models: weakref.WeakSet[DualCodec] = weakref.WeakSet()
 
@@ -40,6 +43,9 @@ class DualCodec(reference.DualCodec):
         self._engine_state: tuple[Any, Any] | None = None
         self._compute_dtype: torch.dtype | None = None
         self._fast = False
+        # Not a submodule: the state_dict is the reference's.
+        is_mel = self.settings["semantic_dim"] == LogMelFeatures.channels
+        self._front_end = (LogMelFeatures(self.semantic_downsample_factor),) if is_mel else ()
         self._released = False  # only the engine is left
         self._freed = False  # the parameters are gone
 
@@ -78,7 +84,10 @@ class DualCodec(reference.DualCodec):
         return model.to(device=device, dtype=dtype).eval()
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Load a safetensors file with exactly this model's keys; else raise DualCodecError and change nothing."""
+        """Load a safetensors file with exactly this model's keys; else raise DualCodecError and change nothing.
+
+        Of a model on log-mel features the file may also hold their statistics, `features.mean` and `.variance`.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -88,8 +97,55 @@ class DualCodec(reference.DualCodec):
             raise DualCodecError(f"checkpoint: {path} must be a safetensors file, it does not exist") from None
         except (SafetensorError, OSError) as error:
             raise DualCodecError(f"checkpoint: {path} must be a readable safetensors file: {error}") from None
+        statistics = {name: state.pop(FEATURES + name, None) for name in ("mean", "variance")}
         _check_state(state, self.state_dict(), path)
+        mean, variance = statistics.values()
+        for mel in self._front_end:
+            if mean is not None and variance is not None:
+                mel.set_statistics(mean, variance)
         self.load_state_dict(state)
+
+    # Features -------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_front_end(self) -> bool:
+        """Whether the model computes its own semantic features: it takes log-mel ones."""
+        return bool(self._front_end)
+
+    @torch.no_grad()
+    def semantic_features(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Compute the features that `encode` takes, of a model on log-mel features.
+
+        Args:
+            audio: [B, 1, S] float at 24 kHz, in [-1, 1].
+            lengths: [B] int64, valid samples per item; those past it count as zero.
+
+        Returns:
+            [B, 160, ceil(S / hop)] in the dtype of activations, on audio's device.
+
+        Raises:
+            DualCodecError: the model takes other features, or the audio is wrong.
+        """
+        if not self._front_end:
+            raise DualCodecError(
+                f"DualCodec.semantic_features: this model takes features of {self.settings['semantic_dim']} channels,"
+                " which it does not compute itself: Inference does"
+            )
+        mel = self._front_end[0].to(audio.device)
+        return mel(mask_past_lengths(audio, lengths)).to(self.compute_dtype)
+
+    def encode(
+        self,
+        audio_data: Tensor,
+        num_quantizers: int | None = None,
+        sample_rate: int | None = 24000,
+        semantic_repr: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the reference's; a model on log-mel features computes semantic_repr itself where it is None."""
+        if semantic_repr is None and self._front_end and not self.training:
+            semantic_repr = self.semantic_features(audio_data, lengths)
+        return super().encode(audio_data, num_quantizers, sample_rate, semantic_repr, lengths)
 
     # Engine ---------------------------------------------------------------------------------------------------------
 

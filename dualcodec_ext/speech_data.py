@@ -23,7 +23,7 @@ from ._files import reason, write_atomic
 from .errors import DualCodecError
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
-# Never trained on: a speaker and a language that nothing else holds, and a synthetic voice. Settings are chosen on them.
+# Never trained on: a speaker and a language that nothing else holds, and a synthetic voice. They choose the settings.
 VALIDATION = ("ru_RU_f_IvrvoiceRU", "flite-awb")
 FLITE_VOICES = ("awb", "kal16", "rms", "slt")
 # Language, variant, and the sentences read: one voice each of several languages and larynxes.
@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m dualcodec_ext.speech_data", description=__doc__)
     parser.add_argument("out", type=Path, help="folder to make: OUT/train, OUT/validation, OUT/manifest.json")
-    parser.add_argument("--packages", type=Path, help="folder that holds the .deb files already (else apt-get download)")
+    parser.add_argument(
+        "--packages", type=Path, help="folder that holds the .deb files already (else apt-get download)"
+    )
     options = parser.parse_args(argv)
     try:
         clips = prepare(options.out, options.packages)

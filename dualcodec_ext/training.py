@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._files import reason, write_atomic
-from ._training.codebooks import start_codebooks
+from ._training.codebooks import start_codebooks, start_scales
 from ._training.data import Batches, Voice, hours, load_voices, stretches
 from ._training.discriminators import Discriminators
 from ._training.forward import Forward, Output, allow_recompiling, compile_snake
@@ -21,6 +21,7 @@ from ._training.losses import SpectralLoss, discriminator_loss, feature_loss, ge
 from ._training.recipe import Recipe
 from ._training.state import State, take_over
 from .errors import DualCodecError
+from .semantic import LogMelFeatures, W2vBertFeatures
 
 __all__ = ["Recipe", "Trainer", "train"]
 
@@ -37,6 +38,7 @@ class Trainer:
         voices: what it is trained on.
         device: where it runs.
         weights: to start from (`take_over`); None to start from nothing.
+        front_end: gives features [B, C, F] of audio [B, 1, S]; None for the log-mel front end.
 
     Attributes:
         left: what of `weights` did not fit, one line each.
@@ -48,15 +50,18 @@ class Trainer:
         voices: list[Voice],
         device: str | torch.device = "cpu",
         weights: dict[str, Tensor] | None = None,
+        front_end: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.recipe, self.device = recipe, torch.device(device)
         self.state = State(recipe, self.device)
         config = recipe.model_config()
-        if config.semantic_dim != self.state.features.channels:
+        if front_end is None and config.semantic_dim != self.state.features.channels:
             raise DualCodecError(
-                f"train: the model must take log-mel features, semantic_dim={self.state.features.channels}, got"
+                f"train: a model on features other than log-mel needs them (--w2v), its semantic_dim is"
                 f" {config.semantic_dim}"
             )
+        self.front_end = front_end or self.state.features
+        self.hop_samples = config.hop_length
         self.samples = recipe.segment_frames * config.hop_length
         self.batches = Batches(voices, recipe.batch, self.samples, recipe.seed, recipe.augment)
         self.spectral = SpectralLoss(config.sample_rate, recipe.windows, recipe.bands, recipe.highest_hz).to(device)
@@ -75,15 +80,17 @@ class Trainer:
         torch.manual_seed(self.recipe.seed + 2)
         first = [self.batches.at(_START_SEED + i) for i in range(max(_STATISTICS_BATCHES, self.recipe.start_batches))]
         mel = self.state.features
-        rows = torch.cat([mel(audio.to(self.device)).transpose(1, 2).flatten(0, 1) for audio in first])
-        rows = rows * mel.variance.sqrt() + mel.mean
-        mel.set_statistics(rows.mean(0), rows.var(0).clamp(min=1e-3))
+        if self.front_end is mel:
+            rows = torch.cat([mel(audio.to(self.device)).transpose(1, 2).flatten(0, 1) for audio in first])
+            rows = rows * mel.variance.sqrt() + mel.mean
+            mel.set_statistics(rows.mean(0), rows.var(0).clamp(min=1e-3))
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
             for audio in first[: self.recipe.start_batches]:
-                yield audio.to(self.device), mel(audio.to(self.device))
+                yield audio.to(self.device), self.front_end(audio.to(self.device)).to(self.device)
 
         if not self._weights_given:
+            start_scales(self.state.model, first[0].to(self.device))
             start_codebooks(self.state.model, pairs())
         self.state.average = {name: value.clone() for name, value in self.state.model.state_dict().items()}
 
@@ -101,15 +108,19 @@ class Trainer:
         torch.manual_seed(recipe.seed * 1_000_003 + state.step)
         audio = self.batches.at(state.step).to(self.device)
         with torch.no_grad():
-            features = state.features(audio)
+            features = self.front_end(audio).to(self.device)
+        # w2v-BERT's features may come a frame short.
+        audio = audio[..., : features.shape[-1] * self.hop_samples]
         counts = self.forward.draw(len(audio)).to(self.device)
         for group in state.optimizer.param_groups:
             group["lr"] = state.learning_rate()
         judges = self._judges()
         if judges is not None:
             judges.requires_grad_(False)
-        state.optimizer.zero_grad(set_to_none=True)
-        shards = zip(audio.chunk(recipe.workers), features.chunk(recipe.workers), counts.chunk(recipe.workers), strict=True)
+        state.model.zero_grad(set_to_none=True)
+        shards = zip(
+            audio.chunk(recipe.workers), features.chunk(recipe.workers), counts.chunk(recipe.workers), strict=True
+        )
         done = self._each(lambda shard: self._shard(*shard), list(shards))
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip or float("inf"))
         if not bool(torch.isfinite(norm)):
@@ -193,6 +204,7 @@ def train(
     *,
     resume: bool = False,
     weights: dict[str, Tensor] | None = None,
+    w2v: str | None = None,
     device: str = "cpu",
     tell: Callable[[str], None] = print,
     progress: Callable[[int, Mapping[str, float], float], None] | None = None,
@@ -206,6 +218,7 @@ def train(
         out: folder of the run: checkpoint.pt, log.jsonl, model.safetensors, config.json, curves.png, ...
         resume: go on from out/checkpoint.pt, if it is there.
         weights: a checkpoint to start from instead of nothing.
+        w2v: folder or hub name of w2v-BERT 2.0, for a model on its features.
         device: where it runs.
         tell: takes a line about the run.
         progress: takes the step, its losses and audio-hours per hour.
@@ -223,7 +236,7 @@ def train(
     rate_hz = recipe.model_config().sample_rate
     voices, held_out = _voices(data, rate_hz, recipe)
     tell(f"train: {hours(voices, rate_hz):.2f} h of {len(voices)} voices; validation: {hours(held_out, rate_hz):.2f} h")
-    trainer = Trainer(recipe, voices, device, weights)
+    trainer = Trainer(recipe, voices, device, weights, _front_end(recipe, w2v, device))
     for line in trainer.left:
         tell(f"not taken over: {line}")
     state = trainer.state
@@ -249,7 +262,7 @@ def train(
             if progress is not None:
                 progress(state.step, means, speed)
         if state.step % recipe.validate_every == 0 or state.step == recipe.steps:
-            scores = validate(state, held_out)
+            scores = validate(trainer, held_out)
             log.add({"step": state.step, "validation": scores})
             tell(f"step {state.step}: {json.dumps(scores)}")
             state.export(out)
@@ -258,32 +271,41 @@ def train(
         if due or state.step == recipe.steps:
             state.save(checkpoint)
             saved = time.monotonic()
-    finish(state, held_out, out, log)
+    finish(trainer, held_out, out, log)
     return scores
 
 
-def validate(state: State, voices: list[Voice]) -> dict[str, Any]:
+def validate(trainer: Trainer, voices: list[Voice]) -> dict[str, Any]:
     """Score the averaged weights on held-out voices; see `scores.score`."""
     from ._training.scores import score
 
-    config = state.recipe.model_config()
+    state, config = trainer.state, trainer.recipe.model_config()
     clips = [clip for _, clip in stretches(voices, 4 * config.sample_rate, 12)]
-    return score(state.averaged_model(), state.features, clips)
+    return score(state.averaged_model(), trainer.front_end, clips)
 
 
-def finish(state: State, voices: list[Voice], out: Path, log: Log) -> None:
+def finish(trainer: Trainer, voices: list[Voice], out: Path, log: Log) -> None:
     """Write the weights and, where matplotlib is there, the pictures of the run."""
     from ._training.plots import draw_curves, draw_spectrograms
 
-    state.export(out)
-    config = state.recipe.model_config()
-    clip = next(clip for _, clip in stretches(voices, 3 * config.sample_rate, 1))
+    trainer.state.export(out)
+    config = trainer.recipe.model_config()
+    clip = next(clip for _, clip in stretches(voices, 3 * config.sample_rate, 1)).to(trainer.device)
     draw_curves(log.lines(), out / "curves.png")
-    model = state.averaged_model()
+    model = trainer.state.averaged_model()
     with torch.no_grad():
-        codes = model.encode(clip, semantic_repr=state.features(clip))
+        codes = model.encode(clip, semantic_repr=trainer.front_end(clip).to(clip))
         decoded = model.decode_from_codes(*codes)
     draw_spectrograms(clip[0, 0], decoded[0, 0], config.sample_rate, out / "spectrograms.png")
+
+
+def _front_end(recipe: Recipe, w2v: str | None, device: str) -> Callable[[Tensor], Tensor] | None:
+    config = recipe.model_config()
+    if config.semantic_dim == LogMelFeatures.channels and w2v is None:
+        return None
+    if w2v is None:
+        raise DualCodecError(f"train: semantic_dim={config.semantic_dim} needs w2v-BERT's features: give --w2v")
+    return W2vBertFeatures(w2v, w2v, downsample_factor=config.semantic_downsample_factor, device=device)
 
 
 class Log:

@@ -195,7 +195,7 @@ def _run_checks(path: Path, options: ModelOptions, config: Any, samples: Tensor)
     except DualCodecError as error:
         return [Check("keys", False, str(error))], []
     checks = [Check("keys", True, f"{len(model.state_dict())} tensors, each of the right shape")]
-    features = features_for(config, options, stand_in=True)
+    features = features_for(config, options, model, stand_in=True)
     feat = features(samples)[..., : -(-samples.shape[-1] // config.hop_length)]
     checks += compare(model, samples, feat)
     checks.append(compare_with_peer(model, samples, feat))

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from dualcodec_ext._cli.features import Features, features_for
-from dualcodec_ext._cli.options import ModelOptions
+from dualcodec_ext._cli.options import DEFAULT_MODEL, ModelOptions
 from dualcodec_ext._files import reason
 from dualcodec_ext.audio import fit_length, resample, resampled_length
 from dualcodec_ext.codes import CodeFile, is_seeded
 from dualcodec_ext.config import DualCodecConfig
 from dualcodec_ext.errors import DualCodecError
-from dualcodec_ext.hub import HubName
+from dualcodec_ext.hub import BUNDLED, HubName, bundled_checkpoint
 
 if TYPE_CHECKING:
     from dualcodec_ext.audio import Samples
-    from dualcodec_ext.reference import DualCodec
+    from dualcodec_ext.model import DualCodec
 
 # What w2v-BERT's framing can leave over: encode refuses more (DESIGN.md, section 3, "Framing").
 _MOST_MISSING_FRAMES = 2
@@ -170,7 +170,8 @@ class CodecCache:
         if self._wanted is not None and self._wanted[1] != codes.config:
             raise DualCodecError(f"its codes are of the model {codes.model}, not of {self._wanted[0]}")
         seed = _seed_of(codes.weights) if self._options.seed is None else self._options.seed
-        if self._options.weights is None and not codes.untrained and not self._any_weights:
+        own = self._options.weights is None and bundled(codes.model, codes.config) is not None
+        if self._options.weights is None and not codes.untrained and not self._any_weights and not own:
             raise DualCodecError(f"its codes were made with {_short(codes.weights)}: say where they are with --weights")
         key = (codes.config, seed)
         if self._codec is None or key != self._key:
@@ -197,11 +198,11 @@ def open_codec(options: ModelOptions, quantizers: int | None) -> Codec:
         DualCodecError: no such model, weights or device, weights of another model, or no semantic model.
     """
     configure_torch(options)
-    name, config = load_config(options.model or "12hz_v1")
+    name, config = load_config(options.model or DEFAULT_MODEL)
     if quantizers is not None and not 1 <= quantizers <= config.n_codebooks + 1:
         raise DualCodecError(f"--quantizers must be 1 to {config.n_codebooks + 1} for {name}, got {quantizers}")
     codec = open_model(name, config, options, options.seed or 0)
-    codec.features = features_for(config, options)
+    codec.features = features_for(config, options, codec.model)
     return codec
 
 
@@ -220,7 +221,7 @@ def open_model(name: str, config: DualCodecConfig, options: ModelOptions, seed: 
     """
     from dualcodec_ext.model import DualCodec
 
-    path = None if options.weights is None else find_weights(options.weights, name, config)
+    path = bundled(name, config) if options.weights is None else find_weights(options.weights, name, config)
     model = DualCodec(**config.to_dict())
     if path is None:
         from dualcodec_ext.testing import seed_model
@@ -234,6 +235,20 @@ def open_model(name: str, config: DualCodecConfig, options: ModelOptions, seed: 
     model.set_fast(options.fast)
     model.prepare()  # now, or the first file's speed would be that of packing
     return Codec(name, config, model, weights)
+
+
+def bundled(name: str, config: DualCodecConfig) -> Path | None:
+    """Finds the weights that the package brings for a model.
+
+    Args:
+        name: of the model.
+        config: its settings.
+    Returns:
+        The file; None where the package has none for such a model.
+    """
+    if name in BUNDLED and config == DualCodecConfig.preset(name):
+        return bundled_checkpoint(name)
+    return None
 
 
 def configure_torch(options: ModelOptions) -> None:

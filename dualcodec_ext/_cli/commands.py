@@ -13,9 +13,9 @@ from dualcodec_ext._cli.codec import Codec, CodecCache, open_codec
 from dualcodec_ext._cli.options import ModelOptions
 from dualcodec_ext._cli.report import Report
 from dualcodec_ext._files import Found, find_inputs, reason
-from dualcodec_ext.audio import AUDIO_SUFFIXES, audio_format, encode_audio, read_audio
+from dualcodec_ext.audio import AUDIO_SUFFIXES, Audio, audio_format, encode_audio, read_audio, resample
 from dualcodec_ext.codes import SUFFIX, UNTRAINED, CodeFile, read_codes, write_codes
-from dualcodec_ext.errors import DualCodecError
+from dualcodec_ext.errors import DualCodecError, need_extra
 
 
 def run_roundtrip(
@@ -25,6 +25,8 @@ def run_roundtrip(
     quantizers: int | None,
     rate: int | None,
     kind: str | None,
+    codes_file: Path | None,
+    plot: Path | None,
     as_json: bool,
 ) -> int:
     """Encodes one audio file and decodes it again.
@@ -36,16 +38,23 @@ def run_roundtrip(
         quantizers: codebooks to use; None for all.
         rate: sample rate of the output in Hz; None for the model's.
         kind: format of the output; None for what the ending of `target` says.
+        codes_file: where the codes go; None to keep them.
+        plot: PNG for the spectrograms of both; None for none.
         as_json: print JSON.
     Returns:
         The exit code.
     Raises:
         DualCodecError: anything that keeps the output from being written.
+        MissingExtraError: a picture is wanted and matplotlib is not installed.
     """
     report = Report("roundtrip", as_json)
     kind = audio_format(kind or os.fspath(target))
     _refuse_same_file(source, target)
-    _need_folder_of(target)
+    for wanted in (target, codes_file, plot):
+        if wanted is not None:
+            _need_folder_of(wanted)
+    if plot is not None:
+        need_extra("matplotlib", "plot", "--plot")
     recording = read_audio(source)  # before the model, which takes longer to load
     codec = _opened(options, report, quantizers)
     start = time.perf_counter()
@@ -54,6 +63,10 @@ def run_roundtrip(
     samples, rate_hz = codec.decode(codes, rate)
     decoded = time.perf_counter()
     _write_audio(target, samples, rate_hz, kind, codes.untrained)
+    if codes_file is not None:
+        write_codes(codes_file, codes)
+    if plot is not None:
+        _draw(recording, samples, rate_hz, plot)
     result = {
         "input": str(source),
         "output": str(target),
@@ -186,6 +199,15 @@ def run_decode(
     return report.finish()
 
 
+def _draw(recording: Audio, samples: Any, rate_hz: int, path: Path) -> None:
+    import torch
+
+    from dualcodec_ext._training.plots import draw_spectrograms
+
+    before = resample(recording.samples, recording.sample_rate_hz, rate_hz)
+    draw_spectrograms(torch.from_numpy(before), torch.from_numpy(samples), rate_hz, path)
+
+
 def _opened(options: ModelOptions, report: Report, quantizers: int | None) -> Codec:
     codec = open_codec(options, quantizers)
     _tell_untrained(codec.untrained, report)
@@ -281,7 +303,7 @@ def _code_line(codes: CodeFile) -> str:
     rate = f"{codes.bitrate_bps / 1000:.3g} kbit/s"
     books = f"{codes.codebooks} codebook{'s' if codes.codebooks > 1 else ''}"
     note = f", {UNTRAINED}" if codes.untrained else ""
-    return f"{codes.duration_s:.2f} s, {codes.frames} frames of {books}, {rate}{note}"
+    return f"{codes.model}, {codes.duration_s:.2f} s, {codes.frames} frames of {books}, {rate}{note}"
 
 
 def _speed(codes: CodeFile, elapsed_s: float) -> str:

@@ -14,6 +14,7 @@ from dualcodec_ext.semantic import CODEC_RATE_HZ, LogMelFeatures, W2vBertFeature
 if TYPE_CHECKING:
     from dualcodec_ext._cli.options import ModelOptions
     from dualcodec_ext.config import DualCodecConfig
+    from dualcodec_ext.model import DualCodec
 
 _FEATURE_RATE_HZ = 50
 _W2V = "hf://facebook/w2v-bert-2.0"
@@ -74,6 +75,22 @@ class SeededFeatures(Features):
         return self._matrix @ self._mel(audio)
 
 
+class ModelFeatures(Features):
+    """The log-mel features that a model computes itself.
+
+    Args:
+        config: the model's settings.
+        model: has the features' statistics.
+    """
+
+    def __init__(self, config: DualCodecConfig, model: DualCodec) -> None:
+        super().__init__("log-mel", config)
+        self._model = model
+
+    def _compute(self, audio: Tensor) -> Tensor:
+        return self._model.semantic_features(audio).cpu()
+
+
 class W2vFeatures(Features):
     """w2v-BERT 2.0, as `Inference` uses it; loaded at once, so that what is missing is one error and not one per file.
 
@@ -106,12 +123,15 @@ class W2vFeatures(Features):
         return self._model(audio).cpu()
 
 
-def features_for(config: DualCodecConfig, options: ModelOptions, stand_in: bool = False) -> Features:
+def features_for(
+    config: DualCodecConfig, options: ModelOptions, model: DualCodec | None = None, stand_in: bool = False
+) -> Features:
     """Picks the features that the command line asks for.
 
     Args:
         config: the model's settings.
         options: `w2v`, `weights`, seed, dtype and device.
+        model: the codec; one on log-mel features computes its own where --w2v is not given.
         stand_in: take the seeded matrix even with real weights where --w2v is not given: enough to compare
             numbers with.
     Returns:
@@ -119,6 +139,8 @@ def features_for(config: DualCodecConfig, options: ModelOptions, stand_in: bool 
     Raises:
         DualCodecError: the semantic model can't be had.
     """
+    if options.w2v is None and model is not None and model.has_front_end:
+        return ModelFeatures(config, model)
     if options.w2v is None and (options.weights is None or stand_in):
         return SeededFeatures(config, options.seed or 0)
     return W2vFeatures(config, options)

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualcodec_ext._cli.report import FAILED, one_line, print_json
 from dualcodec_ext._files import reason
 from dualcodec_ext.errors import DualCodecError
 
+if TYPE_CHECKING:
+    from dualcodec_ext.codes import CodeFile
 
-def run_info(path: Path, as_json: bool) -> int:
+# What a weights file may say about itself in its metadata, as JSON: see `_training.scores.held_out_use`.
+SCORES = ("codebook_use", "entropy_bits", "trained_steps")
+
+
+def run_info(path: Path | None, as_json: bool) -> int:
     """Prints what a file holds.
 
     Args:
-        path: a code file, a weights file or an audio file.
+        path: a code file, a weights file or an audio file; None for the weights that the package brings.
         as_json: print JSON.
     Returns:
         The exit code.
     Raises:
         DualCodecError: none of the three, or damaged.
     """
+    if path is None:
+        from dualcodec_ext._cli.options import DEFAULT_MODEL
+        from dualcodec_ext.hub import bundled_checkpoint
+
+        path = bundled_checkpoint(DEFAULT_MODEL)
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -127,6 +139,7 @@ def _safetensors_info(path: Path) -> dict[str, Any]:
             "frame_rate_hz": codes.config.frame_rate_hz,
             "bitrate_bps": codes.bitrate_bps,
             "duration_s": codes.duration_s,
+            **_use(codes, sizes),
             "file_bytes": path.stat().st_size,
         }
     try:
@@ -134,16 +147,21 @@ def _safetensors_info(path: Path) -> dict[str, Any]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             shapes = {name: list(part.get_shape()) for name, part in slices.items()}
             dtypes = sorted({str(part.get_dtype()) for part in slices.values()})
+            said = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise DualCodecError(f"{path}: is cut short or damaged ({one_line(error)})") from error
     if not any(name.startswith("dac.") for name in shapes):
         raise DualCodecError(f"{path}: is safetensors, but neither a code file nor the weights of a DualCodec model")
     from dualcodec_ext._cli.codec import file_digest
+    from dualcodec_ext.model import FEATURES
 
     sizes = [_product(shape) for shape in shapes.values()]
+    fitting = _fitting_presets({name: shape for name, shape in shapes.items() if not name.startswith(FEATURES)})
     return {
         "kind": "weights",
-        "fits_models": _fitting_presets(shapes),
+        "fits_models": fitting,
+        **_model_facts(fitting),
+        **{name: json.loads(text) for name, text in said.items() if name in SCORES},
         "tensors": len(shapes),
         "parameters": sum(sizes),
         "dtypes": dtypes,
@@ -165,6 +183,34 @@ def _fitting_presets(shapes: dict[str, list[int]]) -> list[str]:
         if {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == shapes:
             fitting.append(name)
     return fitting
+
+
+def _model_facts(presets: Sequence[str]) -> dict[str, Any]:
+    """The rates of the first of the presets."""
+    from dualcodec_ext.config import DualCodecConfig
+
+    for name in presets[:1]:
+        config = DualCodecConfig.preset(name)
+        sizes = [config.semantic_codebook_size] + [config.codebook_size] * config.n_codebooks
+        return {
+            "frame_rate_hz": config.frame_rate_hz,
+            "codebook_sizes": sizes,
+            "bitrate_bps": config.frame_rate_hz * sum(math.log2(size) for size in sizes),
+        }
+    return {}
+
+
+def _use(codes: CodeFile, sizes: Sequence[int]) -> dict[str, Any]:
+    """Per codebook, the semantic one first: the share of entries that occur, and the entropy of the codes."""
+    import numpy as np
+
+    rows = [codes.semantic[0], *([] if codes.acoustic is None else codes.acoustic)]
+    counts = [np.unique(row, return_counts=True)[1] for row in rows]
+    shares = [count / max(1, count.sum()) for count in counts]
+    return {
+        "codebook_use": [round(len(count) / size, 4) for count, size in zip(counts, sizes, strict=True)],
+        "entropy_bits": [round(float(-(share * np.log2(share)).sum()), 2) + 0.0 for share in shares],
+    }
 
 
 def _product(shape: Sequence[int]) -> int:

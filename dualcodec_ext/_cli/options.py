@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+# The package brings its weights, so that it needs no network.
+DEFAULT_MODEL = "tiny"
+
 
 class Dtype(StrEnum):
     """Number format of the model's weights and activations."""
@@ -24,7 +27,8 @@ class ModelOptions:
 
     Args:
         model: preset name or path of a JSON file of settings; None where a code file says it.
-        weights: safetensors file, folder that holds one, or hub name; None for seeded random weights.
+        weights: safetensors file, folder that holds one, or hub name; None for the package's own where it has them,
+            else for seeded random weights.
         w2v: folder or hub name of the w2v-BERT 2.0 model; None for the default.
         dtype: float32, bfloat16 or float16.
         device: torch device.
@@ -33,7 +37,7 @@ class ModelOptions:
         fast: decode on the faster, less exact path.
     """
 
-    model: str | None = "12hz_v1"
+    model: str | None = DEFAULT_MODEL
     weights: str | None = None
     w2v: str | None = None
     dtype: str = "float32"
@@ -43,7 +47,9 @@ class ModelOptions:
     fast: bool = False
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Preset (12hz_v1, 25hz_v1, ...) or a JSON file of settings.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Preset (tiny, 12hz_v1, 25hz_v1, ...) or a JSON file of settings.")
+]
 DecodeModel = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Refuse code files of another model. [default: what each file says]"),
@@ -54,15 +60,17 @@ Weights = Annotated[
         "--weights",
         "-w",
         help="Safetensors file, a folder that holds it, or a hub name (amphion/dualcodec). "
-        "Without it the weights are seeded random numbers: the result is not intelligible.",
+        "Without it tiny has the package's own; the weights of any other model are then seeded random numbers, "
+        "and the result is not intelligible.",
     ),
 ]
 W2v = Annotated[
     str | None,
     typer.Option(
         "--w2v",
-        help="Folder or hub name of the w2v-BERT 2.0 model that gives the semantic features. With --weights the "
-        "default is facebook/w2v-bert-2.0; without either, log-mel features through a seeded matrix take its place.",
+        help="Folder or hub name of the w2v-BERT 2.0 model that gives the semantic features; tiny needs none. With "
+        "--weights the default is facebook/w2v-bert-2.0; without either, log-mel features through a seeded matrix take "
+        "its place.",
     ),
 ]
 Quantizers = Annotated[

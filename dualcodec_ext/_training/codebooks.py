@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import reference
+from ..reference.dac import DecoderBlock, EncoderBlock
+from ..reference.layers import WNConv1d, WNConvTranspose1d
 from ..reference.quantize import VectorQuantize
 
 
@@ -127,3 +129,45 @@ class CodebookCare:
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     value[dead] = 0
+
+
+@torch.no_grad()
+def start_scales(model: reference.DualCodec, audio: Tensor) -> None:
+    """Scale the acoustic path's layers so that each one's output has a deviation of one on some audio, 0.1 where it is audio.
+
+    PyTorch's own start shrinks a signal by 0.6 per layer: the encoder's latent would be a hundredth of the semantic
+    one, and the acoustic codebooks would learn to code nothing but the semantic latent's negative.
+
+    Args:
+        model: changed in place.
+        audio: [B, 1, S].
+    """
+    handles = []
+    for trunk in (model.dac.encoder.block, model.dac.decoder.model):
+        for conv in _trunk(trunk):
+            handles.append(conv.register_forward_hook(_scale_to_one))
+    try:
+        model.dac.decoder(model.dac.encoder(audio))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _trunk(modules: Iterable[nn.Module]) -> Iterator[WNConv1d | WNConvTranspose1d]:
+    """The convolutions that the signal can't pass by."""
+    for module in modules:
+        inner = getattr(module, "conv", module)
+        inner = getattr(inner, "conv", inner)
+        if isinstance(inner, WNConv1d | WNConvTranspose1d):
+            yield inner
+        elif isinstance(module, EncoderBlock | DecoderBlock):
+            yield from _trunk(module.block)
+
+
+def _scale_to_one(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    assert isinstance(conv, WNConv1d | WNConvTranspose1d)
+    wanted = 0.1 if output.shape[1] == 1 else 1.0  # the last one gives audio, as loud as speech
+    scale = output.std().clamp(min=1e-6) / wanted
+    conv.weight_g /= scale
+    conv.bias /= scale
+    return output / scale

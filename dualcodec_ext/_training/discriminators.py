@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,7 @@ class PeriodDiscriminator(_Stack):
 
     def __init__(self, period: int, width: int) -> None:
         widths = [1, width, 2 * width, 4 * width, 4 * width]
-        layers = [_conv2d(a, b, (5, 1), (3, 1)) for a, b in zip(widths, widths[1:], strict=False)]
+        layers = [_conv2d(a, b, (5, 1), (3, 1)) for a, b in itertools.pairwise(widths)]
         super().__init__(layers, _conv2d(widths[-1], 1, (3, 1), (1, 1)))
         self.period = period
 
@@ -78,8 +79,9 @@ class Discriminators(nn.Module):
         width: channels of their first layers.
     """
 
-    def __init__(self, periods: Sequence[int] = (2, 3, 5, 7, 11), windows: Sequence[int] = (512, 1024, 2048),
-                 width: int = 16) -> None:
+    def __init__(
+        self, periods: Sequence[int] = (2, 3, 5, 7, 11), windows: Sequence[int] = (512, 1024, 2048), width: int = 16
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleList(
             [*(PeriodDiscriminator(p, width) for p in periods), *(SpectrumDiscriminator(w, width) for w in windows)]

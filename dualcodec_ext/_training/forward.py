@@ -36,8 +36,8 @@ class Forward:
 
     Args:
         model: in training mode.
-        way: "reference" (plain modules), "ops" (the differentiable ops), "channels_last", or "auto": the reference where
-            backend("reference") is asked for, else the ops.
+        way: "reference" (plain modules), "ops" (the differentiable ops), "channels_last", or "auto": the reference
+            where backend("reference") is asked for, else the ops.
         bypass: how often a batch gets no acoustic codebook, as `bypass_quantize_rate`.
     """
 
@@ -102,9 +102,7 @@ def _ops(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
             alpha = module.alpha.reshape(-1)
         elif isinstance(module, WNConv1d | CausalConv1d):
             c = _inner(module)
-            x = ops.snake_conv1d(
-                x, c.weight(), c.bias, alpha, stride=c.stride, dilation=c.dilation, padding=c.padding
-            )
+            x = ops.snake_conv1d(x, c.weight(), c.bias, alpha, stride=c.stride, dilation=c.dilation, padding=c.padding)
             alpha = None
         elif isinstance(module, CausalUpsample):
             assert alpha is not None
@@ -218,8 +216,8 @@ def _snake_backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Ten
 class _Snake(torch.autograd.Function):
     """x [N, C], alpha [C]. Each direction is compiled into one pass over the rows where a compiler is there."""
 
-    forward_pass: Callable[..., Tensor] = staticmethod(_snake_forward)
-    backward_pass: Callable[..., tuple[Tensor, Tensor]] = staticmethod(_snake_backward)
+    forward_pass: Callable[..., Any] = staticmethod(_snake_forward)
+    backward_pass: Callable[..., Any] = staticmethod(_snake_backward)
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:  # type: ignore[override]
@@ -241,7 +239,7 @@ def compile_snake() -> bool:
         backward(forward(x, alpha), x, alpha)
     except Exception:  # no compiler, or one that fails: the eager passes are as right, and slower
         return False
-    _Snake.forward_pass, _Snake.backward_pass = staticmethod(forward), staticmethod(backward)
+    _Snake.forward_pass, _Snake.backward_pass = forward, backward
     return True
 
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: a frozen dataclass, read from JSON, with the recipe of preset `tiny` in the package."""
+"""The settings of a training run, read from JSON; the recipe of preset `tiny` is in the package."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Recipe:
         quantizer_dropout: fraction of a batch whose number of acoustic codebooks is drawn, from none to all.
         bypass: fraction of steps without acoustic codebooks.
         start_batches: how many batches k-means sees.
-        codebooks: "average": entries are the running means of what chose them; "gradient": the codebook loss moves them.
+        codebooks: "average": entries are running means of what chose them; "gradient": the codebook loss moves them.
         memory_steps, fewest: of `CodebookCare`.
         adversary_from: step from which the discriminators train and judge; None for never.
         adversary: periods, windows and width of the discriminators, their learning rate, and their losses' factors.

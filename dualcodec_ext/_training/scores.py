@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..semantic import LogMelFeatures, resample
+from ..semantic import resample
 
 _SCORE_RATE_HZ = 16000
 
@@ -27,7 +28,7 @@ def speech_scores(clean: Tensor, decoded: Tensor, rate_hz: int) -> dict[str, flo
     Returns:
         stoi (the plain form) and pesq (wide band), both at 16 kHz; those whose package (pystoi, pesq) is installed.
     """
-    pair = [resample(x.to(torch.float32), rate_hz, _SCORE_RATE_HZ).numpy() for x in (clean, decoded)]
+    pair = [resample(x.to(torch.float32), rate_hz, _SCORE_RATE_HZ).numpy() for x in (clean.cpu(), decoded.cpu())]
     found: dict[str, float] = {}
     if importlib.util.find_spec("pystoi"):
         from pystoi import stoi
@@ -36,17 +37,15 @@ def speech_scores(clean: Tensor, decoded: Tensor, rate_hz: int) -> dict[str, flo
     if importlib.util.find_spec("pesq"):
         from pesq import PesqError, pesq
 
-        try:
+        with contextlib.suppress(PesqError):  # no utterance found in it
             found["pesq"] = float(pesq(_SCORE_RATE_HZ, pair[0], pair[1], "wb"))
-        except PesqError:  # no utterance found in it
-            pass
     return found
 
 
 @torch.no_grad()
 def score(
     model: reference.DualCodec,
-    features: LogMelFeatures,
+    features: Callable[[Tensor], Tensor],
     clips: Sequence[Tensor],
     quantizers: Iterable[int] | None = None,
 ) -> dict[str, Any]:
@@ -66,7 +65,8 @@ def score(
     found: dict[str, list[float]] = {}
     codes = [[] for _ in range(most)]  # type: list[list[Tensor]]
     for clip in clips:
-        semantic, acoustic = model.encode(clip, semantic_repr=features(clip))
+        clip = clip.to(next(model.parameters()))
+        semantic, acoustic = model.encode(clip, semantic_repr=features(clip).to(clip))
         assert acoustic is not None
         for book, chosen in zip(codes, torch.cat([semantic, acoustic], 1)[0], strict=True):
             book.append(chosen)

@@ -13,13 +13,12 @@ from torch import Tensor
 from .. import reference
 from .._files import write_atomic
 from ..errors import DualCodecError
-from ..model import DualCodec
+from ..model import FEATURES, DualCodec
 from ..semantic import LogMelFeatures
 from .codebooks import CodebookCare
 from .discriminators import Discriminators
 from .recipe import Recipe
 
-FEATURES = "features."  # of the log-mel front end's statistics in a weights file
 _DISCRIMINATORS = ("periods", "windows", "width")
 
 
@@ -41,7 +40,8 @@ class State:
         averaged = {f"{name}.codebook.weight" for name, part in self.model.named_modules() if hasattr(part, "codebook")}
         named = dict(self.model.named_parameters())
         if recipe.codebooks == "average":
-            named = {name: p for name, p in named.items() if name not in averaged}
+            for name in averaged:  # a gradient that nothing takes would still count in the clipped norm
+                named.pop(name).requires_grad_(False)
         # A weight norm's length, a bias, an alpha or a codebook must not be drawn to zero.
         decayed = [p for name, p in named.items() if name.endswith(("weight_v", "pwconv1.weight", "pwconv2.weight"))]
         ids = {id(p) for p in decayed}
@@ -167,4 +167,3 @@ def take_over(model: reference.DualCodec, weights: dict[str, Tensor]) -> list[st
                 value.copy_(weights[plain])
             used.add(plain)
     return left + [f"{name}: has no place in the model" for name in sorted(weights.keys() - used)]
-
