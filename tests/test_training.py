@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 import dualcodec_ext as dx
 from dualcodec_ext import cli
 from dualcodec_ext._cli.voice import vowels
-from dualcodec_ext._training.codebooks import CodebookCare, start_codebooks, stages_of
+from dualcodec_ext._training.codebooks import CodebookCare, stages_of, start_codebooks
 from dualcodec_ext._training.data import Batches, Voice, load_voices
 from dualcodec_ext._training.forward import Forward, Output
 from dualcodec_ext._training.losses import SpectralLoss, waveform_loss
@@ -47,6 +48,15 @@ SMALL = {
 CENTRED = SMALL | {"causal_decoder": False, "causal_encoder": False, "is_causal": False}
 LOOK_AHEAD = SMALL | {"look_ahead": True}
 STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Ops this small cost less than waking a thread, on a busy machine much less."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -145,15 +155,11 @@ def test_steps_learn_and_repeat(voices: list[Voice]) -> None:
 
 
 def test_two_workers_give_the_curve_of_one(voices: list[Voice]) -> None:
-    threads = torch.get_num_threads()
     curves = []
-    try:
-        for workers in (1, 2, 2):
-            trainer = Trainer(recipe(workers=workers, way="reference"), voices)
-            trainer.start()
-            curves.append(run(trainer, 6))
-    finally:
-        torch.set_num_threads(threads)
+    for workers in (1, 2, 2):
+        trainer = Trainer(recipe(workers=workers, way="reference"), voices)
+        trainer.start()
+        curves.append(run(trainer, 6))
     assert curves[1] == curves[2]
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
 
@@ -296,7 +302,7 @@ def test_spectral_loss_sees_what_differs() -> None:
     high = x + 0.1 * torch.sin(2 * math.pi * 10000 * time)
     deaf = SpectralLoss(24000, (512,), (24,), highest_hz=6000)
     mel, magnitude = deaf(high, x)
-    assert float(mel) < 0.01 and float(magnitude) > 0.1
+    assert float(mel) < 0.01 and float(magnitude) > 0.05
 
 
 def test_entropy() -> None:
@@ -357,5 +363,5 @@ def test_wrong_calls(tmp_path: Path, voices: list[Voice], speech: Path) -> None:
         Batches(voices, 2, 24000 * 60, seed=0)
     trainer = Trainer(recipe(), voices)
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(DualCodecError, match="checkpoint.pt must be a checkpoint"):
+    with pytest.raises(DualCodecError, match="must be a checkpoint of this recipe's model"):
         trainer.state.load(tmp_path / "checkpoint.pt")

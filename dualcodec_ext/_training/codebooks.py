@@ -133,7 +133,7 @@ class CodebookCare:
 
 @torch.no_grad()
 def start_scales(model: reference.DualCodec, audio: Tensor) -> None:
-    """Scale the acoustic path's layers so that each one's output has a deviation of one on some audio, 0.1 where it is audio.
+    """Scale the acoustic path's layers so that its output deviates by one on some audio, by 0.1 where it is audio.
 
     PyTorch's own start shrinks a signal by 0.6 per layer: the encoder's latent would be a hundredth of the semantic
     one, and the acoustic codebooks would learn to code nothing but the semantic latent's negative.

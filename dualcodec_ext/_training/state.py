@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class State:
                 self.adversary_optimizer.load_state_dict(state["adversary_optimizer"])
         except FileNotFoundError:
             raise DualCodecError(f"train: {path} must be a checkpoint to go on from, it does not exist") from None
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DualCodecError(f"train: {path} must be a checkpoint of this recipe's model: {reason}") from None
 

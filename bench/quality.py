@@ -1,0 +1,144 @@
+"""How speech comes back from a model: STOI and PESQ by number of codebooks, and how its codebooks are used.
+
+    python -m bench.quality --data SPEECH                       # the weights that the package brings
+    python -m bench.quality --data SPEECH --weights RUN         # a run's, before they are taken into the package
+    python -m bench.quality --data SPEECH --weights RUN --publish
+
+The scores are over recordings that no setting was chosen by: LibriVox's five clips and the five `cards` clips (joined
+into one) of Debian's pocketsphinx-testdata, which apt-get fetches. The use of the codebooks is over the corpus's
+validation split (`dualcodec_ext.speech_data`), of at least 20 frames per entry. Needs pystoi and pesq.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dualcodec_ext as dx
+from dualcodec_ext._training.data import load_voices, stretches
+from dualcodec_ext._training.scores import entropy_bits, speech_scores
+from dualcodec_ext.audio import read_audio, resample
+from dualcodec_ext.hub import BUNDLED
+
+PACKAGE = "pocketsphinx-testdata"
+FRAMES_PER_ENTRY = 20
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table as Markdown and JSON; with --publish put the weights into the package."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="the corpus, for its validation split")
+    parser.add_argument("--weights", type=Path, help="a run's folder [default: the package's weights]")
+    parser.add_argument("--test", type=Path, help="pocketsphinx-testdata, unpacked [default: apt-get download]")
+    parser.add_argument("--publish", action="store_true", help="copy the weights into the package, with their scores")
+    parser.add_argument("--output", type=Path, default=Path("bench/results/quality_tiny.json"))
+    options = parser.parse_args(argv)
+    model = dx.DualCodec.from_pretrained(options.weights or "tiny")
+    model.prepare()
+    with tempfile.TemporaryDirectory() as temporary:
+        clips = test_clips(options.test or fetch(Path(temporary)))
+    results: dict[str, Any] = {"clips": {name: round(clip.numel() / 24000, 2) for name, clip in clips.items()}}
+    results["scores"] = scores(model, clips)
+    results |= use(model, options.data / "validation")
+    step = trained_steps(options.weights / "model.safetensors" if options.weights else BUNDLED["tiny"])
+    results["trained_steps"] = step
+    print("| codebooks | STOI | PESQ (wide band) |\n|---|---|---|")
+    for count, row in results["scores"].items():
+        print(f"| {count} | {row['stoi']:.3f} | {row['pesq']:.2f} |")
+    print(json.dumps(results))
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.publish:
+        publish(options.weights, results)
+    return 0
+
+
+def fetch(folder: Path) -> Path:
+    """Download and unpack the test recordings."""
+    subprocess.run(["apt-get", "download", "-q", PACKAGE], cwd=folder, check=True, capture_output=True)
+    deb = next(folder.glob("*.deb"))
+    subprocess.run(["dpkg-deb", "-x", str(deb), str(folder / "root")], check=True)
+    return folder / "root"
+
+
+def test_clips(root: Path) -> dict[str, Tensor]:
+    """Read the recordings, [1, 1, S] at 24 kHz each; the short `cards` ones are one clip."""
+    folder = root / "usr/share/pocketsphinx/test/data"
+    clips = {}
+    for path in sorted((folder / "librivox").glob("*.wav")):
+        clips[path.stem] = [path]
+    clips["cards"] = sorted((folder / "cards").glob("*.wav"))
+    read = {}
+    for name, paths in clips.items():
+        parts = [read_audio(path) for path in paths]
+        samples = [resample(part.samples, part.sample_rate_hz, 24000) for part in parts]
+        read[name] = torch.from_numpy(np.concatenate(samples))[None, None]
+    return read
+
+
+@torch.no_grad()
+def scores(model: dx.DualCodec, clips: dict[str, Tensor]) -> dict[int, dict[str, float]]:
+    """Means over the clips, by number of codebooks."""
+    table: dict[int, dict[str, list[float]]] = {}
+    for clip in clips.values():
+        semantic, acoustic = model.encode(clip)
+        assert acoustic is not None
+        for count in range(1, 2 + acoustic.shape[1]):
+            wave = model.decode_from_codes(semantic, acoustic[:, : count - 1] if count > 1 else None)
+            row = table.setdefault(count, {})
+            for name, value in speech_scores(clip[0, 0], wave[0, 0, : clip.shape[-1]], 24000).items():
+                row.setdefault(name, []).append(value)
+    return {
+        count: {name: round(float(np.mean(values)), 4) for name, values in row.items()} for count, row in table.items()
+    }
+
+
+@torch.no_grad()
+def use(model: dx.DualCodec, folder: Path) -> dict[str, Any]:
+    """Share of each codebook's entries that occur, and entropies, over held-out speech of the training's domain."""
+    voices = load_voices(folder, 24000)
+    sizes = [model.settings["semantic_codebook_size"]] + [model.dac.codebook_size] * model.dac.n_codebooks
+    wanted = FRAMES_PER_ENTRY * max(sizes)
+    seconds = 10
+    most = -(-wanted // (seconds * 24000 // model.dac.hop_length))
+    rows: list[Tensor] = []
+    for _, clip in stretches(voices, seconds * 24000, most + len(voices)):
+        semantic, acoustic = model.encode(clip)
+        assert acoustic is not None
+        rows.append(torch.cat([semantic, acoustic], 1)[0])
+    codes = torch.cat(rows, 1)
+    return {
+        "codebook_use": [round(len(row.unique()) / size, 3) for row, size in zip(codes, sizes, strict=True)],
+        "entropy_bits": [round(entropy_bits(row), 2) for row in codes],
+        "frames": codes.shape[1],
+    }
+
+
+def trained_steps(path: Path) -> int:
+    """What the weights file says about itself."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="numpy") as file:
+        said = file.metadata() or {}
+    return int(said.get("step", said.get("trained_steps", 0)))
+
+
+def publish(run: Path, results: dict[str, Any]) -> None:
+    """Put a run's weights into the package."""
+    from safetensors.torch import load_file, save_file
+
+    facts = {name: json.dumps(results[name]) for name in ("codebook_use", "entropy_bits", "trained_steps")}
+    BUNDLED["tiny"].parent.mkdir(exist_ok=True)
+    save_file(load_file(str(run / "model.safetensors")), str(BUNDLED["tiny"]), {"format": "pt", **facts})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
