@@ -1,4 +1,4 @@
-"""`make demo`: a sentence through 12hz_v1 on seeded weights, checked against the reference and timed beside it."""
+"""`make demo`: a sentence through the codec, checked against the reference and timed beside it."""
 
 from __future__ import annotations
 
@@ -28,28 +28,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dualcodec_ext.demo", description=__doc__)
     parser.add_argument("--output", default="demo_out.wav", help="where the decoded speech goes (demo_out.wav)")
     parser.add_argument("--rounds", type=int, default=_ROUNDS, help="timed rounds, both sides in turn")
+    parser.add_argument("--model", default="tiny", help="preset; all but tiny are untrained here (tiny)")
     options = parser.parse_args(argv)
 
     import dualcodec_ext as dx
-    from dualcodec_ext._cli.codec import Codec
-    from dualcodec_ext._cli.features import SeededFeatures
+    from dualcodec_ext._cli.codec import open_codec
+    from dualcodec_ext._cli.options import ModelOptions
     from dualcodec_ext._cli.voice import speak
     from dualcodec_ext.audio import write_audio
     from dualcodec_ext.codes import UNTRAINED
     from dualcodec_ext.errors import DualCodecError
-    from dualcodec_ext.testing import seed_model
 
     speech, what = speak()
     samples = speech.samples[: round(_MOST_SECONDS * speech.sample_rate_hz)]
     seconds = len(samples) / speech.sample_rate_hz
     print(f"speech: {what}, {seconds:.2f} s")
 
-    config = dx.DualCodecConfig.preset("12hz_v1")
-    model = dx.DualCodec(**config.to_dict()).eval()
-    seed_model(model, 0)
-    codec = Codec("12hz_v1", config, model, "seeded:0", SeededFeatures(config, 0))
+    try:
+        codec = open_codec(ModelOptions(options.model), None)
+    except DualCodecError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    config, model = codec.config, codec.model
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: 12hz_v1, {parameters / 1e6:.0f} million parameters, {UNTRAINED}")
+    state = UNTRAINED if codec.untrained else "trained"
+    print(f"model: {options.model}, {parameters / 1e6:.1f} million parameters, {state}")
     if dx.build.load_module() is None:
         print(f"compiled module: {dx.build.unavailable_reason()}")
 
@@ -86,11 +89,11 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     try:
-        write_audio(Path(options.output), wave, rate_hz, comment=UNTRAINED)
+        write_audio(Path(options.output), wave, rate_hz, comment=UNTRAINED if codec.untrained else None)
     except (DualCodecError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.output}: {UNTRAINED}")
+    print(f"wrote {options.output}: {state}")
     return 0
 
 

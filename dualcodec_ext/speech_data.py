@@ -36,7 +36,7 @@ _FILES_PER_CALL = 40
 _SENTENCES_PER_FILE = 12
 _ESPEAK_FILES = 12
 _LICENCES = {
-    "recorded": "CC-BY-SA-3.0 (ru: CC-BY-3.0); Debian packages asterisk-core-sounds-{en,es,fr,it,ru}-g722",
+    "recorded": "CC-BY-SA-3.0 (it, ru: CC-BY-3.0); Debian packages asterisk-core-sounds-{en,es,fr,it,ru}-g722",
     "flite": "speech made by flite (BSD-like licence; voices by Carnegie Mellon University) from the English prompts'"
     " text (CC-BY-SA-3.0)",
     "espeak": "speech made by espeak-ng (GPL-3.0-or-later, which does not reach its output) from the English prompts'"

@@ -168,6 +168,6 @@ def _scale_to_one(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
     assert isinstance(conv, WNConv1d | WNConvTranspose1d)
     wanted = 0.1 if output.shape[1] == 1 else 1.0  # the last one gives audio, as loud as speech
     scale = output.std().clamp(min=1e-6) / wanted
-    conv.weight_g /= scale
-    conv.bias /= scale
+    conv.weight_g.div_(scale)
+    conv.bias.div_(scale)
     return output / scale
