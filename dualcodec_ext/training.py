@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._files import reason, write_atomic
-from ._training.codebooks import start_codebooks, start_scales
+from ._training.codebooks import start_acoustic, start_scales, start_semantic
 from ._training.data import Batches, Voice, hours, load_voices, stretches
 from ._training.discriminators import Discriminators
 from ._training.forward import Forward, Output, allow_recompiling, compile_snake
@@ -27,6 +27,7 @@ __all__ = ["Recipe", "Trainer", "train"]
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 _STATISTICS_BATCHES = 20
+_SEMANTIC_ALONE = 0.2  # of the items before start_steps
 _START_SEED = 1 << 20  # batches before the first step are none of the steps'
 
 
@@ -85,14 +86,25 @@ class Trainer:
             rows = rows * mel.variance.sqrt() + mel.mean
             mel.set_statistics(rows.mean(0), rows.var(0).clamp(min=1e-3))
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for audio in first[: self.recipe.start_batches]:
-                yield audio.to(self.device), self.front_end(audio.to(self.device)).to(self.device)
-
         if not self._weights_given:
             start_scales(self.state.model, first[0].to(self.device))
-            start_codebooks(self.state.model, pairs())
+            start_semantic(self.state.model, self._pairs())
+            if self.recipe.start_steps == 0:
+                start_acoustic(self.state.model, self._pairs())
         self.state.average = {name: value.clone() for name, value in self.state.model.state_dict().items()}
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(self.recipe.start_batches):
+            audio = self.batches.at(_START_SEED + i).to(self.device)
+            yield audio, self.front_end(audio).to(self.device)
+
+    def _start_acoustic(self) -> None:
+        """End the steps without acoustic codebooks."""
+        state = self.state
+        start_acoustic(state.model, self._pairs())
+        for name, value in state.model.state_dict().items():
+            if name.startswith("dac.quantizer."):
+                state.average[name].copy_(value)
 
     def step(self) -> dict[str, float]:
         """Train one step.
@@ -112,6 +124,10 @@ class Trainer:
         # w2v-BERT's features may come a frame short.
         audio = audio[..., : features.shape[-1] * self.hop_samples]
         counts = self.forward.draw(len(audio)).to(self.device)
+        if state.step < recipe.start_steps:
+            counts = (torch.rand(len(audio)) > _SEMANTIC_ALONE).to(counts)
+        elif state.step == recipe.start_steps > 0 and not self._weights_given:
+            self._start_acoustic()
         for group in state.optimizer.param_groups:
             group["lr"] = state.learning_rate()
         judges = self._judges()
@@ -142,7 +158,7 @@ class Trainer:
     def _shard(self, audio: Tensor, features: Tensor, counts: Tensor) -> tuple[Output, dict[str, Tensor]]:
         """Forward and backward of a part of the batch; the losses come back without their graph."""
         recipe, judges = self.recipe, self._judges()
-        output = self.forward(audio, features, counts)
+        output = self.forward(audio, features, counts, self.state.step >= recipe.start_steps)
         mel, magnitude = self.spectral(output.x, audio)
         parts = {
             "mel": mel,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import dualcodec_ext as dx
 from dualcodec_ext import cli
 from dualcodec_ext._cli.voice import vowels
-from dualcodec_ext._training.codebooks import CodebookCare, stages_of, start_codebooks
+from dualcodec_ext._training.codebooks import CodebookCare, stages_of, start_acoustic, start_semantic
 from dualcodec_ext._training.data import Batches, Voice, load_voices
 from dualcodec_ext._training.forward import Forward, Output
 from dualcodec_ext._training.losses import SpectralLoss, waveform_loss
@@ -245,7 +245,8 @@ def test_k_means_starts_all_codebooks_in_use() -> None:
     torch.manual_seed(0)
     model = dx.DualCodec(**SMALL)
     batches = [(0.1 * torch.randn(4, 1, 480 * 20), torch.randn(4, 160, 20)) for _ in range(4)]
-    start_codebooks(model, iter(batches))
+    start_semantic(model, batches)
+    start_acoustic(model, batches)
     model.eval()
     used = [set() for _ in range(3)]  # type: list[set[int]]
     for audio, features in batches:

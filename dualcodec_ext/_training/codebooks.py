@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..reference.dac import DecoderBlock, EncoderBlock
-from ..reference.layers import WNConv1d, WNConvTranspose1d
+from ..reference.layers import ResidualUnit, Snake1d, WNConv1d, WNConvTranspose1d
 from ..reference.quantize import VectorQuantize
 
 
@@ -19,37 +19,55 @@ def stages_of(model: reference.DualCodec) -> list[VectorQuantize]:
     return [*model.semantic_vq.stages(), *model.dac.quantizer.stages()]
 
 
+_ALPHA, _BRANCH = 0.25, 0.1
+Pairs = Iterable[tuple[Tensor, Tensor]]  # audio [B, 1, S] and features [B, C, F]
+
+
 @torch.no_grad()
-def start_codebooks(model: reference.DualCodec, batches: Iterator[tuple[Tensor, Tensor]], rounds: int = 10) -> None:
-    """Set every codebook to the k-means of what it is given on some batches, stage after stage.
+def start_semantic(model: reference.DualCodec, batches: Pairs, rounds: int = 10) -> None:
+    """Set the semantic codebook to the k-means of what it is given on some batches."""
+    rows = [_rows(model.convnext_encoder(features)) for _, features in batches]
+    _start_stages(model.semantic_vq.stages(), torch.cat(rows), rounds)
+
+
+@torch.no_grad()
+def start_acoustic(model: reference.DualCodec, batches: Pairs, rounds: int = 10) -> None:
+    """Set every acoustic stage by what it is given on some batches, stage after stage.
+
+    Its projections become the principal axes of what is left, there and back, its codebook the k-means along them.
 
     Args:
         model: changed in place.
-        batches: audio [B, 1, S] and features [B, C, F] each.
+        batches: what to look at.
         rounds: of k-means.
     """
-    semantic, acoustic = [], []
-    for audio, features in batches:
-        semantic.append(_rows(model.convnext_encoder(features)))
-        acoustic.append((audio, features))
-    _start_stages(model.semantic_vq.stages(), torch.cat(semantic), rounds)
-    residuals = []
-    for audio, features in acoustic:
-        latent = model._semantic(features)[0]
-        residuals.append(_rows(model.dac._residual(audio, latent)))
-    _start_stages(model.dac.quantizer.stages(), torch.cat(residuals), rounds)
+    rows = [_rows(model.dac._residual(audio, model._semantic(features)[0])) for audio, features in batches]
+    _start_stages(model.dac.quantizer.stages(), torch.cat(rows), rounds, axes=True)
 
 
 def _rows(z: Tensor) -> Tensor:  # [B, C, F] -> [B F, C]
     return z.transpose(1, 2).reshape(-1, z.shape[1])
 
 
-def _start_stages(stages: list[VectorQuantize], rows: Tensor, rounds: int) -> None:
+def _start_stages(stages: list[VectorQuantize], rows: Tensor, rounds: int, axes: bool = False) -> None:
     residual = rows.t()[None]  # [1, C, N]
     for stage in stages:
+        if axes:
+            _along_axes(stage, residual[0])
         z_e = stage.in_proj(residual)
         stage.codebook.weight.copy_(_k_means(z_e[0].t(), stage.codebook_size, rounds))
         residual = residual - stage(residual)[0]
+
+
+def _along_axes(stage: VectorQuantize, residual: Tensor) -> None:  # [C, N]
+    mean = residual.mean(1, keepdim=True)
+    centred = (residual - mean).double()
+    axes = torch.linalg.eigh(centred @ centred.t())[1][:, -stage.codebook_dim :].to(residual)  # [C, D]
+    for conv, weight in ((stage.in_proj, axes.t()), (stage.out_proj, axes)):
+        conv.weight_v.copy_(weight[..., None])
+        conv.weight_g.copy_(torch.linalg.vector_norm(conv.weight_v, dim=(1, 2), keepdim=True))
+    stage.in_proj.bias.copy_(-(axes.t() @ mean)[:, 0])
+    stage.out_proj.bias.copy_(mean[:, 0])
 
 
 def _k_means(rows: Tensor, count: int, rounds: int) -> Tensor:
@@ -102,12 +120,12 @@ class CodebookCare:
         """Take in a step.
 
         Args:
-            codes: of each stage, [B, F].
+            codes: of each stage, or of the first few, [B, F].
             latents: what each stage searched for, [B, D, F].
             optimizer: whose moments of a new row are forgotten.
         """
         self.restarted = 0
-        for i, (stage, chosen, z_e) in enumerate(zip(self._stages, codes, latents, strict=True)):
+        for i, (stage, chosen, z_e) in enumerate(zip(self._stages, codes, latents, strict=False)):
             rows, weight, usage = _rows(z_e), stage.codebook.weight, self.usage[i]
             counts = torch.bincount(chosen.flatten(), minlength=stage.codebook_size).to(rows)
             usage.mul_(self._keep).add_(counts / counts.mean(), alpha=1 - self._keep)
@@ -136,12 +154,20 @@ def start_scales(model: reference.DualCodec, audio: Tensor) -> None:
     """Scale the acoustic path's layers so that its output deviates by one on some audio, by 0.1 where it is audio.
 
     PyTorch's own start shrinks a signal by 0.6 per layer: the encoder's latent would be a hundredth of the semantic
-    one, and the acoustic codebooks would learn to code nothing but the semantic latent's negative.
+    one, and the acoustic codebooks would learn to code nothing but the semantic latent's negative. Snakes start nearly
+    straight, and residual units as little more than their input.
 
     Args:
         model: changed in place.
         audio: [B, 1, S].
     """
+    for module in model.dac.modules():
+        if isinstance(module, Snake1d):
+            module.alpha.fill_(_ALPHA)
+        elif isinstance(module, ResidualUnit):
+            last = getattr(module.block[3], "conv", module.block[3])
+            last.weight_g.mul_(_BRANCH)
+            last.bias.zero_()
     handles = []
     for trunk in (model.dac.encoder.block, model.dac.decoder.model):
         for conv in _trunk(trunk):

@@ -58,20 +58,23 @@ class Forward:
         counts = rvq._counts(batch, None, True)
         return counts * 0 if float(torch.rand(())) < self.bypass else counts
 
-    def __call__(self, audio: Tensor, features: Tensor, counts: Tensor) -> Output:
+    def __call__(self, audio: Tensor, features: Tensor, counts: Tensor, quantize: bool = True) -> Output:
         """Run it.
 
         Args:
             audio: [B, 1, S], S a multiple of the hop.
             features: [B, C, S / hop].
             counts: [B] int64, acoustic codebooks per item. Those past it stay out of the sum and the losses.
+            quantize: whether the acoustic latent goes through its codebooks, else as it is where counts is not 0.
         """
         model = self.model
         quantized, codes, latents, commitment, codebook, _ = model.semantic_vq(model.convnext_encoder(features))
         total = model.convnext_decoder(quantized) if model.decode_semantic_for_codec else quantized
         residual = self._run(model.dac.encoder.block, audio) - total
         all_codes, all_latents = [codes[:, 0]], [latents]
-        for i, stage in enumerate(model.dac.quantizer.stages()):
+        if not quantize:
+            total = total + residual * (counts > 0).to(residual)[:, None, None]
+        for i, stage in enumerate(model.dac.quantizer.stages() if quantize else ()):
             chosen, commitment_i, codebook_i, codes_i, z_e = stage(residual)
             used = (i < counts).to(chosen)  # [B]
             total, residual = total + chosen * used[:, None, None], residual - chosen

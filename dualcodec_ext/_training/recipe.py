@@ -37,6 +37,7 @@ class Recipe:
         highest_hz: upper end of its mel bands; None for the Nyquist frequency.
         quantizer_dropout: fraction of a batch whose number of acoustic codebooks is drawn, from none to all.
         bypass: fraction of steps without acoustic codebooks.
+        start_steps: steps with an acoustic latent that is not quantised; its codebooks then start from it.
         start_batches: how many batches k-means sees.
         codebooks: "average": entries are running means of what chose them; "gradient": the codebook loss moves them.
         memory_steps, fewest: of `CodebookCare`.
@@ -71,6 +72,7 @@ class Recipe:
     highest_hz: float | None = None
     quantizer_dropout: float = 0.5
     bypass: float = 0.0
+    start_steps: int = 0
     start_batches: int = 30
     codebooks: str = "average"
     memory_steps: int = 60
