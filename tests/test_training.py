@@ -154,6 +154,21 @@ def test_steps_learn_and_repeat(voices: list[Voice]) -> None:
     assert np.mean(curves[0][-5:]) < 0.9 * np.mean(curves[0][:5])
 
 
+def test_acoustic_codebooks_may_start_late(voices: list[Voice]) -> None:
+    trainer = Trainer(recipe(start_steps=3, segment_frames=20), voices)
+    trainer.start()
+    stage = trainer.state.model.dac.quantizer.stages()[0]
+    before = stage.codebook.weight.clone()
+    run(trainer, 3)
+    assert torch.equal(stage.codebook.weight, before)  # nothing has asked them yet
+    curve = run(trainer, 3)
+    assert not torch.equal(stage.codebook.weight, before) and all(map(math.isfinite, curve))
+    # Orthonormal but for three steps of training: there and back along the principal axes of what is left.
+    with torch.no_grad():
+        axes = stage.out_proj.weight()[..., 0]
+    torch.testing.assert_close(axes.t() @ axes, torch.eye(8), rtol=0, atol=0.05)
+
+
 def test_two_workers_give_the_curve_of_one(voices: list[Voice]) -> None:
     curves = []
     for workers in (1, 2, 2):
