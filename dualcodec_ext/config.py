@@ -36,6 +36,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "12hz_causal": _V1 | {"causal_decoder": True},
     "12hz_lookahead": _V1 | {"causal_decoder": True, "look_ahead": True},
+    "12hz_stream": _V1 | {"causal_decoder": True, "causal_encoder": True},
     "tiny": {
         "encoder_rates": (6, 5, 4, 4),
         "decoder_rates": (4, 4, 5, 6),
@@ -56,7 +57,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "semantic_dim": 160,
         "semantic_downsample_factor": 1,
     },
-    "12hz_stream": _V1 | {"causal_decoder": True, "causal_encoder": True},
 }
 
 

@@ -243,7 +243,7 @@ def test_info_reads_codes_weights_and_audio(speech: Path, small: str, tmp_path: 
         (["encode", "IN", "-o", "out", "--model", "13hz"], "name must be one of 12hz_v1, 25hz_v1"),
         (["encode", "IN", "-o", "out", "--model", "none.json"], "cannot read none.json"),
         (["encode", "IN", "-o", "out", "--weights", "none.safetensors"], "none.safetensors"),
-        (["encode", "IN", "-o", "out", "-q", "9"], "--quantizers must be 1 to 8 for 12hz_v1, got 9"),
+        (["encode", "IN", "-o", "out", "-q", "11"], "--quantizers must be 1 to 10 for tiny, got 11"),
         (["encode", "IN", "-o", "out", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
         (["encode", "IN", "-o", "IN"], "is not a folder"),
         (["decode", "IN", "-o", "out"], "IN"),

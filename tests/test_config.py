@@ -20,7 +20,7 @@ def test_defaults_are_the_models():
 
 
 def test_presets():
-    assert DualCodecConfig.presets() == ("12hz_v1", "25hz_v1", "12hz_causal", "12hz_lookahead", "12hz_stream")
+    assert DualCodecConfig.presets() == ("12hz_v1", "25hz_v1", "12hz_causal", "12hz_lookahead", "12hz_stream", "tiny")
     v12, v25 = DualCodecConfig.preset("12hz_v1"), DualCodecConfig.preset("25hz_v1")
     assert (v12.hop_length, v12.frame_rate_hz, v12.latent_channels, v12.n_codebooks) == (1920, 12.5, 1024, 7)
     assert (v25.hop_length, v25.frame_rate_hz, v25.latent_channels, v25.n_codebooks) == (960, 25.0, 1024, 11)
@@ -38,8 +38,9 @@ def test_presets():
         "12hz_causal": (True, False, False),
         "12hz_lookahead": (True, True, False),
         "12hz_stream": (True, False, True),
+        "tiny": (True, False, True),
     }
-    with pytest.raises(ValueError, match=r"name must be one of 12hz_v1, .*12hz_stream, got '13hz'"):
+    with pytest.raises(ValueError, match=r"name must be one of 12hz_v1, .*12hz_stream, tiny, got '13hz'"):
         DualCodecConfig.preset("13hz")
 
 
