@@ -128,8 +128,9 @@ class Trainer:
             counts = (torch.rand(len(audio)) > _SEMANTIC_ALONE).to(counts)
         elif state.step == recipe.start_steps > 0 and not self._weights_given:
             self._start_acoustic()
-        for group in state.optimizer.param_groups:
-            group["lr"] = state.learning_rate()
+        for optimizer in state.optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = state.learning_rate()
         judges = self._judges()
         if judges is not None:
             judges.requires_grad_(False)
@@ -141,7 +142,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip or float("inf"))
         if not bool(torch.isfinite(norm)):
             raise DualCodecError(f"train: the gradient is not finite at step {state.step}: lower the learning rate")
-        state.optimizer.step()
+        for optimizer in state.optimizers():
+            optimizer.step()
         outputs = [output for output, _ in done]
         codes = [torch.cat(own) for own in zip(*(output.codes for output in outputs), strict=True)]
         latents = [torch.cat(own) for own in zip(*(output.latents for output in outputs), strict=True)]

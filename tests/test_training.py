@@ -21,6 +21,7 @@ from dualcodec_ext._training.codebooks import CodebookCare, stages_of, start_aco
 from dualcodec_ext._training.data import Batches, Voice, load_voices
 from dualcodec_ext._training.forward import Forward, Output
 from dualcodec_ext._training.losses import SpectralLoss, waveform_loss
+from dualcodec_ext._training.muon import Muon
 from dualcodec_ext._training.scores import entropy_bits
 from dualcodec_ext._training.state import take_over
 from dualcodec_ext.errors import DualCodecError
@@ -144,14 +145,31 @@ def run(trainer: Trainer, steps: int = STEPS) -> list[float]:
     return [trainer.step()["loss"] for _ in range(steps)]
 
 
-def test_steps_learn_and_repeat(voices: list[Voice]) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_learn_and_repeat(voices: list[Voice], optimizer: str) -> None:
     curves = []
     for _ in range(2):
-        trainer = Trainer(recipe(), voices)
+        trainer = Trainer(recipe(optimizer=optimizer), voices)
         trainer.start()
         curves.append(run(trainer))
     assert curves[0] == curves[1]
     assert np.mean(curves[0][-5:]) < 0.9 * np.mean(curves[0][:5])
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (6, 3, 7)], ids=str)
+def test_a_step_of_muon_is_orthogonal(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = torch.randn(shape)
+    Muon([p], lr=1.0).step()
+    rows, columns = shape[0], math.prod(shape[1:])
+    u, sizes, vh = torch.linalg.svd(p.detach().view(rows, columns), full_matrices=False)
+    sizes = sizes / (0.2 * max(rows, columns) ** 0.5)
+    assert float(sizes.min()) > 0.6 and float(sizes.max()) < 1.3
+    # Downhill, along the gradient's own directions.
+    exact = torch.linalg.svd(p.grad.view(rows, columns), full_matrices=False)
+    direction = exact[0] @ exact[2]
+    assert float(((u @ vh) * direction).sum()) == pytest.approx(-min(rows, columns), rel=1e-3)
 
 
 def test_acoustic_codebooks_may_start_late(voices: list[Voice]) -> None:
@@ -179,12 +197,13 @@ def test_two_workers_give_the_curve_of_one(voices: list[Voice]) -> None:
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
 
 
-def test_resume_goes_on_to_the_same_curve(speech: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_goes_on_to_the_same_curve(speech: Path, tmp_path: Path, optimizer: str) -> None:
     quiet: dict[str, Any] = {"tell": lambda line: None}
-    train(recipe(), speech, tmp_path / "whole", **quiet)
+    train(recipe(optimizer=optimizer), speech, tmp_path / "whole", **quiet)
     # Half a run as an interruption leaves it: the same recipe, stopped after a checkpoint and some steps more.
     stopped = tmp_path / "stopped"
-    half = recipe(checkpoint_every_s=0.0)
+    half = recipe(checkpoint_every_s=0.0, optimizer=optimizer)
 
     class Interrupted(Exception):
         pass
@@ -357,6 +376,7 @@ def given_features(statistics: dict[str, torch.Tensor], audio: torch.Tensor) -> 
     "changes, message",
     [
         ({"steps": 0}, "recipe: steps must be an integer from 1, got 0"),
+        ({"optimizer": "sgd"}, "recipe: optimizer must be adamw or muon, got 'sgd'"),
         ({"way": "fast"}, "recipe: way must be one of auto, reference, ops, channels_last, got 'fast'"),
         ({"losses": {"loud": 1.0}}, "recipe: losses must be among .*, got loud"),
         ({"batch": 3, "workers": 2}, "recipe: workers must be 1 or 2 and divide batch=3, got 2"),

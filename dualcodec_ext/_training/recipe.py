@@ -35,6 +35,7 @@ class Recipe:
         losses: a factor per part; those left out keep their default.
         windows, bands: of the spectral loss.
         highest_hz: upper end of its mel bands; None for the Nyquist frequency.
+        optimizer: of the matrices and convolutions: adamw, muon. Everything else is AdamW's.
         quantizer_dropout: fraction of a batch whose number of acoustic codebooks is drawn, from none to all.
         bypass: fraction of steps without acoustic codebooks.
         start_steps: steps with an acoustic latent that is not quantised; its codebooks then start from it.
@@ -64,6 +65,7 @@ class Recipe:
     warmup_steps: int = 200
     betas: tuple[float, float] = (0.8, 0.99)
     weight_decay: float = 1e-3
+    optimizer: str = "adamw"
     clip: float = 5.0
     ema_decay: float = 0.999
     losses: dict[str, float] = field(default_factory=dict)
@@ -105,6 +107,8 @@ class Recipe:
             raise DualCodecError(f"recipe: codebooks must be average or gradient, got {self.codebooks!r}")
         from .forward import WAYS
 
+        if self.optimizer not in ("adamw", "muon"):
+            raise DualCodecError(f"recipe: optimizer must be adamw or muon, got {self.optimizer!r}")
         if self.way not in WAYS:
             raise DualCodecError(f"recipe: way must be one of {', '.join(WAYS)}, got {self.way!r}")
         self.model_config()

@@ -18,6 +18,7 @@ from ..model import FEATURES, DualCodec
 from ..semantic import LogMelFeatures
 from .codebooks import CodebookCare
 from .discriminators import Discriminators
+from .muon import Muon
 from .recipe import Recipe
 
 _DISCRIMINATORS = ("periods", "windows", "width")
@@ -47,7 +48,12 @@ class State:
         decayed = [p for name, p in named.items() if name.endswith(("weight_v", "pwconv1.weight", "pwconv2.weight"))]
         ids = {id(p) for p in decayed}
         kept = [p for p in named.values() if id(p) not in ids]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self.matrix_optimizer: Muon | None = None
+        groups = [{"params": kept, "weight_decay": 0.0}]
+        if recipe.optimizer == "muon":
+            self.matrix_optimizer = Muon(decayed, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        else:
+            groups.append({"params": decayed, "weight_decay": recipe.weight_decay})
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
         self.care = CodebookCare(self.model, recipe.memory_steps, recipe.fewest, recipe.codebooks == "average")
         self.discriminators: Discriminators | None = None
@@ -64,6 +70,10 @@ class State:
         self.adversary_optimizer = torch.optim.AdamW(
             self.discriminators.parameters(), lr=rate, betas=self.recipe.betas, weight_decay=self.recipe.weight_decay
         )
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the model's own, one or two."""
+        return [self.optimizer] if self.matrix_optimizer is None else [self.optimizer, self.matrix_optimizer]
 
     def learning_rate(self) -> float:
         """Return the model's rate at this step: a linear warm-up, then a cosine."""
@@ -98,6 +108,8 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "codebooks": self.care.state(),
         }
+        if self.matrix_optimizer is not None:
+            state["matrix_optimizer"] = self.matrix_optimizer.state_dict()
         if self.discriminators is not None and self.adversary_optimizer is not None:
             state["discriminators"] = self.discriminators.state_dict()
             state["adversary_optimizer"] = self.adversary_optimizer.state_dict()
@@ -116,6 +128,8 @@ class State:
             self.model.load_state_dict(state["model"])
             self.features.load_state_dict(state["features"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.matrix_optimizer is not None:
+                self.matrix_optimizer.load_state_dict(state["matrix_optimizer"])
             self.average = dict(state["average"])
             self.care.load(state["codebooks"])
             self.step = int(state["step"])
