@@ -16,6 +16,7 @@ from .chart import label_of
 
 _ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
+HEARD = "<!-- heard: python -m bench.readme -->", "<!-- end of heard -->"
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
@@ -103,12 +104,23 @@ def section(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replaced(page: str, text: str) -> str:
+def heard(results: Mapping[str, Any]) -> str:
+    """How speech comes back from `tiny`, of what `bench.quality` found."""
+    clips = ", ".join(f"{name} ({seconds:.1f} s)" for name, seconds in results["clips"].items())
+    lines = [f"Means over recordings that nothing was trained on or chosen by: {clips}.", ""]
+    rows = [[count, f"{row['stoi']:.3f}", f"{row['pesq']:.2f}"] for count, row in results["scores"].items()]
+    lines += _table(["codebooks", "STOI", "PESQ, wide band"], rows)
+    shares = ", ".join(f"{100 * share:.0f}" for share in results["codebook_use"])
+    lines += ["", f"Of each codebook's entries {shares} % occur in {results['frames']} frames of held-out speech."]
+    return "\n".join(lines) + "\n"
+
+
+def replaced(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """A page with another text between its markers."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"the page must hold {BEGIN} and {END} once each")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page must hold {begin} and {end} once each")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     readme = Path(args.readme)
     page = readme.read_text(encoding="utf-8")
     wanted = replaced(page, section(load(Path(args.results))))
+    quality = json.loads((Path(args.results) / "quality_tiny.json").read_text(encoding="utf-8"))
+    wanted = replaced(wanted, heard(quality), *HEARD)
     if args.check:
         return 0 if page == wanted else 1
     readme.write_text(wanted, encoding="utf-8")
