@@ -236,7 +236,7 @@ def has_fast_form(row: Row, dtype: torch.dtype, family: str) -> bool:
 
 def our_call(row: Row, dtype: torch.dtype, family: str = "auto", fast: bool = False) -> Call:
     """The op on one backend, weights packed as the engine packs them, the input channels-last as it keeps it."""
-    from dualcodec_ext import backend, ops, steps
+    from dualcodec_ext import backend, forms, ops, steps
     from dualcodec_ext.ops import packing
 
     options = {k: v.float() if isinstance(v, Tensor) and dtype != torch.float64 else v for k, v in row.options.items()}
@@ -251,7 +251,9 @@ def our_call(row: Row, dtype: torch.dtype, family: str = "auto", fast: bool = Fa
         if row.op == "snake_conv1d":
             options["packed"] = packing.pack_conv1d(kept(0), options["stride"], options["dilation"])
         elif row.op == "residual_unit":
-            winograd = steps.FAST_WINOGRAD if fast else 0
+            asked: forms.Form = "direct" if row.where != "decoder" else "fast" if fast else "exact"
+            form = forms.form_for(asked, dtype, torch.device(row.device))
+            winograd = forms.unit_products(form, kept(1).shape[0])
             options |= {"winograd": winograd, "packed": packing.pack_residual_unit(kept(1), kept(4), winograd)}
         elif row.op == "snake_upsample1d":
             packed = packing.pack_upsample1d(kept(1), options["stride"], options["mode"], options["padding"])

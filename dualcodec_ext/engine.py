@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .forms import Form, form_for
 from .steps import Quantizer, Step, lengths_through, program, run, weight_dtype
 from .tiles import Programs, Sizes, Tiles
 
@@ -29,23 +30,29 @@ class Engine:
     Args:
         model: the parameters; they are copied, folded and packed here, and not looked at again.
         dtype: of the activations, float32, float64 (CPU alone), bfloat16 or float16.
-        fast: whether decode runs its residual units in Winograd's form; float32 on the CPU alone.
+        fast: as form="fast".
+        form: of the decoder's residual units: "exact" (None) or "fast", which compute groups of steps, or "direct",
+            which gives each step as soon as its inputs are there. All but float32 on the CPU is direct, and so is
+            encode.
 
     Numerics: float32 accumulation (float64 for float64); codes are searched in float32 at least. A clip's result
         depends neither on the batch it is in nor on the number of threads.
     """
 
-    def __init__(self, model: reference.DualCodec, dtype: torch.dtype, fast: bool = False) -> None:
+    def __init__(
+        self, model: reference.DualCodec, dtype: torch.dtype, fast: bool = False, form: Form | None = None
+    ) -> None:
         self.dtype = dtype
         self.device = next(model.parameters()).device
         weights = weight_dtype(dtype, self.device)
+        self.form = form_for(form or ("fast" if fast else "exact"), dtype, self.device)
         with torch.no_grad():
             self._semantic_encoder = program(list(model.convnext_encoder), weights)
             self._semantic_decoder = program(list(model.convnext_decoder), weights)
             self._semantic_quantizer = Quantizer.of(model.semantic_vq, dtype)
             self._acoustic_encoder = program(list(model.dac.encoder.block), weights)
             self._acoustic_quantizer = Quantizer.of(model.dac.quantizer, dtype)
-            self._decoder = program(list(model.dac.decoder.model), weights, fast)
+            self._decoder = program(list(model.dac.decoder.model), weights, self.form)
         self._decode_semantic = model.decode_semantic_for_codec
         self.hop_samples = model.dac.hop_length
         self.semantic_entries = self._semantic_quantizer.codebooks.shape[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .forms import Form, unit_products
 from .ops import packing
 from .reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d
 
@@ -201,11 +202,6 @@ class UpsampleStep:
         return torch.where(lengths > 0, steps.clamp(min=0), 0)
 
 
-# `winograd` of a fast decoder's residual units, of every width and dilation: kernels/residual_unit/README.md has the
-# speed and the error of each form per layer.
-FAST_WINOGRAD = 10
-
-
 @dataclass
 class ResidualUnitStep:
     """`ops.residual_unit` with its weights; the length stays."""
@@ -217,11 +213,12 @@ class ResidualUnitStep:
     winograd: int = 0
 
     @classmethod
-    def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype, winograd: int = 0) -> ResidualUnitStep:
+    def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype, form: Form = "direct") -> ResidualUnitStep:
         snake1, conv1, snake2, conv2 = unit.block
         assert isinstance(snake1, reference.Snake1d) and isinstance(snake2, reference.Snake1d)
         inner1, inner2 = _inner(conv1), _inner(conv2)
         weight1, weight2 = inner1.folded_weight(dtype), inner2.folded_weight(dtype)
+        winograd = unit_products(form, weight1.shape[0])
         packed = packing.pack_residual_unit(weight1, weight2, winograd)
         vectors = vector_dtype(dtype)
         alpha1, alpha2 = _vector(snake1.alpha, vectors), _vector(snake2.alpha, vectors)
@@ -413,10 +410,10 @@ def lengths_through(steps: Sequence[Step], lengths: Tensor) -> list[Tensor]:
     return found
 
 
-def program(modules: Sequence[nn.Module], dtype: torch.dtype, fast: bool = False) -> list[Step]:
+def program(modules: Sequence[nn.Module], dtype: torch.dtype, form: Form = "direct") -> list[Step]:
     """Turn a run of reference modules into steps; a Snake is taken into the convolution behind it.
 
-    fast: residual units in Winograd's form.
+    dtype: of the weights. form: of the residual units.
     """
     steps: list[Step] = []
     alpha: Tensor | None = None
@@ -431,7 +428,7 @@ def program(modules: Sequence[nn.Module], dtype: torch.dtype, fast: bool = False
             steps.append(UpsampleStep.of(alpha, module, dtype))
             alpha = None
         elif isinstance(module, reference.ResidualUnit):
-            steps.append(ResidualUnitStep.of(module, dtype, FAST_WINOGRAD if fast else 0))
+            steps.append(ResidualUnitStep.of(module, dtype, form))
         elif isinstance(module, reference.ConvNeXtBlock):
             steps.append(ConvNeXtStep.of(module, dtype))
         elif isinstance(module, nn.Tanh):
@@ -441,5 +438,5 @@ def program(modules: Sequence[nn.Module], dtype: torch.dtype, fast: bool = False
         else:  # a block of blocks
             inner = getattr(module, "block", module)
             assert isinstance(inner, nn.Sequential), f"engine: no step for {type(module).__name__}"
-            steps.extend(program(list(inner), dtype, fast))
+            steps.extend(program(list(inner), dtype, form))
     return steps

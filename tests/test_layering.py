@@ -31,7 +31,7 @@ LAYERS = (
         "testing",
     ),
     ("ops",),
-    ("steps",),
+    ("forms", "steps"),
     ("stages",),
     ("pipeline",),
     ("tiles",),

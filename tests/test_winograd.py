@@ -1,4 +1,4 @@
-"""residual_unit's Winograd forms, and the fast decode that runs on them."""
+"""residual_unit's Winograd forms, and the exact and the fast decode that run on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from torch import Tensor
 
 import dualcodec_ext as dx
 from dualcodec_ext import ops, testing
+from dualcodec_ext.engine import Engine
+from dualcodec_ext.forms import Form
 from dualcodec_ext.ops import packing
+from dualcodec_ext.steps import ResidualUnitStep
 
 FORMS = (10, 13)
 SHAPES = {
@@ -58,13 +61,19 @@ def test_forward(shape: dict[str, Any], isa: str, winograd: int) -> None:
     "channels, steps, dilation", [(768, 140, 1), (384, 300, 9), (192, 600, 3), (96, 1100, 9), (48, 2100, 9)]
 )
 def test_decoder_shapes(channels: int, steps: int, dilation: int, winograd: int) -> None:
-    """Thirteen products keep the exact decoder's rule: at most twice plain PyTorch's error."""
-    made = case(channels, steps, batch=1, dilation=dilation)
-    check(made, winograd)
-    if winograd == 13:
-        with torch.no_grad():
-            baseline = replace(made, options={"dilation": dilation}).call(made.ref)
-        testing.assert_close_to_f64(made.actual(), expected(made), baseline)
+    check(case(channels, steps, batch=1, dilation=dilation), winograd)
+
+
+@pytest.mark.parametrize("channels", [16, 32, 48, 56, 64, 96, 128, 192, 256, 384, 768, 1024])
+@pytest.mark.parametrize("dilation, causal", [(1, False), (9, True)])
+def test_thirteen_products_keep_the_exact_rule_with_room(channels: int, dilation: int, causal: bool) -> None:
+    """At most twice plain PyTorch's error is allowed. The RMS is steady; the largest of 100,000 errors is a draw."""
+    made = case(channels, -(-100_000 // channels), batch=1, dilation=dilation, causal=causal)
+    with torch.no_grad():
+        baseline = made.call(made.ref)
+    made.options["winograd"] = 13
+    report = testing.assert_close_to_f64(made.actual(), expected(made), baseline)
+    assert report.rms <= 1.75 * report.baseline_rms
 
 
 @pytest.mark.parametrize("winograd", FORMS)
@@ -129,6 +138,18 @@ def test_determinism(winograd: int) -> None:
     big = case(96, 5000, dilation=9, winograd=winograd)
     suite.check_threads(big)
     suite.check_alone(big)
+
+
+@pytest.mark.parametrize("winograd", FORMS)
+@pytest.mark.parametrize("dilation", [1, 9])
+def test_few_rows_have_the_bits_of_many(dilation: int, winograd: int) -> None:
+    """A call of at most 64 rows over all clips is split by columns, a longer one by time."""
+    clips = case(100, 50, batch=3, dilation=dilation, winograd=winograd)
+    suite.check_alone(clips)
+    suite.check_threads(replace(clips, x=clips.x[:1]))
+    short = case(100, 2, batch=70, dilation=dilation, winograd=winograd)  # whose first 30 clips are few rows
+    assert torch.equal(replace(short, x=short.x[:30]).actual(), short.actual()[:30])
+    suite.check_lengths(case(40, 12, batch=4, dilation=dilation, causal=True, winograd=winograd), [12, 0, 5, 1])
 
 
 @pytest.mark.parametrize("winograd", FORMS)
@@ -212,39 +233,78 @@ def test_the_reference_backend_takes_no_notice() -> None:
         assert torch.equal(y, replace(made, options={}).call(ops.residual_unit))
 
 
-# Fast decode ----------------------------------------------------------------------------------------------------------
+# Decoders -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["12hz_v1", "25hz_v1", "12hz_causal"])
-def test_fast_decode_is_within_its_error_and_codes_are_the_same(preset: str) -> None:
-    model = testing.seeded_model(dx.DualCodecConfig.preset(preset).to_dict())
-    exact, fast = dx.accelerate(model), dx.accelerate(model, fast=True)
-    audio, feat = inputs(model, 6)
+def forms_of(model: dx.reference.DualCodec) -> dict[Form, Engine]:
+    forms: tuple[Form, ...] = ("direct", "exact", "fast")
+    return {form: Engine(model, torch.float32, form=form) for form in forms}
+
+
+@pytest.mark.parametrize(
+    "preset, changes",
+    [("12hz_v1", {}), ("25hz_v1", {}), ("12hz_causal", {}), ("12hz_lookahead", {"decoder_dim": 256})],
+    ids=["12hz_v1", "25hz_v1", "12hz_causal", "narrow"],
+)
+def test_decoders_are_within_their_errors(preset: str, changes: dict[str, Any]) -> None:
+    """Exact: at most twice plain PyTorch's error; fast: 1e-4 of full scale. Weights: 1.6 times the direct ones."""
+    model = testing.seeded_model({**dx.DualCodecConfig.preset(preset).to_dict(), **changes})
+    generator, frames = torch.Generator().manual_seed(0), -(-100_000 // model.dac.hop_length) + 1
+    semantic, acoustic = (torch.randint(n, (1, q, frames), generator=generator) for n, q in ((16384, 1), (1024, 7)))
+    engines = forms_of(model)
     with torch.inference_mode():
-        codes = exact.encode(audio, semantic_repr=feat)
-        assert all(torch.equal(a, b) for a, b in zip(codes, fast.encode(audio, semantic_repr=feat), strict=True))
-        y, plain = fast.decode_from_codes(*codes), exact.decode_from_codes(*codes)
-        assert not torch.equal(y, plain), "the fast path must have run"
-        assert fast._engine_state[1].engine.weight_bytes() <= 1.6 * exact._engine_state[1].engine.weight_bytes()
-        wanted = model.double().decode_from_codes(*codes)
-    assert float((y - wanted).abs().max()) <= 1e-4
+        found = {form: engine.decode_clips(semantic, acoustic, None) for form, engine in engines.items()}
+        plain = model.decode_from_codes(semantic, acoustic)
+        wanted = model.double().decode_from_codes(semantic, acoustic)
+    assert not any(torch.equal(found["exact"], found[form]) for form in ("direct", "fast")), "each form must have run"
+    for form in ("direct", "exact"):
+        testing.assert_close_to_f64(found[form], wanted, plain)
+    assert float((found["fast"] - wanted).abs().max()) <= 1e-4
+    for form in ("exact", "fast"):
+        assert 1 < engines[form].weight_bytes() / engines["direct"].weight_bytes() <= 1.6
+
+
+def test_codes_do_not_depend_on_the_form() -> None:
+    model, exact = tiny(decoder_dim=64)
+    audio, feat = inputs(model, 30)
+    codes = exact.encode(audio, semantic_repr=feat)
+    for engine in forms_of(model).values():
+        found = engine.encode_clips(audio, feat, None, None, None)
+        assert all(torch.equal(a, b) for a, b in zip(codes, found, strict=True))
+
+
+def test_which_form_a_layer_takes() -> None:
+    model, _ = tiny(decoder_dim=64)  # residual units of 32, 16 and 8 channels
+
+    def products(engine: Engine) -> list[int]:
+        return [step.winograd for step in engine._decoder if isinstance(step, ResidualUnitStep)]
+
+    found = {form: products(engine) for form, engine in forms_of(model).items()}
+    assert found == {"direct": [0] * 9, "exact": [13] * 6 + [0] * 3, "fast": [10] * 6 + [0] * 3}
+    assert products(Engine(model, torch.float32)) == found["exact"]
+    assert products(Engine(model, torch.float32, fast=True)) == found["fast"]
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert products(Engine(model, dtype)) == found["direct"]
+    encoder = Engine(model, torch.float32)._acoustic_encoder
+    assert not any(step.winograd for step in encoder if isinstance(step, ResidualUnitStep))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_fast_decode_has_the_same_bits_in_a_batch(causal: bool) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_decode_has_the_same_bits_in_a_batch(fast: bool, causal: bool) -> None:
     model, _ = tiny(decoder_dim=64, causal_decoder=causal)
-    fast = dx.accelerate(model, fast=True)
+    ours = dx.accelerate(model, fast=fast)
     semantic = torch.randint(8, (3, 1, 50), generator=torch.Generator().manual_seed(1))
     acoustic = semantic.expand(-1, 3, -1)
     lengths = torch.tensor([50, 7, 31])
-    whole = fast.decode_from_codes(semantic, acoustic, lengths=lengths)
+    whole = ours.decode_from_codes(semantic, acoustic, lengths=lengths)
     for i, n in enumerate(lengths.tolist()):
-        alone = fast.decode_from_codes(semantic[i : i + 1, :, :n], acoustic[i : i + 1, :, :n])
+        alone = ours.decode_from_codes(semantic[i : i + 1, :, :n], acoustic[i : i + 1, :, :n])
         assert torch.equal(whole[i : i + 1, :, : alone.shape[2]], alone)
 
 
 def test_set_fast() -> None:
-    _, model = tiny()
+    _, model = tiny(decoder_dim=64)
     exact = decoded(model)
     assert not model.fast and model.set_fast() is model and model.fast
     fast = decoded(model)

@@ -2,11 +2,8 @@
 // A task loads rows + 6 * dilation input rows as [time][channel], keeps the ones that the residual needs, applies Snake
 // in place, runs the dilated k=7 convolution as conv_gemm (a tap is a row offset), Snake, the 1x1, the addition, and
 // stores.
-#include "params.h"
-
-#include "../common/gemm.h"
 #include "../common/snake.h"
-#include "../common/tile_io.h"
+#include "short_cpu.h"
 
 namespace dcx {
 namespace DCX_NS {
@@ -20,20 +17,6 @@ constexpr int64_t kTileBytes = 576 * 1024;
 // Wide layers stream megabytes of weights per tile; fewer rows than this and the stream would bound them.
 constexpr int64_t kMinTileRows = 128;
 
-enum Slot { kInput = 0, kMiddle = 1, kOutput = 2, kResidual = 3, kAllInput = 4, kAllMiddle = 5, kShared = 7 };
-
-// out [rows][columns of ld] += bias2 + x, of the channels and steps that begin at x's.
-template <class T>
-void add_residual(T* out, T* extra, int64_t ld, int64_t rows, int64_t channels, const T* bias, const TensorView& x,
-                  int64_t b, int64_t begin, int64_t valid) {
-  load_tile<T>(extra, ld, rows, channels, x, b, begin, valid);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < ld; c += kLanes<T>) {
-      T* value = out + r * ld + c;
-      vstore<T>(value, vload<T>(value) + vload<T>(bias + c) + vload<T>(extra + r * ld + c));
-    }
-}
-
 // A few rows of every clip: tasks are panels of the output's columns, first of W1 with Snake behind it, then of W2.
 template <class Kind>
 void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared) {
@@ -41,42 +24,25 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared) {
   typedef typename Kind::Sum T;
   const int64_t ld = round_up(p.channels, kColumnUnit), rows = p.out_steps;
   const int64_t halo = p.dilation * (kResidualUnitTaps - 1), in_rows = rows + halo;
-  const int64_t shift = p.centre * p.dilation - p.pad_left;
-  Tile* in = static_cast<Tile*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * ld) * sizeof(Tile)));
-  Tile* middle =
-      static_cast<Tile*>(thread_scratch(kAllMiddle, static_cast<size_t>(p.batch * rows * ld) * sizeof(Tile)));
+  Tile* in = scratch_rows<Tile>(kAllInput, p.batch * in_rows, ld);
+  Tile* middle = scratch_rows<Tile>(kAllMiddle, p.batch * rows, ld);
   for (int64_t b = 0; b < p.batch; ++b) {
     Tile* tile = in + b * in_rows * ld;
     load_tile<Tile>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b));
     const RowRange inside = rows_inside(-p.pad_left, in_rows, p.in_valid(b));
     snake_rows(tile + inside.first * ld, ld, inside.last - inside.first, shared, shared + ld, ld);
   }
-  const int64_t panels = panel_count(p.channels), work = p.batch * rows * p.channels * p.channels;
-  const size_t out_bytes = static_cast<size_t>(p.batch * rows * kMaxPanelWidth) * sizeof(T);
-  parallel(panels, work * kResidualUnitTaps, [&](int64_t panel) {
+  const int64_t work = p.batch * rows * p.channels * p.channels * kResidualUnitTaps;
+  parallel(panel_count(p.channels), work, [&](int64_t panel) {
     const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
-    T* out = static_cast<T*>(thread_scratch(kOutput, out_bytes));
+    T* out = scratch_rows<T>(kOutput, p.batch * rows, width);
     const GemmOperand<Tile> dilated{in, ld, p.dilation * ld, kResidualUnitTaps, p.channels};
     conv_gemm_panel<Tile>(rows, dilated, static_cast<const typename Kind::Weight*>(p.weight1), p.channels, panel, out,
                           width, GemmClips{p.batch, in_rows * ld, rows * width});
     bias_snake(middle + n0, ld, out, width, p.batch * rows, static_cast<const T*>(p.bias1) + n0, shared + 2 * ld + n0,
                shared + 3 * ld + n0, width);
   });
-  parallel(panels, work, [&](int64_t panel) {
-    const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
-    const int64_t channels = p.channels - n0 < width ? p.channels - n0 : width;
-    T* out = static_cast<T*>(thread_scratch(kOutput, out_bytes));
-    T* extra = static_cast<T*>(thread_scratch(kResidual, out_bytes));
-    const GemmOperand<Tile> pointwise{middle, ld, 0, 1, p.channels};
-    conv_gemm_panel<Tile>(p.batch * rows, pointwise, static_cast<const typename Kind::Weight*>(p.weight2), p.channels,
-                          panel, out, width, {});
-    for (int64_t b = 0; b < p.batch; ++b) {
-      T* tile = out + b * rows * width;
-      add_residual<T>(tile, extra, width, rows, channels, static_cast<const T*>(p.bias2) + n0, view_from(p.x, n0), b,
-                      shift, p.in_valid(b));
-      store_tile<T>(tile, width, rows, channels, view_from(p.y, n0), b, 0, p.out_valid(b));
-    }
-  });
+  finish_short<Kind>(p, middle, rows);
 }
 
 template <class Kind>

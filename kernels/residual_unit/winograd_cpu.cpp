@@ -4,9 +4,8 @@
 // and Snake, the 1x1, and the addition on the way to y. Between the transforms rows are in the order of (group, phase).
 #include "winograd.h"
 
-#include "../common/gemm.h"
 #include "../common/snake.h"
-#include "../common/tile_io.h"
+#include "short_cpu.h"
 
 namespace dcx {
 namespace DCX_NS {
@@ -19,13 +18,6 @@ constexpr int64_t kChunkBytes = 128 * 1024;
 constexpr int64_t kSnakeBytes = 16 * 1024;
 constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
 constexpr int64_t kMinChunkRows = 4 * kRowUnit;
-
-// Each piece is summed apart, in shorter chains than elsewhere, since the transforms magnify what they round: 64
-// channels for 128 take a quarter of the error away, and 2.5 % of the rate at C = 96, 13 % at C = 768.
-constexpr int64_t kProductBlock = 64;
-constexpr int64_t kMaxShortChains = 192;  // channels up to which the 10-product form has them
-
-enum Slot { kInput = 0, kTransformed = 1, kProducts = 2, kMiddle = 3, kOutput = 4, kShared = 7 };
 
 // Coefficients of prod (z - p_k^2) over all pairs but `left_out` (-1: none), by powers of z.
 template <class F>
@@ -64,13 +56,13 @@ inline Vec<T> every_other(const Vec<T>* x, const double* factors) {
   return sum;
 }
 
-// One row of each point's operand from n input rows. The polynomials M(z) / (z - p) and M(z) / (z + p) share their even
-// and odd parts.
+// `width` columns of one row of each point's operand from n input rows. The polynomials M(z) / (z - p) and M(z) / (z +
+// p) share their even and odd parts.
 template <class T, class F>
-inline void transform_input(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t ld) {
+inline void transform_input(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t width) {
   constexpr int kInputs = WinogradShape<F>::kInputs, kPairs = F::kPairs, kFirst = F::kZero ? 1 : 0;
   static constexpr Tables<F> kTables;
-  for (int64_t c = 0; c < ld; c += kLanes<T>) {
+  for (int64_t c = 0; c < width; c += kLanes<T>) {
     Vec<T> x[kInputs];
 #pragma GCC unroll 16
     for (int i = 0; i < kInputs; ++i) x[i] = vload<T>(in + i * in_stride + c);
@@ -126,13 +118,20 @@ struct Chunk {
   int64_t step(int64_t row) const { return (first + row) / dilation * group + (first + row) % dilation; }
 };
 
+// How many channels are summed before the sum is added to what is there, shorter than elsewhere, since the transforms
+// magnify what the products round. README.md has what each length costs in time and gives in accuracy.
+template <class F>
+int64_t chain_length(int64_t channels) {
+  if (F::kPieces == 1) return channels > 192 ? kReductionBlock : 64;
+  return channels > 128 ? 64 : channels > 32 ? 32 : 16;
+}
+
 // middle[j * count + r]: the snaked hidden value of row r's output j.
 template <class T, class F>
 void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, const T* weight, const T* bias,
               const T* alpha, const T* inverse, T* transformed, T* products, T* middle) {
   using Shape = WinogradShape<F>;
-  const int64_t block =
-      F::kPieces > 1 || channels <= kMaxShortChains ? minimum(channels, kProductBlock) : kReductionBlock;
+  const int64_t block = chain_length<F>(channels);
   const int64_t d = chunk.dilation, rows = chunk.count, transformed_rows = rows + (F::kPieces - 1) * d;
   for (int64_t r = 0; r < transformed_rows; ++r)
     transform_input<T, F>(in + chunk.step(r) * ld, d * ld, transformed + r * ld, transformed_rows * ld, ld);
@@ -150,22 +149,81 @@ void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, con
   }
 }
 
+// Rows in whole and in part of groups that `count` steps take.
+inline int64_t rows_of(int64_t count, int64_t d) {
+  const int64_t full = count / (kWinogradOutputs * d), left = count - full * kWinogradOutputs * d;
+  return full * d + (left < d ? left : d);
+}
+
+// A few rows of every clip: tasks are panels of columns, first of the input transform, then of the products with Snake
+// behind them, then of W2. Hidden values are in the order of time.
+template <class Kind, class F>
+void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared, int64_t halo) {
+  typedef typename Kind::Sum T;
+  using Shape = WinogradShape<F>;
+  const int64_t ld = round_up(p.channels, kColumnUnit), d = p.dilation, group = kWinogradOutputs * d;
+  const int64_t reached = round_up(p.out_steps, group), in_rows = reached + halo;
+  const Chunk chunk{0, rows_of(p.out_steps, d), d, group};
+  const int64_t rows = chunk.count, transformed_rows = rows + (F::kPieces - 1) * d;
+  T* in = scratch_rows<T>(kAllInput, p.batch * in_rows, ld);
+  T* transformed = scratch_rows<T>(kTransformed, Shape::kInputs * p.batch * transformed_rows, ld);
+  T* middle = scratch_rows<T>(kAllMiddle, p.batch * reached, ld);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    T* tile = in + b * in_rows * ld;
+    load_tile<T>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b));
+    const RowRange inside = rows_inside(-p.pad_left, in_rows, p.in_valid(b));
+    snake_rows(tile + inside.first * ld, ld, inside.last - inside.first, shared, shared + ld, ld);
+  }
+  const int64_t panels = panel_count(p.channels), work = p.batch * rows * p.channels;
+  parallel(panels, work * Shape::kInputs * Shape::kInputs, [&](int64_t panel) {
+    const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t r = 0; r < transformed_rows; ++r)
+        transform_input<T, F>(in + (b * in_rows + chunk.step(r)) * ld + n0, d * ld,
+                              transformed + (b * transformed_rows + r) * ld + n0, p.batch * transformed_rows * ld,
+                              width);
+  });
+  parallel(panels, work * p.channels * Shape::kProducts, [&](int64_t panel) {
+    const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
+    T* products = scratch_rows<T>(kProducts, Shape::kInputs * p.batch * rows, width);
+    const T* weight = static_cast<const T*>(p.weight1) + Shape::kProducts * p.channels * n0;
+    for (int i = 0; i < Shape::kInputs; ++i) {
+      const T* a = transformed + i * p.batch * transformed_rows * ld;
+      const GemmOperand<T> operand{a, ld, d * ld, Shape::pieces(i), p.channels, chain_length<F>(p.channels)};
+      conv_gemm_panel<T>(rows, operand, weight, width, 0, products + i * p.batch * rows * width, width,
+                         GemmClips{p.batch, transformed_rows * ld, rows * width});
+      weight += Shape::pieces(i) * p.channels * width;
+    }
+    const T* bias = static_cast<const T*>(p.bias1) + n0;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t r = 0; r < rows; ++r)
+        transform_output<T, F>(products + (b * rows + r) * width, p.batch * rows * width, bias, shared + 2 * ld + n0,
+                               shared + 3 * ld + n0, middle + (b * reached + chunk.step(r)) * ld + n0, d * ld, width);
+  });
+  finish_short<Kind>(p, middle, reached);
+}
+
 // Whether rows of a tensor are rows of T without padding, so that they need no tile.
 template <class T>
 inline bool plain_rows(const TensorView& view, int64_t channels, int64_t ld) {
   return view.stride_c == 1 && channels == ld && view.dtype == (sizeof(T) == 8 ? DType::kF64 : DType::kF32);
 }
 
-template <class T, class F>
+template <class Kind, class F>
 void run(const ResidualUnitParams& p) {
+  typedef typename Kind::Sum T;
   using Shape = WinogradShape<F>;
   const int64_t ld = round_up(p.channels, kColumnUnit), d = p.dilation, group = kWinogradOutputs * d;
   // With two pieces, infinity of a shorter second one is computed beside the others, from d rows more, and not used.
   const int64_t halo = d * (kResidualUnitTaps - 1 + F::kPieces - 1);
   const int64_t element = static_cast<int64_t>(sizeof(T));
-  T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>(4 * ld) * sizeof(T)));
+  T* shared = scratch_rows<T>(kShared, 4, ld);
   snake_prepare<T>(shared, ld, static_cast<const T*>(p.alpha1), p.channels);
   snake_prepare<T>(shared + 2 * ld, ld, static_cast<const T*>(p.alpha2), p.channels);
+  if (is_short(p.out_steps, p.batch)) {
+    run_short<Kind, F>(p, shared, halo);
+    return;
+  }
 
   const int64_t panel = ld < kMaxPanelWidth ? ld : kMaxPanelWidth;
   int64_t chunk_rows = kChunkBytes / (((Shape::kInputs + kWinogradOutputs) * ld + Shape::kInputs * panel) * element) /
@@ -183,17 +241,13 @@ void run(const ResidualUnitParams& p) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     // Groups are whole: what the last one reads past the signal is zero, in whatever batch or tile the clip is.
-    const int64_t full = count / group, left = count - full * group;
-    const int64_t group_rows = full * d + (left < d ? left : d), reached = ceil_div(count, group) * group;
+    const int64_t group_rows = rows_of(count, d), reached = round_up(count, group);
     const int64_t in_valid = p.in_valid(b), out_valid = p.out_valid(b);
-    const auto scratch = [&](Slot slot, int64_t count_of_rows, int64_t width) {
-      return static_cast<T*>(thread_scratch(slot, static_cast<size_t>(count_of_rows * width) * sizeof(T)));
-    };
-    T* in = scratch(kInput, rows + halo, ld);
-    T* transformed = scratch(kTransformed, Shape::kInputs * (chunk_rows + (F::kPieces - 1) * d), ld);
-    T* products = scratch(kProducts, Shape::kInputs * chunk_rows, panel);
-    T* middle = scratch(kMiddle, kWinogradOutputs * chunk_rows, ld);
-    T* out = plain ? nullptr : scratch(kOutput, rows, ld);
+    T* in = scratch_rows<T>(kInput, rows + halo, ld);
+    T* transformed = scratch_rows<T>(kTransformed, Shape::kInputs * (chunk_rows + (F::kPieces - 1) * d), ld);
+    T* products = scratch_rows<T>(kProducts, Shape::kInputs * chunk_rows, panel);
+    T* middle = scratch_rows<T>(kMiddle, kWinogradOutputs * chunk_rows, ld);
+    T* out = plain ? nullptr : scratch_rows<T>(kOutput, rows, ld);
     const int64_t block = kSnakeBytes / (ld * element) + 1;
     for (int64_t r = 0; r < reached + halo; r += block) {
       const int64_t block_rows = reached + halo - r < block ? reached + halo - r : block;
@@ -242,9 +296,9 @@ void run(const ResidualUnitParams& p) {
 void residual_unit_winograd(const ResidualUnitParams& p) {
   with_winograd_form(p.winograd, [&](auto form) {
     if (p.x.dtype == DType::kF64)
-      run<double, decltype(form)>(p);
+      run<DoubleKind, decltype(form)>(p);
     else
-      run<float, decltype(form)>(p);
+      run<SingleKind, decltype(form)>(p);
   });
 }
 

@@ -1,0 +1,24 @@
+"""Which form a decoder's layers take: the direct one, or one with fewer products, by what wins and what holds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+# As direct convolutions; with as few products as keep the exact decoder's rule of error; with the fewest. Forms other
+# than the direct one compute whole groups of steps.
+Form = Literal["direct", "exact", "fast"]
+
+_UNIT_PRODUCTS: dict[Form, int] = {"direct": 0, "exact": 13, "fast": 10}
+_FEWEST_CHANNELS = 16  # with fewer, rows are padded and Winograd is no faster, and its error passes the rule
+
+
+def form_for(form: Form, dtype: torch.dtype, device: torch.device) -> Form:
+    """Return the form that activations of a dtype take: only float32 on the CPU has another than the direct one."""
+    return form if dtype == torch.float32 and device.type == "cpu" else "direct"
+
+
+def unit_products(form: Form, channels: int) -> int:
+    """Return the `winograd` of a residual unit; kernels/residual_unit/README.md has speed and error per layer."""
+    return _UNIT_PRODUCTS[form] if channels >= _FEWEST_CHANNELS else 0
