@@ -24,6 +24,7 @@ RUNS: dict[str, str] = {
     " --peers pypi,folded-bf16,frozen2d-bf16,openvino2d-bf16,zentorch2d-bf16",
     "encode-12hz_v1": "encode --rounds 7 --peers pypi,reference,frozen2d,ort2d,zentorch2d",
     "encode-25hz_v1": "encode --preset 25hz_v1 --rounds 5 --peers pypi,frozen2d,ort2d,zentorch2d",
+    "decode-tiny": "decode --preset tiny --fast --rounds 9 --peers reference,folded,frozen2d",
     "rvq_search-12hz_v1": "ops --ops rvq_search --rounds 9 --peers all",
     "stream-12hz_causal": "stream --preset 12hz_causal",
     "inference-12hz_v1": "inference --rounds 5 --peers all",

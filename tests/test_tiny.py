@@ -21,6 +21,7 @@ from dualcodec_ext.codes import read_codes
 from dualcodec_ext.hub import BUNDLED
 
 CODEBOOKS = 10
+DECODE_ROUNDING = 2e-6  # of full scale; a 16-bit step is 3e-5
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,10 @@ def test_nothing_depends_on_the_future(model: dx.DualCodec, speech: Tensor) -> N
     whole, start = model.encode(speech), model.encode(speech[..., :cut])
     assert whole[1] is not None and start[1] is not None
     assert torch.equal(whole[0][..., :60], start[0]) and torch.equal(whole[1][..., :60], start[1])
-    assert torch.equal(model.decode_from_codes(*whole)[..., :cut], model.decode_from_codes(*start))
+    # The products of a group of outputs hold later inputs too, which cancel but for rounding.
+    torch.testing.assert_close(
+        model.decode_from_codes(*whole)[..., :cut], model.decode_from_codes(*start), rtol=0, atol=DECODE_ROUNDING
+    )
 
 
 def test_parity_on_trained_codebooks(model: dx.DualCodec, speech: Tensor, record_property: Any) -> None:
