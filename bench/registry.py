@@ -247,17 +247,19 @@ def our_call(row: Row, dtype: torch.dtype, family: str = "auto", fast: bool = Fa
         assert weight is not None
         return weight.to(steps.weight_dtype(dtype, torch.device(row.device)))
 
+    asked: forms.Form = "direct" if row.where != "decoder" else "fast" if fast else "exact"
+    form = forms.form_for(asked, dtype, torch.device(row.device))
     with backend(family):
         if row.op == "snake_conv1d":
             options["packed"] = packing.pack_conv1d(kept(0), options["stride"], options["dilation"])
         elif row.op == "residual_unit":
-            asked: forms.Form = "direct" if row.where != "decoder" else "fast" if fast else "exact"
-            form = forms.form_for(asked, dtype, torch.device(row.device))
             winograd = forms.unit_products(form, kept(1).shape[0])
             options |= {"winograd": winograd, "packed": packing.pack_residual_unit(kept(1), kept(4), winograd)}
         elif row.op == "snake_upsample1d":
-            packed = packing.pack_upsample1d(kept(1), options["stride"], options["mode"], options["padding"])
-            options["packed"] = packed
+            stride, mode, padding = options["stride"], options["mode"], options["padding"]
+            winograd = forms.upsample_products(form, mode, kept(1).shape[1]) if family != "triton" else 0
+            packed = packing.pack_upsample1d(kept(1), stride, mode, padding, winograd)
+            options |= {"winograd": winograd, "packed": packed}
         elif row.quantizer_tensors:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             options["packed"] = packing.pack_rvq(*(t.to(wide) for t in row.quantizer_tensors))

@@ -31,7 +31,7 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   m.def("pack_conv1d(Tensor weight, int stride=1, int dilation=1) -> Tensor");
   m.def("pack_residual_unit(Tensor weight1, Tensor weight2, int winograd=0) -> Tensor");
   m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");
-  m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding) -> Tensor");
+  m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding, int winograd=0) -> Tensor");
   define_with_out(m, "residual_unit",
                   "Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? "
                   "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed, int winograd=0");
@@ -48,7 +48,7 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   // With `first` the output begins at that step and is as long as `out`: a stretch of an upsampling.
   define_with_out(m, "snake_upsample1d",
                   "Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? "
-                  "lengths, Tensor? packed",
+                  "lengths, Tensor? packed, int winograd=0",
                   "int first, ");
 }
 

@@ -3,6 +3,7 @@
 #include <string_view>
 
 #include "../kernels/snake_upsample1d/params.h"
+#include "../kernels/snake_upsample1d/winograd.h"
 #include "checks.h"
 #include "packing.h"
 #ifdef DCX_WITH_CUDA
@@ -49,14 +50,37 @@ at::Tensor fold_phase(const at::Tensor& weight, const UpsamplePhases& phases, in
   return folded;
 }
 
-at::Tensor pack_upsample1d_cpu(const at::Tensor& weight, int64_t stride, c10::string_view mode,
-                               at::IntArrayRef padding) {
+void check_winograd(const char* op, int64_t winograd, const UpsamplePhases& phases) {
+  DCX_CHECK(winograd == 0 || winograd == kUpsampleProducts, op, ": winograd must be 0 (direct) or ", kUpsampleProducts,
+            ", got ", winograd);
+  DCX_CHECK(winograd == 0 || phases.mode == UpsampleMode::kTransposed, op,
+            ": winograd must be 0 unless mode is 'transposed', got ", winograd);
+}
+
+// Winograd's are transformed, and in float32 at least.
+at::Tensor pack_upsample1d_cpu(const at::Tensor& weight, int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                               int64_t winograd) {
   const UpsamplePhases phases = parse_phases("pack_upsample1d", stride, mode, padding);
+  check_winograd("pack_upsample1d", winograd, phases);
   const auto [in_channels, out_channels] = weight_channels("pack_upsample1d", weight, phases);
-  const at::ScalarType dtype = packed_dtype(weight.scalar_type());
+  const at::ScalarType dtype =
+      winograd == 0 ? packed_dtype(weight.scalar_type()) : accumulate_dtype(weight.scalar_type());
+  const int64_t matrices = winograd == 0 ? phases.total_taps() : winograd * stride;
   at::Tensor packed =
-      at::empty({panels_numel(dtype, phases.total_taps(), in_channels, out_channels)}, weight.options().dtype(dtype));
+      at::empty({panels_numel(dtype, matrices, in_channels, out_channels)}, weight.options().dtype(dtype));
   int64_t offset = 0;
+  for (int64_t phase = 0; phase < phases.stride && winograd != 0; ++phase) {
+    const at::Tensor folded = fold_phase(weight, phases, phase);
+    const auto transform = [&](auto* out) {
+      pack_winograd_phase(out + offset, folded.const_data_ptr<double>(), in_channels, out_channels);
+    };
+    if (dtype == at::kDouble)
+      transform(packed.mutable_data_ptr<double>());
+    else
+      transform(packed.mutable_data_ptr<float>());
+    offset += panels_numel(dtype, winograd, in_channels, out_channels);
+  }
+  if (winograd != 0) return packed;
   for (int64_t phase = 0; phase < phases.stride; ++phase) {
     const int64_t taps = phases.taps(phase);
     pack_panels_into(packed, offset, fold_phase(weight, phases, phase), taps, in_channels, out_channels,
@@ -93,16 +117,23 @@ at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x
                                  const OptionalTensor& bias,  // [Cout]
                                  int64_t stride, c10::string_view mode, at::IntArrayRef padding,
                                  const OptionalTensor& lengths,  // [B] i64
-                                 const OptionalTensor& packed) {
+                                 const OptionalTensor& packed, int64_t winograd) {
   const char* op = "snake_upsample1d";
   SnakeUpsample1dParams p = check_snake_upsample1d(x, weight, stride, mode, padding);
+  check_winograd(op, winograd, p.phases);
+  DCX_CHECK(winograd == 0 || x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
+            ": winograd must be 0 unless x is float32 or float64, got ", winograd, " with ", x.scalar_type());
+  DCX_CHECK(winograd == 0 || first % stride == 0, op, ": first must be a multiple of stride = ", stride,
+            " with winograd, got ", first);
+  p.winograd = winograd;
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::ScalarType dtype = packed_dtype(x.scalar_type());
-  const at::Tensor panels =
-      packed_or(op, packed, panels_numel(dtype, p.phases.total_taps(), p.in_channels, p.out_channels), dtype,
-                [&] { return pack_upsample1d_cpu(weight.to(dtype), stride, mode, padding); });
+  const at::Tensor panels = packed_or(
+      op, packed,
+      panels_numel(dtype, winograd == 0 ? p.phases.total_taps() : winograd * stride, p.in_channels, p.out_channels),
+      dtype, [&] { return pack_upsample1d_cpu(weight.to(dtype), stride, mode, padding, winograd); });
   if (out.has_value()) {
     DCX_CHECK(out->dim() == 3 && first >= 0 && first + out->size(2) <= p.out_steps, op,
               ": out must be [B, C, N] with first + N in 0..", p.out_steps, ", got first = ", first, " and ",
@@ -123,23 +154,30 @@ at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x
 
 at::Tensor snake_upsample1d_cpu(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
                                 const OptionalTensor& bias, int64_t stride, c10::string_view mode,
-                                at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed) {
-  return snake_upsample1d_into(std::nullopt, 0, x, alpha, weight, bias, stride, mode, padding, lengths, packed);
+                                at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed,
+                                int64_t winograd) {
+  return snake_upsample1d_into(std::nullopt, 0, x, alpha, weight, bias, stride, mode, padding, lengths, packed,
+                               winograd);
 }
 
 void snake_upsample1d_out_cpu(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
                               const OptionalTensor& bias, int64_t stride, c10::string_view mode,
                               at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed,
-                              int64_t first, at::Tensor& out) {
-  snake_upsample1d_into(out, first, x, alpha, weight, bias, stride, mode, padding, lengths, packed);
+                              int64_t winograd, int64_t first, at::Tensor& out) {
+  snake_upsample1d_into(out, first, x, alpha, weight, bias, stride, mode, padding, lengths, packed, winograd);
 }
 
 #ifdef DCX_WITH_CUDA
 
+void check_direct(const char* op, int64_t winograd) {
+  DCX_CHECK(winograd == 0, op, ": winograd must be 0 on CUDA, got ", winograd);
+}
+
 // [every phase's taps][round_up(Cin, 32)][round_up(Cout, 16)] in the weight's dtype.
 at::Tensor pack_upsample1d_cuda(const at::Tensor& weight, int64_t stride, c10::string_view mode,
-                                at::IntArrayRef padding) {
+                                at::IntArrayRef padding, int64_t winograd) {
   const UpsamplePhases phases = parse_phases("pack_upsample1d", stride, mode, padding);
+  check_direct("pack_upsample1d", winograd);
   const auto [in_channels, out_channels] = weight_channels("pack_upsample1d", weight, phases);
   check_cuda_dtype("pack_upsample1d", "weight", weight);
   const c10::cuda::CUDAGuard guard(weight.device());
@@ -153,8 +191,10 @@ at::Tensor pack_upsample1d_cuda(const at::Tensor& weight, int64_t stride, c10::s
 
 at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
                                  const OptionalTensor& bias, int64_t stride, c10::string_view mode,
-                                 at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed) {
+                                 at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed,
+                                 int64_t winograd) {
   const char* op = "snake_upsample1d";
+  check_direct(op, winograd);
   SnakeUpsample1dParams p = check_snake_upsample1d(x, weight, stride, mode, padding);
   check_cuda_dtype(op, "x", x);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -163,7 +203,7 @@ at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, c
   const at::Tensor bias_values = small_vector(op, "bias", bias, p.out_channels, x);
   const at::Tensor values = cuda_packed_or(
       op, packed, p.phases.total_taps() * round_up(p.in_channels, kChannelUnit) * round_up(p.out_channels, kColumnUnit),
-      x, [&] { return pack_upsample1d_cuda(weight.to(x.scalar_type()), stride, mode, padding); });
+      x, [&] { return pack_upsample1d_cuda(weight.to(x.scalar_type()), stride, mode, padding, 0); });
   at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
   if (y.numel() == 0) return y;
   p.y = view_of(y);

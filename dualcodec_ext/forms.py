@@ -11,7 +11,8 @@ import torch
 Form = Literal["direct", "exact", "fast"]
 
 _UNIT_PRODUCTS: dict[Form, int] = {"direct": 0, "exact": 13, "fast": 10}
-_FEWEST_CHANNELS = 16  # with fewer, rows are padded and Winograd is no faster, and its error passes the rule
+_UPSAMPLE_PRODUCTS: dict[Form, int] = {"direct": 0, "exact": 4, "fast": 4}
+_FEWEST_CHANNELS = 16  # with fewer, rows are padded and Winograd is no faster, and a unit's error passes the rule
 
 
 def form_for(form: Form, dtype: torch.dtype, device: torch.device) -> Form:
@@ -22,3 +23,8 @@ def form_for(form: Form, dtype: torch.dtype, device: torch.device) -> Form:
 def unit_products(form: Form, channels: int) -> int:
     """Return the `winograd` of a residual unit; kernels/residual_unit/README.md has speed and error per layer."""
     return _UNIT_PRODUCTS[form] if channels >= _FEWEST_CHANNELS else 0
+
+
+def upsample_products(form: Form, mode: str, channels: int) -> int:
+    """Return the `winograd` of an upsampling to so many channels; kernels/snake_upsample1d/README.md as above."""
+    return _UPSAMPLE_PRODUCTS[form] if mode == "transposed" and channels >= _FEWEST_CHANNELS else 0

@@ -160,9 +160,8 @@ class BlockStage(_Window):
 class UpsampleStage:
     """Output row o of an upsampling by S; a stretch of input rows keeps the phases, since it begins on a whole row."""
 
-    granularity = 1
-
     def __init__(self, step: UpsampleStep) -> None:
+        self.granularity = step.granularity
         self.repeat = step.mode == "repeat"
         shape = step.weight.shape
         self.in_channels, self.out_channels = (shape[1], shape[0]) if self.repeat else (shape[0], shape[1])

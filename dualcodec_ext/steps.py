@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .forms import Form, unit_products
+from .forms import Form, unit_products, upsample_products
 from .ops import packing
 from .reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d
 
@@ -144,16 +144,20 @@ class UpsampleStep:
     stride: int
     mode: str
     padding: tuple[int, int]
+    winograd: int = 0
 
     @classmethod
-    def of(cls, alpha: Tensor, conv: WNConvTranspose1d | CausalUpsample, dtype: torch.dtype) -> UpsampleStep:
+    def of(
+        cls, alpha: Tensor, conv: WNConvTranspose1d | CausalUpsample, dtype: torch.dtype, form: Form = "direct"
+    ) -> UpsampleStep:
         inner: WNConv1d | WNConvTranspose1d
         if isinstance(conv, CausalUpsample):
             inner, mode, padding = _inner(conv.conv), "repeat", conv.padding
         else:
             inner, mode, padding = conv, "transposed", conv.padding
         weight = inner.folded_weight(dtype)
-        packed = packing.pack_upsample1d(weight, conv.stride, mode, padding)
+        winograd = upsample_products(form, mode, inner.out_channels)
+        packed = packing.pack_upsample1d(weight, conv.stride, mode, padding, winograd)
         vectors = vector_dtype(dtype)
         return cls(
             alpha.detach().reshape(-1).to(vectors, copy=True),
@@ -163,7 +167,13 @@ class UpsampleStep:
             conv.stride,
             mode,
             padding,
+            winograd,
         )
+
+    @property
+    def granularity(self) -> int:
+        """As of `ResidualUnitStep`."""
+        return 3 * self.stride if self.winograd else 1
 
     def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return ops.snake_upsample1d(
@@ -176,23 +186,13 @@ class UpsampleStep:
             padding=self.padding,
             lengths=lengths,
             packed=self.packed,
+            winograd=self.winograd,
         )
 
     def into(self, out: Tensor, x: Tensor, first: int) -> None:
         """Compute the output steps of x from `first` on, as many as out has."""
-        torch.ops.dualcodec_ext.snake_upsample1d.out(
-            x,
-            self.alpha,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.mode,
-            self.padding,
-            None,
-            self.packed,
-            first=first,
-            out=out,
-        )
+        layer = (self.alpha, self.weight, self.bias, self.stride, self.mode, self.padding)
+        torch.ops.dualcodec_ext.snake_upsample1d.out(x, *layer, None, self.packed, self.winograd, first=first, out=out)
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         if self.mode == "repeat":
@@ -413,7 +413,7 @@ def lengths_through(steps: Sequence[Step], lengths: Tensor) -> list[Tensor]:
 def program(modules: Sequence[nn.Module], dtype: torch.dtype, form: Form = "direct") -> list[Step]:
     """Turn a run of reference modules into steps; a Snake is taken into the convolution behind it.
 
-    dtype: of the weights. form: of the residual units.
+    dtype: of the weights. form: of upsamplings and residual units.
     """
     steps: list[Step] = []
     alpha: Tensor | None = None
@@ -425,7 +425,7 @@ def program(modules: Sequence[nn.Module], dtype: torch.dtype, form: Form = "dire
             alpha = None
         elif isinstance(module, WNConvTranspose1d | CausalUpsample):
             assert alpha is not None
-            steps.append(UpsampleStep.of(alpha, module, dtype))
+            steps.append(UpsampleStep.of(alpha, module, dtype, form))
             alpha = None
         elif isinstance(module, reference.ResidualUnit):
             steps.append(ResidualUnitStep.of(module, dtype, form))

@@ -17,14 +17,14 @@ SCHEMAS = {
     "causal_dwconv1d": "(Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, "
     "float eps, Tensor? lengths) -> Tensor",
     "pack_rvq": "(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor",
-    "pack_upsample1d": "(Tensor weight, int stride, str mode, int[] padding) -> Tensor",
+    "pack_upsample1d": "(Tensor weight, int stride, str mode, int[] padding, int winograd=0) -> Tensor",
     "rvq_lookup": "(Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, "
     "Tensor? lengths, bool channels_last, Tensor? packed) -> Tensor",
     "rvq_search": "(Tensor z, Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, "
     "Tensor out_bias, int num_quantizers, bool return_quantized, bool return_margin, Tensor? lengths, "
     "Tensor? packed) -> (Tensor codes, Tensor quantized, Tensor margin)",
     "snake_upsample1d": "(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, "
-    "Tensor? lengths, Tensor? packed) -> Tensor",
+    "Tensor? lengths, Tensor? packed, int winograd=0) -> Tensor",
 }
 
 # Where an op is implemented, when not in the module of its own name.

@@ -40,10 +40,10 @@ def pack_residual_unit(weight1: Tensor, weight2: Tensor, winograd: int = 0) -> T
     return _packers("residual_unit", weight1).pack_residual_unit(weight1.detach(), weight2.detach(), winograd)
 
 
-def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: tuple[int, int]) -> Tensor:
-    """Pack an upsampling's weight, phase by phase, for `snake_upsample1d` with the same stride, mode and padding."""
+def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: tuple[int, int], winograd: int = 0) -> Tensor:
+    """Pack an upsampling's weight, phase by phase, for `snake_upsample1d` with the same arguments."""
     packers = _packers("snake_upsample1d", weight)
-    return packers.pack_upsample1d(weight.detach(), stride, mode, list(padding))
+    return packers.pack_upsample1d(weight.detach(), stride, mode, list(padding), winograd)
 
 
 def pack_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _fake_residual_unit(weight1: Tensor, weight2: Tensor, winograd: int = 0) -> 
     return _panels(weight1, 8, channels, channels)
 
 
-def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[int]) -> Tensor:
+def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[int], winograd: int = 0) -> Tensor:
     if mode == "transposed":
         channels, columns, taps = weight.shape[0], weight.shape[1], 2 * stride
     else:
@@ -108,6 +108,8 @@ def _fake_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[i
         taps = sum((first + 2 * stride - 1) // stride - first // stride + 1 for first in firsts)
     if weight.is_cuda:
         return weight.new_empty(taps * _channels(channels) * _columns(columns))
+    if winograd:  # a transformed weight is float32 at least
+        return _packed(weight, winograd * stride * channels * _columns(columns))
     return _panels(weight, taps, channels, columns)
 
 
@@ -127,7 +129,9 @@ def _fake_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight:
     )
 
 
-def _fake_upsample1d_triton(weight: Tensor, stride: int, mode: str, padding: Sequence[int]) -> Tensor:
+def _fake_upsample1d_triton(
+    weight: Tensor, stride: int, mode: str, padding: Sequence[int], winograd: int = 0
+) -> Tensor:
     first, second = weight.shape[:2]
     rows, columns = (2 * first, stride * second) if mode == "transposed" else (3 * second, stride * first)
     half = weight.dtype in (torch.bfloat16, torch.float16)

@@ -22,6 +22,7 @@ def snake_upsample1d(
     padding: Sequence[int] = (0, 0),
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
+    winograd: int = 0,
 ) -> Tensor:
     """Apply Snake and upsample by `stride`, as one small convolution per output phase.
 
@@ -35,7 +36,10 @@ def snake_upsample1d(
         padding: (left, right): samples cropped off the (T + 1) S of the transposed convolution; or zeros put around the
             repeated signal.
         lengths: [B] int64, samples per item; those past it count as zero on input and output.
-        packed: `ops.packing.pack_upsample1d(weight, stride, mode, padding)`; then of weight the shape alone is read.
+        packed: `ops.packing.pack_upsample1d(weight, stride, mode, padding, winograd)`; then of weight the shape alone
+            is read.
+        winograd: in how many [Cin, Cout] products a phase's outputs for 3 frames are computed: 0, direct, in 6; 4, when
+            transposed, in float32 and float64 on the CPU.
 
     Returns:
         [B, Cout, (T + 1) S - left - right] or [B, Cout, (T - 2) S + left + right + 1], dtype and layout of x.
@@ -45,18 +49,22 @@ def snake_upsample1d(
         RuntimeError: a gradient is needed and `packed` is given.
 
     Numerics: float32 accumulation (float64 for float64); taps of a repeat that meet are added in float64 when packing.
-        On the CPU a bfloat16 x takes its weights in bfloat16.
+        On the CPU a bfloat16 x takes its weights in bfloat16. With `winograd` the outputs [3S * g, 3S * g + 3S) are one
+        group: an output's bits, and whether it is NaN, depend on all inputs that its group reads. A signal cut at
+        multiples of 3S gives the same bits. The reference computes the same, directly, whatever `winograd` is.
 
     Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_ref`.
     """
     optional = {"bias": bias, "lengths": lengths}
-    check_types("snake_upsample1d", {"x": x, "alpha": alpha, "weight": weight}, optional, stride=stride)
+    check_types(
+        "snake_upsample1d", {"x": x, "alpha": alpha, "weight": weight}, optional, stride=stride, winograd=winograd
+    )
     pair = check_pair("snake_upsample1d", padding)
     kernels = kernels_for("snake_upsample1d", x, packed)
     if kernels is None:
         alpha, weight, bias = as_dtype(x.dtype, alpha, weight, bias)
         return reference.snake_upsample1d_ref(x, alpha, weight, bias, stride, mode, (pair[0], pair[1]), lengths)
-    return kernels.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed)
+    return kernels.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed, winograd)
 
 
 def _fake(
@@ -69,6 +77,7 @@ def _fake(
     padding: Any,
     lengths: Any,
     packed: Any,
+    winograd: int = 0,
 ) -> Tensor:
     steps, repeat = x.shape[2], mode == "repeat"
     pad = padding[0] + padding[1]
@@ -77,7 +86,7 @@ def _fake(
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:
-    return reference.snake_upsample1d_ref(x, *args[:-1])
+    return reference.snake_upsample1d_ref(x, *args[:7])
 
 
 register("snake_upsample1d", _fake, _reference, tensors=(0, 1, 2, 3), packed=8)

@@ -6,8 +6,11 @@ namespace dcx {
 
 // y[b, :, q * S + p] = bias + sum_j W_{p, j} snake(x[b, :, q + first[p] + j])
 struct SnakeUpsample1dParams {
-  TensorView x;            // [B, Cin, T]
-  TensorView y;            // [B, Cout, T']
+  TensorView x;  // [B, Cin, T]
+  TensorView y;  // [B, Cout, T']
+  // On the CPU: 0, direct, or kUpsampleProducts of winograd.h; weight is then, phase by phase, what its packer makes,
+  // and first a multiple of the stride.
+  int64_t winograd;
   const void* weight;      // phase by phase, gemm_pack.h panels of [taps(p)][Cin] x Cout, compute type
   const void* bias;        // [round_up(Cout, 16)], compute type, zero-padded
   const void* alpha;       // [Cin], compute type

@@ -9,6 +9,9 @@
 
 namespace dcx {
 namespace DCX_NS {
+
+void snake_upsample1d_winograd(const SnakeUpsample1dParams& p);  // winograd_cpu.cpp
+
 namespace {
 
 // Input and output tile together, in bytes: half of a 1 MB L2, the rest is for the streamed weights.
@@ -117,7 +120,9 @@ void run(const SnakeUpsample1dParams& p) {
 }  // namespace
 
 void snake_upsample1d(const SnakeUpsample1dParams& p) {
-  if (p.x.dtype == DType::kF64)
+  if (p.winograd != 0)
+    snake_upsample1d_winograd(p);
+  else if (p.x.dtype == DType::kF64)
     run<DoubleKind>(p);
   else if (p.x.dtype == DType::kBF16)
     run<Bf16Kind>(p);

@@ -44,8 +44,9 @@ def _fold(weight: Tensor, stride: int, mode: str) -> Tensor:
     return folded.reshape(taps * channels, stride * columns).to(dtype).contiguous()
 
 
-def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[int]) -> Tensor:
+def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[int], winograd: int = 0) -> Tensor:
     """Return the folded weight; the padding does not change it."""
+    host.check(winograd == 0, "pack_upsample1d", f"winograd must be 0 in Triton, got {winograd}")
     _check_layer("pack_upsample1d", weight, stride, mode, padding)
     return _fold(weight, stride, mode)
 
@@ -60,9 +61,11 @@ def snake_upsample1d(
     padding: Sequence[int],
     lengths: Tensor | None,
     packed: Tensor | None,
+    winograd: int = 0,
 ) -> Tensor:
     """Check, allocate, launch."""
     op = "snake_upsample1d"
+    host.check(winograd == 0, op, f"winograd must be 0 in Triton, got {winograd}")
     host.check_signal(op, "x", x)
     in_channels, out_channels = _check_layer(op, weight, stride, mode, padding)
     batch, channels, steps = x.shape
