@@ -4,6 +4,9 @@ namespace dcx {
 namespace DCX_NS {
 namespace {
 
+// Weights beyond this pass through L2 once per tile.
+constexpr int64_t kStreamedBytes = 256 * 1024;
+
 // Everything below counts the reduction in steps, one element of B each.
 template <class A, class B, int MR, int NV>
 inline void micro_kernel(const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps, const B* b,
@@ -92,30 +95,47 @@ constexpr int kBlockRows =
     NV == 2 ? 6 : 12;
 #endif
 
+// Weights that come next, fetched into L2 a few lines per register block: a slice begins where no stream has been, so
+// that the hardware would fetch its first lines only once they are missed.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t bytes = 0;
+
+  inline void fetch(int64_t count) {
+    const int64_t now = count < bytes ? count : bytes;
+    for (int64_t i = 0; i < now; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += now;
+    bytes -= now;
+  }
+};
+
 template <class A, class B, int NV>
 inline void panel_columns(int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps,
-                          const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add) {
+                          const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add, Ahead& ahead) {
   constexpr int MR = kBlockRows<NV>;
-  for (int64_t i = 0; i < m; i += MR)
+  const int64_t share = ahead.bytes > 0 ? round_up(ceil_div(ahead.bytes, ceil_div(m, int64_t{MR})), 64) : 0;
+  for (int64_t i = 0; i < m; i += MR) {
+    if (share > 0) ahead.fetch(share);
     row_block<A, B, MR, NV>(m - i < MR ? m - i : MR, a + i * row_stride, row_stride, tap_stride, taps, steps, b,
                             b_stride, c + i * ld_c, ld_c, add);
+  }
 }
 
 // One panel (width columns) over one reduction block.
 template <class A, class B>
 void gemm_panel(int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps, const B* b,
-                int64_t width, Sum<A>* c, int64_t ld_c, bool add) {
+                int64_t width, Sum<A>* c, int64_t ld_c, bool add, Ahead ahead) {
   int64_t n = 0;
 #if DCX_ISA >= 2
   constexpr int64_t three = 3 * kLanes<Sum<A>>;
   for (; n + three <= width; n += three)
-    panel_columns<A, B, 3>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add);
+    panel_columns<A, B, 3>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add, ahead);
 #endif
   constexpr int64_t two = 2 * kLanes<Sum<A>>;
   for (; n + two <= width; n += two)
-    panel_columns<A, B, 2>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add);
+    panel_columns<A, B, 2>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add, ahead);
   for (; n < width; n += kLanes<Sum<A>>)
-    panel_columns<A, B, 1>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add);
+    panel_columns<A, B, 1>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add, ahead);
 }
 
 inline bool library_gemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add,
@@ -153,14 +173,14 @@ inline void for_each_block(const GemmOperand<A>& op, const F& f) {
 // One panel, of `width` columns, over one block.
 template <class A, class B>
 inline void panel_block(int64_t m, const GemmOperand<A>& op, const Block& block, const B* panel, int64_t width,
-                        Sum<A>* c, int64_t ld_c) {
+                        Sum<A>* c, int64_t ld_c, Ahead ahead = {}) {
   const int64_t all_steps = ceil_div(op.channels, kChannelsPerElement<B>), steps = block.end - block.begin;
   const A* a = op.a + block.tap * op.tap_stride + block.begin * kChannelsPerElement<B>;
   const B* slice = panel + (block.tap * all_steps + block.begin) * width;
   for (int64_t k = 0; k < block.taps; ++k)
     if (!library_gemm(m, width, steps, op.row_stride, width, ld_c, block.add || k > 0, a + k * op.tap_stride,
                       slice + k * all_steps * width, c)) {
-      gemm_panel<A, B>(m, a, op.row_stride, op.tap_stride, block.taps, steps, slice, width, c, ld_c, block.add);
+      gemm_panel<A, B>(m, a, op.row_stride, op.tap_stride, block.taps, steps, slice, width, c, ld_c, block.add, ahead);
       return;
     }
 }
@@ -176,11 +196,26 @@ inline const B* panel_at(const GemmOperand<A>& op, const B* b, int64_t column) {
 template <class A, class B>
 void conv_gemm(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns, Sum<A>* c, int64_t ld_c) {
   if (m <= 0) return;
+  const int64_t steps = ceil_div(op.channels, kChannelsPerElement<B>), panels = panel_count(columns);
+  const bool streamed = op.taps * steps * columns * static_cast<int64_t>(sizeof(B)) > kStreamedBytes;
   // Panels inside blocks: a block of the rows stays in L1 while the panels pass.
   for_each_block<B>(op, [&](const Block& block) {
-    for (int64_t p = 0; p < panel_count(columns); ++p) {
-      const int64_t n0 = panel_begin(columns, p), width = panel_begin(columns, p + 1) - n0;
-      panel_block(m, op, block, panel_at(op, b, n0), width, c + n0, ld_c);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t n0 = panel_begin(columns, p), n1 = panel_begin(columns, p + 1);
+      Ahead ahead;
+      if (streamed) {
+        // The same block of the next panel, or where the panels end about as much of the first one's next block.
+        const int64_t slice = block.taps * (block.end - block.begin);
+        const int64_t from = block.tap * steps + block.begin;
+        if (p + 1 < panels)
+          ahead = {reinterpret_cast<const char*>(panel_at(op, b, n1) + from * (panel_begin(columns, p + 2) - n1)),
+                   slice * (panel_begin(columns, p + 2) - n1) * static_cast<int64_t>(sizeof(B))};
+        else if (from + slice < op.taps * steps)
+          ahead = {reinterpret_cast<const char*>(b + (from + slice) * panel_begin(columns, 1)),
+                   (op.taps * steps - from - slice < slice ? op.taps * steps - from - slice : slice) *
+                       panel_begin(columns, 1) * static_cast<int64_t>(sizeof(B))};
+      }
+      panel_block(m, op, block, panel_at(op, b, n0), n1 - n0, c + n0, ld_c, ahead);
     }
   });
 }

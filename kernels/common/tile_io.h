@@ -175,6 +175,21 @@ static void load_tile(T* tile, int64_t ld, int64_t rows, int64_t channels, const
   }
 }
 
+template <class T>
+constexpr DType kDTypeOf = sizeof(T) == 8   ? DType::kF64
+                           : sizeof(T) == 4 ? DType::kF32
+                                            : DType::kBF16;
+
+// Whether x's rows are what a tile's rows would be: they can then be read and written where they are.
+template <class T>
+static inline bool is_direct(const TensorView& x, int64_t channels) {
+  return x.dtype == kDTypeOf<T> && x.stride_c == 1 && channels % kColumnUnit == 0;
+}
+template <class T>
+static inline T* row_of(const TensorView& x, int64_t b, int64_t t) {
+  return static_cast<T*>(x.data) + b * x.stride_b + t * x.stride_t;
+}
+
 // Writes tile rows to time steps begin .. begin + rows of batch item b; steps at or past valid are written as zero.
 template <class T>
 static void store_tile(T* tile, int64_t ld, int64_t rows, int64_t channels, const TensorView& y, int64_t b,

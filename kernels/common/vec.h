@@ -91,6 +91,16 @@ static inline Vec<double> vfma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// max(|a|, b) per lane; b where a is not a number.
+static inline Vec<float> vlargest(Vec<float> a, Vec<float> b) {
+  const Vec<float> size = reinterpret_cast<Vec<float>>(reinterpret_cast<IVec<float>>(a) & 0x7fffffff);
+#if DCX_ISA >= 2
+  return _mm512_maskz_max_ps(0xffff, size, b);  // GCC 12 compares and blends
+#else
+  return size > b ? size : b;
+#endif
+}
+
 // The first n lanes (0 <= n <= kLanes), the others zero; memory past them is not touched.
 template <class T>
 static inline Vec<T> vload_first(const T* p, int64_t n) {

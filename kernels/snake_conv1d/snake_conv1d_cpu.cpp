@@ -16,6 +16,9 @@ namespace {
 
 // Input and output tile together, in bytes: half of a 1 MB L2, the rest is for the streamed weights.
 constexpr int64_t kTileBytes = 448 * 1024;
+// A layer of one channel computes hardly more sums than it stores: its output tile passes through the first-level
+// cache.
+constexpr int64_t kFewSumsTileBytes = 20 * 1024;
 // Wide layers stream megabytes of weights per tile; fewer rows than this and the stream would bound them.
 constexpr int64_t kMinTileRows = 96;
 
@@ -107,6 +110,22 @@ inline int64_t out_valid_steps(const SnakeConv1dParams& p, int64_t b) {
                               : p.out_steps;
 }
 
+// The bias and the way to memory in one, where nothing else is to do and y has rows of this type.
+template <class T>
+void bias_and_store(const SnakeConv1dParams& p, const T* out, int64_t ld, int64_t rows, int64_t b, int64_t t0) {
+  const T* bias = static_cast<const T*>(p.bias);
+  const RowRange told = rows_inside(t0, rows, out_valid_steps(p, b));
+  for (int64_t r = 0; r < rows; ++r) {
+    T* y = row_of<T>(p.y, b, t0 + r);
+    if (r >= told.last) {
+      memset(y, 0, static_cast<size_t>(p.out_channels) * sizeof(T));
+      continue;
+    }
+    for (int64_t c = 0; c < p.out_channels; c += kLanes<T>)
+      vstore<T>(y + c, vload<T>(out + r * ld + c) + vload<T>(bias + c));
+  }
+}
+
 // Activation, residual and the way to memory, for `channels` of a tile [rows][ld] whose bias is added.
 template <class T>
 void finish(const SnakeConv1dParams& p, T* out, int64_t ld, int64_t rows, bool single_column, int64_t channel,
@@ -182,10 +201,13 @@ void run(const SnakeConv1dParams& p) {
   const int64_t taps_ld = unfolded ? round_up(p.taps, kColumnUnit) : 0;
   const int64_t row_bytes =
       (p.stride * in_ld + taps_ld + (p.residual.data != nullptr ? 2 : 1) * out_ld) * static_cast<int64_t>(sizeof(T));
-  const int64_t fitting = kTileBytes / row_bytes;
+  const int64_t fitting = (single_input ? kFewSumsTileBytes : kTileBytes) / row_bytes;
   const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kColumnUnit);
   const int64_t tiles = ceil_div(p.out_steps, rows);
   const int64_t in_rows = (rows - 1) * p.stride + halo;
+  // Rows that the product may read where they are.
+  const bool readable = single_input ? p.x.dtype == kDTypeOf<Tile> && p.x.stride_t == 1
+                                     : p.alpha == nullptr && !single_column && is_direct<Tile>(p.x, p.in_channels);
 
   parallel(p.batch * tiles, [&](int64_t task) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
@@ -194,13 +216,20 @@ void run(const SnakeConv1dParams& p) {
     Tile* in = static_cast<Tile*>(thread_scratch(kInput, static_cast<size_t>(in_rows * in_ld) * sizeof(Tile)));
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(rows * out_ld) * sizeof(T)));
     const int64_t used = (count - 1) * p.stride + halo;
-    load_tile<Tile>(in, in_ld, used, p.in_channels, p.x, b, t0 * p.stride - p.pad_left, in_valid);
-    if (p.alpha != nullptr) snake_rows(in, in_ld, used, shared, shared + in_ld, in_ld);
+    const int64_t begin = t0 * p.stride - p.pad_left;
+    const bool in_place = readable && begin >= 0 && begin + used <= in_valid;
+    if (p.alpha != nullptr)
+      load_snaked(in, in_ld, used, p.in_channels, p.x, b, begin, in_valid, shared, shared + in_ld);
+    else if (!in_place)
+      load_tile<Tile>(in, in_ld, used, p.in_channels, p.x, b, begin, in_valid);
     if (single_column) {
       single_output(out, count, in, in_ld, p.stride * in_ld, p.dilation * in_ld, p.taps, column);
     } else {
       GemmOperand<Tile> operand{in, p.stride * in_ld, p.dilation * in_ld, p.taps, p.in_channels};
-      if (single_input) operand = GemmOperand<Tile>{in, p.stride, 0, 1, p.taps};
+      if (in_place)
+        operand = GemmOperand<Tile>{row_of<Tile>(p.x, b, begin), p.stride * p.x.stride_t, p.dilation * p.x.stride_t,
+                                    p.taps, p.in_channels};
+      if (single_input) operand = GemmOperand<Tile>{operand.a, p.stride, 0, 1, p.taps};
       if (unfolded) {
         Tile* rows_of_taps =
             static_cast<Tile*>(thread_scratch(kUnfolded, static_cast<size_t>(rows * taps_ld) * sizeof(Tile)));
@@ -208,6 +237,10 @@ void run(const SnakeConv1dParams& p) {
         operand = GemmOperand<Tile>{rows_of_taps, taps_ld, 0, 1, p.taps};
       }
       conv_gemm<Tile>(count, operand, static_cast<const Weight*>(p.weight), p.out_channels, out, out_ld);
+    }
+    if (p.activation == Activation::kNone && p.residual.data == nullptr && is_direct<T>(p.y, p.out_channels)) {
+      bias_and_store<T>(p, out, out_ld, count, b, t0);
+      return;
     }
     if (single_column)
       for (int64_t r = 0; r < count; ++r) out[r * out_ld] += static_cast<const T*>(p.bias)[0];

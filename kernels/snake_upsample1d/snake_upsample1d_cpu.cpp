@@ -102,8 +102,7 @@ void run(const SnakeUpsample1dParams& p) {
     const int64_t out_valid = p.lengths != nullptr ? p.phases.output_steps(in_valid) : last_step;
     Tile* in = static_cast<Tile*>(thread_scratch(kInput, static_cast<size_t>((frames + span) * in_ld) * sizeof(Tile)));
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(frames * stride * out_ld) * sizeof(T)));
-    load_tile<Tile>(in, in_ld, count + span - 1, p.in_channels, p.x, b, q0 + first, in_valid);
-    snake_rows(in, in_ld, count + span - 1, shared, shared + in_ld, in_ld);
+    load_snaked(in, in_ld, count + span - 1, p.in_channels, p.x, b, q0 + first, in_valid, shared, shared + in_ld);
     const auto* weight = static_cast<const typename Kind::Weight*>(p.weight);
     for (int64_t phase = 0; phase < stride; ++phase) {
       const int64_t taps = p.phases.taps(phase);

@@ -73,6 +73,9 @@ void check_snake() {
     tile[i] = input[i];
   }
   snake_rows(tile, ld, rows, prepared, prepared + ld, ld);
+  static float apart[rows * ld];
+  snake_rows(apart, ld, input, ld, rows, prepared, prepared + ld, ld);
+  for (int64_t i = 0; i < rows * ld; ++i) CHECK(apart[i] == tile[i] || (isnan(apart[i]) && isnan(tile[i])));
   for (int64_t i = 0; i < rows * ld; ++i) {
     const int64_t c = i % ld;
     const double x = input[i], a = c < 20 ? alpha[c] : 0.0f;
