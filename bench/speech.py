@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dualcodec_ext as dx
 from dualcodec_ext import testing
-from dualcodec_ext._w2v_bert import keep_weights_in
+from dualcodec_ext._w2v_bert import ready
 from dualcodec_ext.semantic import resample
 
 from .correctness import Verdict
@@ -77,8 +77,8 @@ class Speech:
         model.load_state_dict(self.state)
         return model.eval()
 
-    def first_layers(self, dtype: torch.dtype) -> nn.Module:
-        """What `load_w2v_bert` gives: the model up to the layer that is wanted. In float32 it shares the weights."""
+    def first_layers(self, dtype: torch.dtype) -> Any:
+        """What `ready` makes of the model up to the layer that is wanted."""
         import copy
 
         model = copy.copy(self.whole)
@@ -89,10 +89,7 @@ class Speech:
         encoder._modules = {**encoder._modules, "layers": self.whole.encoder.layers[:_LAYER]}
         encoder.config = model.config
         model._modules["encoder"] = encoder
-        if dtype != _F32:
-            model = copy.deepcopy(model)
-            keep_weights_in(model, dtype)
-        return model
+        return ready(model, torch.device("cpu"), None if dtype == _F32 else dtype)
 
     def flops(self, layers: int) -> float:
         """Of the semantic model's matrix products; attention's scores come on top."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._w2v_layers import PackedLayers
 from .errors import DualCodecError
 
 if TYPE_CHECKING:
@@ -89,6 +90,22 @@ def keep_weights_in(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv1d):
             module.to(dtype)
+
+
+def ready(model: Any, device: torch.device, half: torch.dtype | None) -> Any:
+    """Return what runs a loaded model: its layers packed where they are known, else the model itself.
+
+    Args:
+        model: as `load_w2v_bert` gives it; it must not be used on.
+        device: where it is to run.
+        half: of `autocast_dtype`.
+    """
+    dtype = torch.float32 if half is None else half
+    if device.type == "cpu" and dtype != torch.float16 and PackedLayers.takes(model.config):
+        return PackedLayers(model, dtype)
+    if half is not None:
+        keep_weights_in(model, half)
+    return model.to(device)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._w2v_bert import autocast_dtype, keep_weights_in, load_statistics, load_w2v_bert
+from ._w2v_bert import autocast_dtype, load_statistics, load_w2v_bert, ready
+from ._w2v_layers import PackedLayers
 from .errors import DualCodecError, need_extra
 from .hub import find_directory, find_file
 
@@ -213,9 +214,9 @@ class W2vBertFeatures:
         downsample_factor: how many 50 Hz frames are averaged into one: the model's
             `semantic_downsample_factor`.
         device: where the model runs.
-        autocast: False for float32. A dtype runs matrix products in it through torch.autocast. True is
-            float16, as upstream does, where the device computes in it; on a CPU without float16 arithmetic,
-            float32.
+        autocast: False for float32. A dtype runs matrix products in it: bfloat16 on a CPU with the weights kept
+            in it and everything else in float32, else through torch.autocast. True is float16, as upstream
+            does, where the device computes in it; on a CPU without float16 arithmetic, float32.
         meanvar_fname: name of the statistics file, a dict of `mean` and `var`, [C] each.
 
     Numerics: normalising and averaging in float32. A CPU without float16 arithmetic emulates it: of 5 s of
@@ -295,6 +296,9 @@ class W2vBertFeatures:
         """
         model, _, mean, std = self._load()
         half = self.autocast_dtype
+        if isinstance(model, PackedLayers):
+            with torch.autocast("cpu", enabled=False):
+                return (model(input_features.cpu(), attention_mask.cpu()) - mean) / std
         with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
             last = model(
                 input_features=input_features.to(self.device, torch.float32),
@@ -309,10 +313,9 @@ class W2vBertFeatures:
                 folder = find_directory(self.w2v_path, ["*.json", "*.safetensors"])
                 statistics = find_file(self.dualcodec_path, self.meanvar_fname)
                 model, extractor = load_w2v_bert(folder)
-                if self.autocast_dtype is not None:
-                    keep_weights_in(model, self.autocast_dtype)
                 mean, std = load_statistics(statistics, int(model.config.hidden_size))
-                self._loaded = (model.to(self.device), extractor, mean.to(self.device), std.to(self.device))
+                model = ready(model, self.device, self.autocast_dtype)
+                self._loaded = (model, extractor, mean.to(self.device), std.to(self.device))
             return self._loaded
 
 

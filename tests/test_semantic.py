@@ -201,9 +201,7 @@ def test_w2v_features_are_hidden_state_17(folder, batch, samples, factor):
 def test_w2v_model_stops_after_layer_17(folder, capfd, caplog):
     features = features_of(folder)
     features(make_speech(24000))
-    model = features._load()[0]
-    assert len(model.encoder.layers) == 17 and not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert len(features._load()[0].layers) == 17
     # Nothing is said about the two layers left out.
     printed = capfd.readouterr()
     assert "layers" not in printed.out + printed.err + caplog.text
@@ -216,17 +214,45 @@ def test_w2v_adapter_and_dtype_of_the_checkpoint_do_not_matter(tmp_path):
     audio = make_speech(24000)
     features = features_of(folder)
     torch.testing.assert_close(features(audio), upstream_features(folder, audio, 4), rtol=0, atol=1e-5)
-    assert {parameter.dtype for parameter in features._load()[0].parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_w2v_autocast(folder, dtype):
+def test_w2v_autocast(folder):
     audio = make_speech(12000, batch=2)
     exact = features_of(folder)(audio)
-    got = features_of(folder, autocast=dtype)(audio)
+    got = features_of(folder, autocast=torch.float16)(audio)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, upstream_features(folder, audio, 4, dtype), rtol=0, atol=1e-5)
-    assert 1e-5 < (got - exact).abs().max() < (0.05 if dtype == torch.float16 else 0.4)
+    torch.testing.assert_close(got, upstream_features(folder, audio, 4, torch.float16), rtol=0, atol=1e-5)
+    assert 1e-5 < (got - exact).abs().max() < 0.05
+
+
+def test_w2v_bfloat16_is_no_further_off_than_autocast(folder):
+    audio = make_speech(24000, batch=4)
+    exact = upstream_features(folder, audio, 4)
+    got = features_of(folder, autocast=torch.bfloat16)(audio)
+    assert got.dtype == torch.float32
+    error = (got - exact).square().mean().sqrt()
+    autocast = (upstream_features(folder, audio, 4, torch.bfloat16) - exact).square().mean().sqrt()
+    assert 1e-3 < error < 1.1 * autocast
+
+
+@pytest.mark.parametrize("without", [None, "oneDNN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_w2v_layers_pack_or_do_without(folder, monkeypatch, dtype, without):
+    audio = make_speech(24000)
+    if without:
+        monkeypatch.setattr("dualcodec_ext._w2v_layers._pack", lambda weight: None)
+    got = features_of(folder, autocast=dtype)(audio)
+    expected = upstream_features(folder, audio, 4)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.4)
+
+
+def test_w2v_of_another_kind_runs_as_transformers_has_it(tmp_path):
+    pytest.importorskip("transformers")
+    folder = save_w2v_bert(tmp_path, hidden_act="gelu")
+    audio = make_speech(12000)
+    features = features_of(folder)
+    torch.testing.assert_close(features(audio), upstream_features(folder, audio, 4), rtol=0, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in features._load()[0].parameters())
 
 
 def test_w2v_autocast_true_on_a_cpu(folder, monkeypatch):
