@@ -9,14 +9,16 @@ On the CPU whole clips run in tiles (`tiles.py`), with the bits of whole tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .forms import Form, form_for
-from .steps import Quantizer, Step, lengths_through, program, run, weight_dtype
+from .pieces import decode_pieces
+from .steps import Quantizer, ResidualUnitStep, Step, lengths_through, program, run, weight_dtype
 from .tiles import Programs, Sizes, Tiles
 
 
@@ -154,6 +156,7 @@ class Engine:
         num_quantizers: int | None,
         frame_lengths: Tensor | None,
         sample_lengths: Tensor | None,
+        chunk_frames: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode from the inputs' own lengths, in tiles on the CPU.
 
@@ -163,6 +166,7 @@ class Engine:
             semantic_repr, num_quantizers: as for `encode`.
             frame_lengths: [B] on the CPU; None: none is shorter.
             sample_lengths: [B] on the CPU or None, of the audio as it is given.
+            chunk_frames: of the largest tile, on the CPU.
 
         Returns:
             As `encode`, the same bits.
@@ -171,25 +175,52 @@ class Engine:
             rows = None if frame_lengths is None else self.encode_lengths(frame_lengths, sample_lengths)
             return self.encode(audio, semantic_repr, num_quantizers, None if rows is None else rows.to(self.device))
         stages = self._acoustic_quantizer.codebooks.shape[0] if num_quantizers is None else num_quantizers
-        return self.tiles.encode(audio, semantic_repr, stages, _listed(frame_lengths), _listed(sample_lengths))
+        lengths = _listed(frame_lengths), _listed(sample_lengths)
+        return self.tiles.encode(audio, semantic_repr, stages, *lengths, chunk_frames)
 
     def decode_clips(
-        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None
+        self,
+        semantic_codes: Tensor,
+        acoustic_codes: Tensor | None,
+        frame_lengths: Tensor | None,
+        chunk_frames: int | None = None,
     ) -> Tensor:
-        """As `decode`, the same bits, from the clips' own frames [B] on the CPU; in tiles on the CPU."""
+        """As `decode`, the same bits, from the clips' own frames [B] on the CPU; there in tiles of chunk_frames."""
         if self.device.type != "cpu":
             rows = None if frame_lengths is None else self.decode_lengths(frame_lengths)
             return self.decode(semantic_codes, acoustic_codes, None if rows is None else rows.to(self.device))
         semantic, acoustic = semantic_codes.cpu(), None if acoustic_codes is None else acoustic_codes.cpu()
         try:
             samples = self.decoded_samples(semantic.shape[2])
-            return self.tiles.decode(semantic, acoustic, _listed(frame_lengths), samples)
+            return self.tiles.decode(semantic, acoustic, _listed(frame_lengths), samples, chunk_frames)
         except ValueError:
-            # A code out of range; a tile knows its place within the tile alone.
-            self._semantic_quantizer.lookup(semantic, frame_lengths, None)
-            if acoustic is not None:
-                self._acoustic_quantizer.lookup(acoustic, frame_lengths, None)
+            self._name_wrong_code(semantic, acoustic, frame_lengths)
             raise
+
+    def decode_pieces(self, semantic: Tensor, acoustic: Tensor | None, chunk_frames: int) -> Iterator[Tensor]:
+        """Yield what `decode` gives of codes on the CPU, of any integer type, chunk_frames frames at a time."""
+        try:
+            yield from decode_pieces(
+                self.tiles, semantic.cpu(), None if acoustic is None else acoustic.cpu(), chunk_frames
+            )
+        except ValueError:
+            whole = None if acoustic is None else acoustic.to(torch.int64)
+            self._name_wrong_code(semantic.to(torch.int64), whole, None)
+            raise
+
+    def _name_wrong_code(self, semantic: Tensor, acoustic: Tensor | None, frame_lengths: Tensor | None) -> None:
+        """Raise for a code out of range: a tile knows its place within the tile alone."""
+        self._semantic_quantizer.lookup(semantic, frame_lengths, None)
+        if acoustic is not None:
+            self._acoustic_quantizer.lookup(acoustic, frame_lengths, None)
+
+    def unit_groups(self) -> dict[int, int]:
+        """Return how many rows the decoder's residual units of each dilation compute as one."""
+        groups: dict[int, int] = {}
+        for step in self._decoder:
+            if isinstance(step, ResidualUnitStep):
+                groups[step.dilation] = math.lcm(groups.get(step.dilation, 1), step.granularity)
+        return groups
 
     def decode_lengths(self, frame_lengths: Tensor) -> Tensor:
         """Return the lengths [rows, B] that `decode` needs, on the CPU, from those of the codes on the CPU."""

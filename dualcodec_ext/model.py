@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +302,52 @@ class DualCodec(reference.DualCodec):
         if engine is None:
             return super()._decode(semantic_codes, acoustic_codes, frame_lengths)
         return engine.decode(semantic_codes, acoustic_codes, None if frame_lengths is None else frame_lengths.cpu())
+
+    # Long clips -------------------------------------------------------------------------------------------------------
+
+    def _cpu_engine(self) -> Any | None:
+        """Return the engine where it runs in tiles, which need no context computed twice."""
+        graphs = self._engine()
+        return graphs.engine if graphs is not None and graphs.engine.device.type == "cpu" else None
+
+    def _unit_groups(self) -> Mapping[int, int]:
+        graphs = self._engine()
+        return {} if graphs is None else graphs.engine.unit_groups()
+
+    def _decode_long(
+        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None, chunk_frames: int
+    ) -> Tensor:
+        engine = self._cpu_engine()
+        if engine is None:
+            return super()._decode_long(semantic_codes, acoustic_codes, frame_lengths, chunk_frames)
+        lengths = None if frame_lengths is None else frame_lengths.cpu()
+        return engine.decode_clips(semantic_codes, acoustic_codes, lengths, chunk_frames)
+
+    def _decode_pieces(
+        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None, chunk_frames: int
+    ) -> Iterator[Tensor]:
+        engine = self._cpu_engine()
+        if engine is None or frame_lengths is not None:
+            return super()._decode_pieces(semantic_codes, acoustic_codes, frame_lengths, chunk_frames)
+        return engine.decode_pieces(semantic_codes, acoustic_codes, chunk_frames)
+
+    def _encode_long(
+        self,
+        audio: Tensor | None,
+        feat: Tensor,
+        num_quantizers: int | None,
+        sample_lengths: Tensor | None,
+        frame_lengths: Tensor | None,
+        chunk_frames: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        engine = self._cpu_engine()
+        if engine is None:
+            return super()._encode_long(audio, feat, num_quantizers, sample_lengths, frame_lengths, chunk_frames)
+        heard = None if num_quantizers == 1 else audio
+        stages = None if num_quantizers is None else num_quantizers - 1
+        frames = None if frame_lengths is None else frame_lengths.cpu()
+        samples = None if heard is None or sample_lengths is None else sample_lengths.cpu()
+        return engine.encode_clips(heard, feat, stages, frames, samples, chunk_frames)
 
 
 def _check_fast(device: torch.device, dtype: torch.dtype) -> None:

@@ -361,6 +361,8 @@ class Tiles:
         self._semantic = Pool(lambda batch, frames: EncodeTiles(*made, batch, frames, False), KEPT_BYTES // 4)
         self._encoders = Pool(lambda batch, frames: EncodeTiles(*made, batch, frames, True))
 
+        self.decoder, self.keep = self._decoders.take, self._decoders.give
+
     def held_bytes(self) -> int:
         """Return the memory of the idle workspaces."""
         return sum(pool.held_bytes() for pool in (self._decoders, self._semantic, self._encoders))
@@ -371,9 +373,14 @@ class Tiles:
         return [slice(at, min(at + size, batch)) for at in range(0, batch, size)]
 
     def decode(
-        self, semantic: Tensor, acoustic: Tensor | None, frame_lengths: Sequence[int] | None, samples: int
+        self,
+        semantic: Tensor,
+        acoustic: Tensor | None,
+        frame_lengths: Sequence[int] | None,
+        samples: int,
+        chunk: int | None = None,
     ) -> Tensor:
-        """As `Engine.decode`; samples: of the result, S'."""
+        """As `Engine.decode`; samples: of the result, S'; chunk: frames that are looked up at once."""
         batch, _, frames = semantic.shape
         audio = torch.empty(batch, 1, samples, dtype=self.programs.dtype)
         for group in self._groups(batch, frames):
@@ -386,19 +393,21 @@ class Tiles:
                 None if acoustic is None else acoustic[group, :, :longest],
                 lengths,
                 audio[group],
+                chunk or longest,
             )
         return audio
 
     def _decode_group(
-        self, semantic: Tensor, acoustic: Tensor | None, lengths: Sequence[int] | None, audio: Tensor
+        self, semantic: Tensor, acoustic: Tensor | None, lengths: Sequence[int] | None, audio: Tensor, chunk: int
     ) -> None:
         batch, _, frames = semantic.shape
         filled = 0
         if frames:
-            tiles = self._decoders.take(batch, frames)
+            tiles = self._decoders.take(batch, min(frames, chunk))
             outlet = Output(audio)
             tiles.start(outlet, lengths)
-            tiles.write(semantic, acoustic)
+            for at in range(0, frames, chunk):
+                tiles.write(semantic[:, :, at : at + chunk], acoustic)
             tiles.finish()
             filled = outlet.end
             self._decoders.give(tiles)
@@ -411,8 +420,9 @@ class Tiles:
         num_quantizers: int,
         frame_lengths: Sequence[int] | None,
         sample_lengths: Sequence[int] | None,
+        chunk: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `Engine.encode`; audio [B, 1, S] of any S, samples past it are zeros."""
+        """As `Engine.encode`; audio [B, 1, S] of any S, samples past it are zeros; chunk: frames of a full tile."""
         batch, _, frames = features.shape
         semantic = torch.zeros(batch, 1, frames, dtype=torch.int64)
         acoustic = None if audio is None else torch.zeros(batch, num_quantizers, frames, dtype=torch.int64)
@@ -426,7 +436,7 @@ class Tiles:
                 heard = None if heard is None or samples is None else heard[:, :, : samples[0]]
                 own = samples = None
             if longest:
-                tiles = pool.take(group.stop - group.start, longest)
+                tiles = pool.take(group.stop - group.start, min(longest, chunk or longest))
                 tiles.run(
                     heard,
                     features[group, :, :longest],

@@ -36,6 +36,7 @@ LAYERS = (
     ("stages",),
     ("pipeline",),
     ("tiles",),
+    ("pieces",),
     ("engine",),
     ("graphs",),
     ("model",),

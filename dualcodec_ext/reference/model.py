@@ -8,19 +8,20 @@ beyond s) q + s -> dac.decoder -> audio
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_codes, check_count, check_lengths
 from .dac import DAC, OutputDict
 from .layers import ConvNeXtBlock, WNConv1d
+from .long_clips import LongClips
 from .ops import mask_past_lengths
 from .quantize import Quantized, ResidualVectorQuantize
 from .settings import resolve_settings
 
 
-class DualCodec(nn.Module):
+class DualCodec(LongClips, nn.Module):
     """The whole codec in plain PyTorch. Parameters, names and defaults are the PyPI package's, then ours.
 
     Args:
@@ -142,6 +143,8 @@ class DualCodec(nn.Module):
         sample_rate: int | None = 24000,
         semantic_repr: Tensor | None = None,
         lengths: Tensor | None = None,
+        feature_lengths: Tensor | None = None,
+        chunk_frames: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Turn speech into codes.
 
@@ -154,6 +157,9 @@ class DualCodec(nn.Module):
                 output.
             lengths: [B] int64, valid samples per item: it is coded as if alone, with the first ceil(length /
                 hop) of the frames in semantic_repr; codes past those are 0.
+            feature_lengths: [B] int64, with `lengths`: valid frames of semantic_repr per item, up to 2 fewer than that.
+            chunk_frames: codes that are computed at a time, in memory that does not grow with the clip; None: the
+                model's choice. It changes no code (the reference's: within the rounding of its convolutions).
 
         Returns:
             Semantic codes [B, 1, F] int64, and acoustic codes [B, q, F] int64 or None.
@@ -167,19 +173,36 @@ class DualCodec(nn.Module):
             raise RuntimeError(f"{name}: the model must be in eval mode, got training mode: call .eval()")
         if num_quantizers is not None:
             num_quantizers = check_count(f"{name}: num_quantizers", num_quantizers)
+        if chunk_frames is not None:
+            chunk_frames = check_count(f"{name}: chunk_frames", chunk_frames)
         feat = self._check_features(name, semantic_repr)
-        if num_quantizers == 1 and lengths is None:
-            return self._encode(None, feat, 1, None, None)
-        self._check_audio(name, audio_data, feat)
+        frame_lengths = None
+        if num_quantizers != 1 or lengths is not None:
+            self._check_audio(name, audio_data, feat)
+            self.dac.check_rate(sample_rate)
         if num_quantizers is not None:
             num_quantizers = min(num_quantizers, 1 + self.dac.n_codebooks)
-        frame_lengths = None
         if lengths is not None:
             check_lengths(name, lengths, audio_data)
-            own_frames = (lengths + self.dac.hop_length - 1) // self.dac.hop_length
-            frame_lengths = own_frames.clamp(max=feat.shape[-1])
-        self.dac.check_rate(sample_rate)
-        return self._encode(audio_data, feat, num_quantizers, lengths, frame_lengths)
+            frame_lengths = self._frame_lengths(name, lengths, feature_lengths, feat)
+        elif feature_lengths is not None:
+            raise ValueError(f"{name}: feature_lengths needs lengths, the samples of each item")
+        if chunk_frames is None or chunk_frames >= feat.shape[-1]:
+            return self._encode(audio_data, feat, num_quantizers, lengths, frame_lengths)
+        return self._encode_long(audio_data, feat, num_quantizers, lengths, frame_lengths, chunk_frames)
+
+    def _frame_lengths(self, name: str, lengths: Tensor, feature_lengths: Tensor | None, feat: Tensor) -> Tensor:
+        hop, frames = self.dac.hop_length, feat.shape[-1]
+        own = ((lengths + hop - 1) // hop).clamp(max=frames)
+        if feature_lengths is None:
+            return own
+        check_lengths(name, feature_lengths, feat, "feature_lengths")
+        if ((own - feature_lengths < 0) | (own - feature_lengths > 2)).any():
+            raise ValueError(
+                f"{name}: feature_lengths must be ceil(lengths / {hop}) = {own.tolist()} or up to 2 fewer, got"
+                f" {feature_lengths.tolist()}"
+            )
+        return feature_lengths
 
     def _whole_frames(self, audio: Tensor, sample_lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Put zeros past each clip's samples, up to whole frames; returns the lengths of those."""
@@ -220,7 +243,11 @@ class DualCodec(nn.Module):
 
     @torch.no_grad()
     def decode_from_codes(
-        self, semantic_codes: Tensor, acoustic_codes: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        semantic_codes: Tensor,
+        acoustic_codes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        chunk_frames: int | None = None,
     ) -> Tensor:
         """Turn codes into speech.
 
@@ -230,6 +257,8 @@ class DualCodec(nn.Module):
                 n_codebooks; None decodes the semantic codes alone.
             lengths: [B] int64, valid frames per item: it is decoded as if alone, samples past its own end are
                 0.
+            chunk_frames: frames that are decoded at a time, in memory that does not grow with the clip; None: the
+                model's choice. It changes no sample (the reference's: within the rounding of its convolutions).
 
         Returns:
             Audio [B, 1, S']: F hop samples from the causal decoder, a few fewer from the centred one (one for
@@ -239,19 +268,14 @@ class DualCodec(nn.Module):
             ValueError: a wrong shape, or a code out of range; one line.
         """
         name = "DualCodec.decode_from_codes"
-        check_codes_shape(name, "semantic_codes", semantic_codes, 1, 1)
-        if acoustic_codes is not None:
-            check_codes_shape(name, "acoustic_codes", acoustic_codes, 0, self.dac.n_codebooks)
-            if acoustic_codes.shape[::2] != semantic_codes.shape[::2]:
-                raise ValueError(
-                    f"{name}: acoustic_codes must have the batch and frames of semantic_codes"
-                    f" {list(semantic_codes.shape)}, got {list(acoustic_codes.shape)}"
-                )
-            if acoustic_codes.shape[1] == 0:
-                acoustic_codes = None
+        if chunk_frames is not None:
+            chunk_frames = check_count(f"{name}: chunk_frames", chunk_frames)
+        semantic_codes, acoustic_codes = check_codes(name, semantic_codes, acoustic_codes, self.dac.n_codebooks)
         if lengths is not None:
             check_lengths(name, lengths, semantic_codes)
-        return self._decode(semantic_codes, acoustic_codes, lengths)
+        if chunk_frames is None or chunk_frames >= semantic_codes.shape[-1]:
+            return self._decode(semantic_codes, acoustic_codes, lengths)
+        return self._decode_long(semantic_codes, acoustic_codes, lengths, chunk_frames)
 
     def _decode(
         self,
@@ -356,34 +380,6 @@ class DualCodec(nn.Module):
         if audio.dim() != 3 or audio.shape[:2] != (feat.shape[0], 1) or not audio.is_floating_point():
             raise ValueError(f"{wanted}, got {list(audio.shape)} {audio.dtype}")
         self.dac.check_framing(audio.shape[-1], feat.shape[-1])
-
-
-def check_count(what: str, count: Any) -> int:
-    """Return count as an int; raise one line unless it is an integer from 1."""
-    if isinstance(count, bool) or not hasattr(count, "__index__"):
-        raise ValueError(f"{what} must be an integer, got {count!r}")
-    if count < 1:
-        raise ValueError(f"{what} must be at least 1, got {count}")
-    return int(count)
-
-
-def check_lengths(name: str, lengths: Tensor, x: Tensor) -> None:
-    """Raise one line unless lengths is [B] int64, each from 0 to T of x [B, ..., T]."""
-    if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64 or lengths.shape != x.shape[:1]:
-        got = f"{list(lengths.shape)} {lengths.dtype}" if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise ValueError(f"{name}: lengths must be [{x.shape[0]}] int64, got {got}")
-    if ((lengths < 0) | (lengths > x.shape[-1])).any():
-        raise ValueError(f"{name}: lengths must be in [0, {x.shape[-1]}], got {lengths.tolist()}")
-
-
-def check_codes_shape(name: str, argument: str, codes: Tensor, fewest: int, most: int) -> None:
-    """Raise one line unless codes is an integer tensor [B, fewest to most, F]."""
-    stages = str(most) if fewest == most else f"{fewest} to {most}"
-    if not isinstance(codes, Tensor):
-        raise ValueError(f"{name}: {argument} must be [B, {stages}, F] integers, got {type(codes).__name__}")
-    whole = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
-    if codes.dim() != 3 or not fewest <= codes.shape[1] <= most or not whole:
-        raise ValueError(f"{name}: {argument} must be [B, {stages}, F] integers, got {list(codes.shape)} {codes.dtype}")
 
 
 def pad_items(items: Sequence[Tensor], empty: Tensor) -> Tensor:

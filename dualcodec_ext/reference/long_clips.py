@@ -1,0 +1,107 @@
+"""Long clips: decoded and encoded in stretches, and parts of one decoded alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import spans
+from .checks import check_codes, check_count
+
+
+class LongClips:
+    """What `DualCodec` does with long clips."""
+
+    dac: Any
+    settings: dict[str, Any]
+    _encode: Any
+    _decode: Any
+    output_samples: Any
+
+    def _unit_groups(self) -> spans.Groups:
+        return {}  # a residual unit computes each of its rows alone
+
+    def _spans(self) -> spans.Codec:
+        return spans.codec_of(self, self._unit_groups())
+
+    def _decode_long(
+        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None, chunk_frames: int
+    ) -> Tensor:
+        pieces = self._decode_pieces(semantic_codes, acoustic_codes, frame_lengths, chunk_frames)
+        return spans.filled(pieces, self.output_samples(semantic_codes.shape[-1]))
+
+    def _decode_pieces(
+        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None, chunk_frames: int
+    ) -> Iterator[Tensor]:
+        samples = self.output_samples(semantic_codes.shape[-1])
+        codes = semantic_codes, acoustic_codes
+        return spans.decode_pieces(self._spans(), self._decode, codes, frame_lengths, samples, chunk_frames)
+
+    def _encode_long(
+        self,
+        audio: Tensor | None,
+        feat: Tensor,
+        num_quantizers: int | None,
+        sample_lengths: Tensor | None,
+        frame_lengths: Tensor | None,
+        chunk_frames: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        def encode(heard: Tensor | None, x: Tensor, samples: Tensor | None, frames: Tensor | None) -> spans.Codes:
+            return self._encode(heard, x, num_quantizers, samples, frames)
+
+        heard = None if num_quantizers == 1 else audio
+        samples = None if heard is None else sample_lengths
+        pieces = spans.encode_pieces(self._spans(), encode, heard, feat, samples, frame_lengths, chunk_frames)
+        return spans.filled_codes(pieces, feat.shape[-1])
+
+    @torch.no_grad()
+    def decode_pieces(
+        self, semantic_codes: Tensor, acoustic_codes: Tensor | None, chunk_frames: int = 750
+    ) -> Iterator[Tensor]:
+        """Turn codes into speech, piece by piece, in memory that does not grow with the clip.
+
+        Args:
+            semantic_codes, acoustic_codes: as for `decode_from_codes`; not looked at before their turn.
+            chunk_frames: frames that are decoded at a time.
+
+        Returns:
+            An iterator over [B, 1, n], of any n, which joined are what `decode_from_codes` gives.
+
+        Raises:
+            ValueError: as `decode_from_codes`.
+        """
+        name = "DualCodec.decode_pieces"
+        chunk_frames = check_count(f"{name}: chunk_frames", chunk_frames)
+        codes = check_codes(name, semantic_codes, acoustic_codes, self.dac.n_codebooks)
+        return self._decode_pieces(*codes, None, chunk_frames)
+
+    @torch.no_grad()
+    def decode_span(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, begin: int, end: int) -> Tensor:
+        """Return `decode_from_codes(semantic_codes, acoustic_codes)[..., begin:end]` without decoding the rest.
+
+        Args:
+            semantic_codes, acoustic_codes: as for `decode_from_codes`; those of `span_frames` are looked at.
+            begin, end: samples, 0 <= begin <= end <= S'.
+
+        Returns:
+            Audio [B, 1, end - begin].
+
+        Raises:
+            ValueError: as `decode_from_codes`, or samples that are not there.
+        """
+        name = "DualCodec.decode_span"
+        codes = check_codes(name, semantic_codes, acoustic_codes, self.dac.n_codebooks)
+        samples = self.output_samples(semantic_codes.shape[-1])
+        if not 0 <= begin <= end <= samples:
+            raise ValueError(f"{name}: begin and end must be in [0, {samples}] and in order, got {begin} and {end}")
+        return spans.decode_span(self._spans(), self._decode, codes, None, begin, end)
+
+    def span_frames(self, begin: int, end: int, frames: int) -> tuple[int, int]:
+        """Return (first, last): the frames, of a clip's `frames`, that its samples begin to end depend on.
+
+        Decoded as a clip of its own, sample s - first * hop of frames first to last is sample s of the whole.
+        """
+        return self._spans().frames_to_decode(begin, end, frames)
