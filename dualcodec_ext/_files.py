@@ -7,7 +7,8 @@ import glob
 import os
 import secrets
 import stat
-from collections.abc import Collection, Iterable
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,46 +28,118 @@ def reason(error: BaseException) -> str:
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
+class AtomicFile:
+    """A file that is written as its contents come, and whose name shows the whole of it or what was there before.
+
+    A context manager: the file takes its name when the block ends, and is gone where the block raises.
+
+    Args:
+        path: the file to write; its folder must exist. A link is followed, so that it stays a link; something that is
+            no plain file, such as a pipe or a device, can't be replaced and is written to directly, at the end.
+    Raises:
+        DualCodecError: the folder is missing, the disk is full, and so on. The temporary file is gone by then.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
+        self._target = os.path.realpath(path)
+        self._handle: int | None = None
+        self._temporary: str | None = None  # None: one without a name
+        self._mode: int | None = None
+
+    def __enter__(self) -> AtomicFile:
+        with self._explained():
+            self._mode = os.stat(self._target).st_mode if os.path.exists(self._target) else None
+            if self._mode is not None and stat.S_ISDIR(self._mode):
+                raise IsADirectoryError(0, "is a directory")
+            self._open()
+        return self
+
+    def _open(self) -> None:
+        if self._mode is not None and not stat.S_ISREG(self._mode):
+            self._handle, name = tempfile.mkstemp(prefix="dualcodec-")
+            os.unlink(name)
+            return
+        # A short name of its own: the target's may already be as long as the file system allows.
+        self._temporary = os.path.join(os.path.dirname(self._target), f".dualcodec-{secrets.token_hex(6)}.tmp")
+        # Unlike mkstemp's, this file gets the permissions that the user's umask asks for.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._handle = os.open(self._temporary, flags, 0o666)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Writes all of `data`, and returns its length."""
+        with self._explained():
+            _write_all(self._open_handle(), data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As that of a binary file."""
+        return os.lseek(self._open_handle(), offset, whence)
+
+    def tell(self) -> int:
+        """As that of a binary file."""
+        return self.seek(0, os.SEEK_CUR)
+
+    def read(self, count: int) -> bytes:
+        """As that of a binary file."""
+        return os.read(self._open_handle(), count)
+
+    def _open_handle(self) -> int:
+        assert self._handle is not None, "only inside of its block"
+        return self._handle
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                with self._explained():
+                    self._complete()
+        finally:
+            # Whatever went wrong, Ctrl-C among it, leaves nothing behind.
+            with contextlib.suppress(OSError):
+                self._close()
+            if self._temporary is not None:
+                remove_if_there(self._temporary)
+
+    def _close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+    def _complete(self) -> None:
+        if self._temporary is None:
+            with open(self._target, "wb", buffering=0) as sink:
+                self.seek(0)
+                while data := self.read(1 << 20):
+                    _write_all(sink.fileno(), data)
+            return
+        self._close()
+        if self._mode is not None:
+            os.chmod(self._temporary, stat.S_IMODE(self._mode))
+        os.replace(self._temporary, self._target)
+        self._temporary = None
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DualCodecError(f"cannot write {self._path}: {reason(error)}") from error
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file so that its name shows either the whole of `data` or what was there before.
 
     Args:
-        path: the file to write; its folder must exist. A link is followed, so that it stays a link; something that is
-            no plain file, such as a pipe or a device, can't be replaced and is written to directly.
+        path: as for `AtomicFile`.
         data: what goes in.
     Raises:
-        DualCodecError: the folder is missing, the disk is full, and so on. The temporary file is gone by then.
+        DualCodecError: as `AtomicFile`.
     """
-    target = os.path.realpath(path)
-    try:
-        mode = os.stat(target).st_mode if os.path.exists(target) else None
-        if mode is not None and stat.S_ISDIR(mode):
-            raise IsADirectoryError(0, "is a directory")
-        if mode is not None and not stat.S_ISREG(mode):
-            with open(target, "wb", buffering=0) as sink:
-                _write_all(sink.fileno(), data)
-            return
-        # A short name of its own: the target's may already be as long as the file system allows.
-        temporary = os.path.join(os.path.dirname(target), f".dualcodec-{secrets.token_hex(6)}.tmp")
-        # Unlike mkstemp's, this file gets the permissions that the user's umask asks for.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        try:
-            try:
-                _write_all(handle, data)
-            finally:
-                os.close(handle)
-            if mode is not None:
-                os.chmod(temporary, stat.S_IMODE(mode))
-            os.replace(temporary, target)
-        except BaseException:
-            # BaseException: Ctrl-C in the middle of a write leaves nothing behind either.
-            remove_if_there(temporary)
-            raise
-    except OSError as error:
-        raise DualCodecError(f"cannot write {os.fspath(path)}: {reason(error)}") from error
+    with AtomicFile(path) as file:
+        file.write(data)
 
 
-def _write_all(handle: int, data: bytes) -> None:
+def _write_all(handle: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view[: 1 << 24]) :]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualcodec_ext._files import reason, write_atomic
+from dualcodec_ext._files import AtomicFile, reason
 from dualcodec_ext.errors import DualCodecError
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ _WRITERS = {
     "rf64": ("RF64", "PCM_16"),
 }
 _BLOCK_FRAMES = 1 << 20
+# Written at once: lossy encoders' results depend on it, and libsndfile's Vorbis encoder keeps whole blocks on the
+# stack, which long ones overflow.
+_WRITTEN_SAMPLES = 1 << 16
 MAX_RATE_HZ = 1_000_000
 
 
@@ -100,22 +105,10 @@ def read_audio(path: str | os.PathLike[str]) -> Audio:
     """
     import numpy as np
 
-    blocks = []
-    with _opened(path) as file:
-        rate, channels = int(file.samplerate), int(file.channels)
-        # In blocks: a header may promise far more frames than the file holds, and only the mono signal is kept.
-        while True:
-            block = _read_block(file, path)
-            if not len(block):
-                break
-            blocks.append(block[:, 0] if channels == 1 else block.mean(axis=1, dtype=np.float32))
-    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    if not samples.size:
-        raise DualCodecError(f"{_name(path)}: holds no audio samples")
-    if not np.isfinite(samples).all():
-        first = int(np.flatnonzero(~np.isfinite(samples))[0])
-        raise DualCodecError(f"{_name(path)}: sample {first} is not a finite number")
-    return Audio(np.ascontiguousarray(samples), rate, channels)
+    with AudioReader(path) as file:
+        blocks = list(file.blocks(_BLOCK_FRAMES))
+        samples = np.concatenate(blocks)
+        return Audio(np.ascontiguousarray(samples), file.sample_rate_hz, file.channels)
 
 
 def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
@@ -148,14 +141,18 @@ def resample(samples: Samples, rate_in: int, rate_out: int) -> Samples:
         soxr's high-quality band-limited filter (about 20 bits), with its delay taken off; what the rounding of the
         length leaves at the end is cut, or filled with zeros.
     """
-    for name, rate in (("rate_in", rate_in), ("rate_out", rate_out)):
-        if not 1 <= rate <= MAX_RATE_HZ:
-            raise DualCodecError(f"resample: {name} must be 1 to {MAX_RATE_HZ} Hz, got {rate}")
+    _check_rates(rate_in, rate_out)
     if rate_in == rate_out:
         return samples
     import soxr
 
     return fit_length(soxr.resample(samples, rate_in, rate_out), resampled_length(len(samples), rate_in, rate_out))
+
+
+def _check_rates(rate_in: int, rate_out: int) -> None:
+    for name, rate in (("rate_in", rate_in), ("rate_out", rate_out)):
+        if not 1 <= rate <= MAX_RATE_HZ:
+            raise DualCodecError(f"resample: {name} must be 1 to {MAX_RATE_HZ} Hz, got {rate}")
 
 
 def fit_length(samples: Samples, length: int) -> Samples:
@@ -178,7 +175,7 @@ def audio_format(name: str) -> str:
     Args:
         name: a file's path, or the bare name of a format such as `flac`.
     Returns:
-        The lower-case format name, a key for `encode_audio`.
+        The lower-case format name.
     Raises:
         DualCodecError: the ending is none that is written; the text names those that are.
     """
@@ -188,43 +185,6 @@ def audio_format(name: str) -> str:
         known = ", ".join(_WRITERS)
         raise DualCodecError(f"{name}: audio is written as one of {known}, got {key or 'a name without an ending'}")
     return key
-
-
-def encode_audio(samples: Samples, sample_rate_hz: int, kind: str, comment: str | None = None) -> bytes:
-    """Makes the bytes of an audio file.
-
-    Args:
-        samples: float32 [T]; what lies outside -1 to 1 is clipped by 16-bit formats.
-        sample_rate_hz: samples per second.
-        kind: `wav`, `flac`, `ogg`, ...: see `audio_format`.
-        comment: text for the file's comment field, where the format has one.
-    Returns:
-        The file's contents.
-    Raises:
-        DualCodecError: the format can't hold this rate, or the samples are not finite.
-    """
-    import numpy as np
-    import soundfile
-
-    if not np.isfinite(samples).all():
-        raise DualCodecError("the audio to write holds samples that are not finite numbers")
-    container, subtype = _WRITERS[audio_format(kind)]
-    # In memory first: libsndfile reports a full disk as a short write or not at all, write_atomic does so in words.
-    sink = io.BytesIO()
-    try:
-        with soundfile.SoundFile(
-            sink, "w", samplerate=sample_rate_hz, channels=1, format=container, subtype=subtype
-        ) as file:
-            if comment is not None:
-                _set_comment(file, comment)
-            # libsndfile's Vorbis encoder keeps whole blocks on the stack: long ones overflow it.
-            for start in range(0, len(samples), _BLOCK_FRAMES // 16):
-                file.write(samples[start : start + _BLOCK_FRAMES // 16])
-    except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        # libsndfile's text names the stream in memory, which means nothing to a user.
-        text = getattr(error, "error_string", None) or str(error)
-        raise DualCodecError(f"cannot write {kind} at {sample_rate_hz} Hz: {reason(ValueError(text))}") from error
-    return sink.getvalue()
 
 
 def write_audio(
@@ -245,15 +205,8 @@ def write_audio(
     Raises:
         DualCodecError: the format is unknown, or the file can't be written.
     """
-    data = encode_audio(samples, sample_rate_hz, kind or audio_format(os.fspath(path)), comment)
-    write_atomic(path, data)
-
-
-def _set_comment(file: Any, comment: str) -> None:
-    import soundfile
-
-    with contextlib.suppress(soundfile.SoundFileError):  # some containers have no text fields
-        file.comment = comment
+    with AudioWriter(path, sample_rate_hz, kind, comment) as file:
+        file.write(samples)
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:
@@ -281,14 +234,207 @@ def _opened(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def _read_block(file: Any, path: str | os.PathLike[str]) -> Any:
-    import soundfile
+class AudioReader:
+    """An audio file that is read block by block, its channels averaged.
 
-    try:
-        return file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        text = getattr(error, "error_string", None) or str(error)
-        raise DualCodecError(f"{_name(path)}: breaks off or is damaged ({reason(ValueError(text))})") from error
+    A context manager. A header may promise more frames than the file holds: `promised_samples` is no more than that.
+
+    Args:
+        path: any file that libsndfile reads.
+    Raises:
+        DualCodecError: no such file, not audio, no samples in it, or samples that are not finite.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._file = _opened(path)
+        # soundfile seeks to where it is after every read; in MP3 that makes a seam of some hundred wrong samples.
+        self._file.seekable = lambda: False
+        self.sample_rate_hz, self.channels = int(self._file.samplerate), int(self._file.channels)
+        self.promised_samples = int(self._file.frames)
+        self.samples = 0  # read so far
+
+    def __enter__(self) -> AudioReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def blocks(self, samples: int) -> Iterator[Samples]:
+        """Yields float32 [n], n up to `samples`, until the file ends."""
+        import numpy as np
+
+        while len(block := self._read(samples)):
+            mono = block[:, 0] if self.channels == 1 else block.mean(axis=1, dtype=np.float32)
+            if not np.isfinite(mono).all():
+                first = self.samples + int(np.flatnonzero(~np.isfinite(mono))[0])
+                raise DualCodecError(f"{_name(self._path)}: sample {first} is not a finite number")
+            self.samples += len(mono)
+            yield mono
+        if not self.samples:
+            raise DualCodecError(f"{_name(self._path)}: holds no audio samples")
+
+    def _read(self, samples: int) -> Any:
+        import soundfile
+
+        try:
+            return self._file.read(samples, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            text = getattr(error, "error_string", None) or str(error)
+            damaged = f"breaks off or is damaged ({reason(ValueError(text))})"
+            raise DualCodecError(f"{_name(self._path)}: {damaged}") from error
+
+
+class AudioWriter:
+    """An audio file that is written as its samples come, whole or not at all.
+
+    A context manager, as `AtomicFile`.
+
+    Args:
+        path: the file; its ending gives the format unless `kind` does.
+        sample_rate_hz: samples per second.
+        kind: format name, see `audio_format`.
+        comment: text for the file's comment field, where the format has one.
+    Raises:
+        DualCodecError: the format is unknown or can't hold this rate, the samples are not finite, or the file can't be
+            written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        sample_rate_hz: int,
+        kind: str | None = None,
+        comment: str | None = None,
+    ) -> None:
+        self._kind = audio_format(kind or os.fspath(path))
+        self._rate_hz, self._comment = sample_rate_hz, comment
+        self._atomic = AtomicFile(path)
+        self._sink = _Sink(self._atomic)
+        self._file: Any = None
+
+    def __enter__(self) -> AudioWriter:
+        import numpy as np
+        import soundfile
+
+        self._held = np.zeros(0, np.float32)
+        self._atomic.__enter__()
+        try:
+            container, subtype = _WRITERS[self._kind]
+            with self._explained():
+                self._file = soundfile.SoundFile(
+                    self._sink, "w", samplerate=self._rate_hz, channels=1, format=container, subtype=subtype
+                )
+            if self._comment is not None:
+                with contextlib.suppress(soundfile.SoundFileError):  # some containers have no text fields
+                    self._file.comment = self._comment
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def write(self, samples: Samples) -> None:
+        """Writes float32 [T]; what lies outside -1 to 1 is clipped by 16-bit formats."""
+        import numpy as np
+
+        if not np.isfinite(samples).all():
+            raise DualCodecError("the audio to write holds samples that are not finite numbers")
+        self._held = np.concatenate([self._held, samples])
+        while len(self._held) >= _WRITTEN_SAMPLES:
+            self._write_held()
+
+    def _write_held(self) -> None:
+        block, self._held = self._held[:_WRITTEN_SAMPLES], self._held[_WRITTEN_SAMPLES:]
+        with self._explained():
+            self._file.write(block)
+
+    def __exit__(self, *error: Any) -> None:
+        stack = contextlib.ExitStack()
+        stack.push(self._atomic.__exit__)  # it sees what goes wrong in the other one
+        stack.push(self._close)
+        stack.__exit__(*error)
+
+    def _close(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None and len(self._held):
+                self._write_held()
+        finally:
+            with self._explained():
+                if self._file is not None:
+                    self._file.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        import soundfile
+
+        try:
+            yield
+        except (soundfile.SoundFileError, ValueError, TypeError, AssertionError) as error:  # the last: a short write
+            self._sink.check()
+            # libsndfile's text names a stream, which means nothing to a user.
+            text = getattr(error, "error_string", None) or str(error)
+            why = reason(ValueError(text))
+            raise DualCodecError(f"cannot write {self._kind} at {self._rate_hz} Hz: {why}") from error
+        self._sink.check()
+
+
+class _Sink:
+    """What libsndfile writes to. It loses what a callback raises, so that is kept here until `check`."""
+
+    def __init__(self, file: AtomicFile) -> None:
+        self._file = file
+        self._failure: BaseException | None = None
+        self.seek, self.tell, self.read = file.seek, file.tell, file.read
+
+    def write(self, data: bytes) -> int:
+        if self._failure is not None:
+            return 0
+        try:
+            return self._file.write(data)
+        except BaseException as failure:
+            self._failure = failure
+            return 0
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+class Resampler:
+    """`resample`, of samples that come in pieces: joined, the results have the same bits.
+
+    Args:
+        rate_in: rate of what is written, in Hz, 1 to 1,000,000.
+        rate_out: rate wanted in Hz, 1 to 1,000,000.
+    Raises:
+        DualCodecError: a rate out of range.
+    """
+
+    def __init__(self, rate_in: int, rate_out: int) -> None:
+        _check_rates(rate_in, rate_out)
+        self._rates = rate_in, rate_out
+        self._stream: Any = None
+        if rate_in != rate_out:
+            import soxr
+
+            self._stream = soxr.ResampleStream(rate_in, rate_out, 1, dtype="float32")
+        self._read = self._given = 0
+
+    def write(self, samples: Samples) -> Samples:
+        """Takes float32 [T] in, and returns float32 of what can be known by now."""
+        self._read += len(samples)
+        given = samples if self._stream is None else self._stream.resample_chunk(samples)
+        self._given += len(given)
+        return given
+
+    def finish(self) -> Samples:
+        """Returns the rest."""
+        import numpy as np
+
+        rest = np.zeros(0, np.float32)
+        if self._stream is not None:
+            rest = self._stream.resample_chunk(rest, last=True)
+        return fit_length(rest, max(0, resampled_length(self._read, *self._rates) - self._given))
 
 
 def _name(path: str | os.PathLike[str]) -> str:

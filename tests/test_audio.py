@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +273,68 @@ def test_a_device_is_written_to_and_not_replaced():
 def test_a_place_that_cannot_be_written(tmp_path, name, text):
     with pytest.raises(DualCodecError, match=f"cannot write .*: {text}"):
         _files.write_atomic(tmp_path / name, b"x")
+
+
+# Piece by piece ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rates", [(44100, 24000), (48000, 24000), (8000, 24000), (24000, 44100), (24000, 24000)])
+@pytest.mark.parametrize("samples", [0, 1, 700, 50_003])
+def test_resampling_in_pieces_has_the_bits_of_the_whole(rates, samples):
+    wave = tone(2.5, 24000)[:samples]
+    wanted = audio.resample(wave, *rates)
+    for piece in (1000, 9999, 1 << 20):
+        made = audio.Resampler(*rates)
+        parts = [made.write(wave[at : at + piece]) for at in range(0, samples, piece)]
+        np.testing.assert_array_equal(np.concatenate([*parts, made.finish()]), wanted)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "opus", "mp3", "au", "rf64"])
+def test_written_in_pieces_it_is_the_same_file(tmp_path, kind):
+    wave = tone(3, 24000)
+    audio.write_audio(tmp_path / f"whole.{kind}", wave, 24000)
+    with audio.AudioWriter(tmp_path / f"pieces.{kind}", 24000) as file:
+        for at in range(0, len(wave), 9999):
+            file.write(wave[at : at + 9999])
+        assert not (tmp_path / f"pieces.{kind}").exists()
+    whole, pieces = (audio.read_audio(tmp_path / f"{name}.{kind}") for name in ("whole", "pieces"))
+    np.testing.assert_array_equal(whole.samples, pieces.samples)
+    for samples in (1234, 1 << 16):
+        with audio.AudioReader(tmp_path / f"whole.{kind}") as file:
+            blocks = list(file.blocks(samples))
+            assert file.samples == sum(map(len, blocks)) == whole.samples.size
+        np.testing.assert_array_equal(np.concatenate(blocks), whole.samples)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError])
+def test_what_breaks_off_leaves_nothing(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"old")
+    original = os.write
+
+    def failing(handle, data):
+        if len(data) > 1000:
+            raise error
+        return original(handle, data)
+
+    monkeypatch.setattr(os, "write", failing)
+    wanted = DualCodecError if isinstance(error, OSError) else error
+    with pytest.raises(wanted), audio.AudioWriter(path, 24000) as file:
+        for _ in range(20):
+            file.write(tone(0.1, 24000))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_gets_the_file_at_the_end(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    audio.write_audio(pipe, tone(0.1, 24000), 24000, "wav")
+    reader.join()
+    audio.write_audio(tmp_path / "a.wav", tone(0.1, 24000), 24000)
+    assert got == [(tmp_path / "a.wav").read_bytes()] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 # Finding ----------------------------------------------------------------------------------------------------------

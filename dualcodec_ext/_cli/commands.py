@@ -13,7 +13,7 @@ from dualcodec_ext._cli.codec import Codec, CodecCache, open_codec
 from dualcodec_ext._cli.options import ModelOptions
 from dualcodec_ext._cli.report import Report
 from dualcodec_ext._files import Found, find_inputs, reason
-from dualcodec_ext.audio import AUDIO_SUFFIXES, Audio, audio_format, encode_audio, read_audio, resample
+from dualcodec_ext.audio import AUDIO_SUFFIXES, Audio, audio_format, read_audio, resample, write_audio
 from dualcodec_ext.codes import SUFFIX, UNTRAINED, CodeFile, read_codes, write_codes
 from dualcodec_ext.errors import DualCodecError, need_extra
 
@@ -256,9 +256,7 @@ def _stem(name: str) -> str:
 
 
 def _write_audio(target: Path, samples: Any, rate_hz: int, kind: str, untrained: bool) -> None:
-    from dualcodec_ext._files import write_atomic
-
-    write_atomic(target, encode_audio(samples, rate_hz, kind, UNTRAINED if untrained else None))
+    write_audio(target, samples, rate_hz, kind, UNTRAINED if untrained else None)
 
 
 def _make(folder: Path) -> None:
