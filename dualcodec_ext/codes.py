@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dualcodec_ext._files import reason, write_atomic
+from dualcodec_ext._files import AtomicFile, reason
 from dualcodec_ext.audio import resampled_length
 from dualcodec_ext.config import DualCodecConfig
 from dualcodec_ext.errors import DualCodecError
@@ -23,6 +24,7 @@ SUFFIX = ".codes.safetensors"
 FORMAT_VERSION = 1
 UNTRAINED = "untrained: not intelligible"
 _KEY = "dualcodec_ext"
+_LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,26 @@ class CodeFile:
         kept = None if quantizers == 1 or self.acoustic is None else self.acoustic[: quantizers - 1]
         return replace(self, acoustic=kept)
 
+    def span(self, first: int, last: int) -> tuple[Codes, Codes | None]:
+        """Some of the frames, checked: of a file that `map_codes` gave nothing else is read.
+
+        Args:
+            first, last: frames first to last - 1, 0 <= first < last <= frames.
+        Returns:
+            uint16 [1, last - first], and [Q, last - first] or None.
+        Raises:
+            DualCodecError: a code out of its codebook's range.
+        """
+        import numpy as np
+
+        parts = [None if c is None else np.array(c[:, first:last]) for c in (self.semantic, self.acoustic)]
+        semantic, acoustic = parts
+        assert semantic is not None
+        problem = _range_problem(replace(self, semantic=semantic, acoustic=acoustic), first)
+        if problem:
+            raise DualCodecError(f"code file: {problem}")
+        return semantic, acoustic
+
     def to_bytes(self) -> bytes:
         """The contents of the file.
 
@@ -109,16 +131,30 @@ class CodeFile:
         Raises:
             DualCodecError: the codes and the settings don't belong together.
         """
+        return b"".join(self._parts())
+
+    def _parts(self) -> Iterator[bytes]:
+        """The contents of the file, codebook by codebook."""
         import numpy as np
-        from safetensors.numpy import save
 
         problem = _problem(self)
         if problem:
             raise DualCodecError(f"code file: {problem}")
-        tensors = {"semantic": np.ascontiguousarray(self.semantic)}
+        tensors = {"semantic": self.semantic} if self.acoustic is None else {}
         if self.acoustic is not None:
-            tensors["acoustic"] = np.ascontiguousarray(self.acoustic)
-        return save(tensors, metadata={_KEY: json.dumps(self.metadata(), sort_keys=True)})
+            tensors = {"acoustic": self.acoustic, "semantic": self.semantic}  # safetensors' own order
+        header: dict[str, Any] = {"__metadata__": {_KEY: json.dumps(self.metadata(), sort_keys=True)}}
+        at = 0
+        for name, values in tensors.items():
+            size = 2 * int(values.size)
+            header[name] = {"dtype": "U16", "shape": list(values.shape), "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        yield len(text).to_bytes(8, "little") + text
+        for values in tensors.values():
+            for row in values:
+                yield np.ascontiguousarray(row, "<u2").tobytes()
 
     def metadata(self) -> dict[str, Any]:
         """What the file says about its codes.
@@ -165,7 +201,12 @@ def write_codes(path: str | os.PathLike[str], codes: CodeFile) -> None:
     Raises:
         DualCodecError: the codes and the settings don't belong together, or the file can't be written.
     """
-    write_atomic(path, codes.to_bytes())
+    parts = codes._parts()
+    first = next(parts)  # which checks them
+    with AtomicFile(path) as file:
+        file.write(first)
+        for part in parts:
+            file.write(part)
 
 
 def is_code_file(path: str | os.PathLike[str]) -> bool:
@@ -196,57 +237,97 @@ def read_codes(path: str | os.PathLike[str]) -> CodeFile:
         DualCodecError: missing, empty, cut short, no safetensors, no code file, from a newer version, settings that no
             model has, codes out of their codebook's range, or a length that doesn't fit the number of frames.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+    return _read(path, _whole)
 
+
+def map_codes(path: str | os.PathLike[str]) -> CodeFile:
+    """As `read_codes`, but the codes stay in the file, and are not checked, until `CodeFile.span` reads some of them.
+
+    Args:
+        path: the file, which must stay as it is as long as the result is in use.
+    Returns:
+        The codes, mapped from the file, and their settings.
+    Raises:
+        DualCodecError: as `read_codes`, but for codes out of range.
+    """
+    return _read(path, _mapped)
+
+
+def _read(path: str | os.PathLike[str], load: Callable[[Any], dict[str, Any]]) -> CodeFile:
+    from safetensors import SafetensorError
+
+    name = os.fspath(path)
     try:
         with open(path, "rb") as source:
-            data = source.read()
+            begin = source.read(8)
+            if not begin:
+                raise DualCodecError("is an empty file")
+            begin += source.read(min(int.from_bytes(begin, "little"), _LONGEST_HEADER))
+            try:
+                facts = _header_facts(begin, source)
+                codes = _from_facts(facts, load(source))
+            except SafetensorError as error:
+                raise DualCodecError(_safetensors_problem(begin, source, error)) from error
+        problem = _shape_problem(codes) or (_range_problem(codes) if load is _whole else None)
+        problem = problem or _disagreement(codes, facts)
+        if problem:
+            raise DualCodecError(problem)
     except OSError as error:
-        raise DualCodecError(f"cannot read {os.fspath(path)}: {reason(error)}") from error
-    if not data:
-        raise DualCodecError(f"{os.fspath(path)}: is an empty file")
-    try:
-        facts = _header_facts(data)
-        if facts is None:
-            raise DualCodecError("is safetensors, but no code file of dualcodec_ext")
-        codes = _from_facts(facts, load(data))
-    except SafetensorError as error:
-        raise DualCodecError(f"{os.fspath(path)}: {_safetensors_problem(data, error)}") from error
+        raise DualCodecError(f"cannot read {name}: {reason(error)}") from error
     except DualCodecError as error:
-        raise DualCodecError(f"{os.fspath(path)}: {error}") from error
-    problem = _problem(codes) or _disagreement(codes, facts)
-    if problem:
-        raise DualCodecError(f"{os.fspath(path)}: {problem}")
+        raise DualCodecError(f"{name}: {error}") from error
     return codes
 
 
-def _header(data: bytes) -> dict[str, Any]:
+def _whole(source: Any) -> dict[str, Any]:
+    from safetensors.numpy import load
+
+    source.seek(0)
+    return load(source.read())
+
+
+def _mapped(source: Any) -> dict[str, Any]:
+    import numpy as np
+    from safetensors import safe_open
+
+    with safe_open(source.name, framework="numpy"):  # raises what is wrong with the file as a whole, if anything is
+        pass
+    source.seek(0)
+    size = int.from_bytes(source.read(8), "little")
+    found = {}
+    for name, entry in _header(source.read(size), 0).items():
+        if name in ("semantic", "acoustic"):
+            offset, shape = 8 + size + entry["data_offsets"][0], tuple(entry["shape"])
+            if entry["dtype"] != "U16" or 0 in shape:  # refused anyway
+                found[name] = _whole(source)[name]
+            else:
+                found[name] = np.memmap(source, "<u2", "r", offset, shape)
+    return found
+
+
+def _header(data: bytes, begin: int = 8) -> dict[str, Any]:
     """The JSON header that a safetensors file opens with, or {} where there is none."""
-    size = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + size])
+        header = json.loads(data[begin:])
     except ValueError:
         return {}
     return header if isinstance(header, dict) else {}
 
 
-def _header_facts(data: bytes) -> Any:
-    text = (_header(data).get("__metadata__") or {}).get(_KEY)
+def _header_facts(begin: bytes, source: Any) -> Any:
+    text = (_header(begin).get("__metadata__") or {}).get(_KEY)
     if text is None:
-        from safetensors.numpy import load
-
-        load(data)  # raises what is wrong with the file as a whole, if anything is
-        return None
+        _whole(source)  # raises what is wrong with the file as a whole, if anything is
+        raise DualCodecError("is safetensors, but no code file of dualcodec_ext")
     try:
         return json.loads(text)
     except (TypeError, ValueError) as error:
         raise DualCodecError("its metadata is no JSON") from error
 
 
-def _safetensors_problem(data: bytes, error: Exception) -> str:
-    size = int.from_bytes(data[:8], "little")
-    if len(data) > 8 and data[8:9] == b"{" and (8 + size > len(data) or _header(data)):
+def _safetensors_problem(begin: bytes, source: Any, error: Exception) -> str:
+    size, length = int.from_bytes(begin[:8], "little"), os.fstat(source.fileno()).st_size
+    if length > 8 and begin[8:9] == b"{" and (8 + size > length or _header(begin)):
         return f"is cut short or damaged ({error})"
     return "is not a safetensors file"
 
@@ -300,11 +381,30 @@ def _disagreement(codes: CodeFile, facts: dict[str, Any]) -> str | None:
 
 def _problem(codes: CodeFile) -> str | None:
     """What is wrong with the codes, in one line; None when nothing is."""
+    return _shape_problem(codes) or _range_problem(codes)
+
+
+def _tensors(codes: CodeFile) -> list[tuple[str, Codes, int, int]]:
+    """Name, values, entries and most codebooks of each kind."""
     config = codes.config
     tensors = [("semantic", codes.semantic, config.semantic_codebook_size, 1)]
     if codes.acoustic is not None:
         tensors.append(("acoustic", codes.acoustic, config.codebook_size, config.n_codebooks))
-    for name, values, size, most in tensors:
+    return tensors
+
+
+def _range_problem(codes: CodeFile, first: int = 0) -> str | None:
+    """As `_problem`, of the codes themselves; first: the frame that they begin with."""
+    for name, values, size, _ in _tensors(codes):
+        if int(values.max()) >= size:
+            row, frame = (int(i) for i in divmod(int(values.argmax()), values.shape[1]))
+            return f"{name} code {int(values.max())} at codebook {row}, frame {first + frame} is not below {size}"
+    return None
+
+
+def _shape_problem(codes: CodeFile) -> str | None:
+    """As `_problem`, of everything but the codes themselves."""
+    for name, values, _, most in _tensors(codes):
         if values.dtype.name != "uint16":
             return f"{name} codes must be uint16, got {values.dtype.name}"
         shape = list(values.shape)
@@ -313,14 +413,11 @@ def _problem(codes: CodeFile) -> str | None:
             return f"{name} codes must be [{rows}, F], got {shape}"
         if shape[1] != codes.frames or codes.frames == 0:
             return f"{name} codes must have {codes.frames or 'at least 1'} frames, got {shape[1]}"
-        if int(values.max()) >= size:
-            row, frame = (int(i) for i in divmod(int(values.argmax()), shape[1]))
-            return f"{name} code {int(values.max())} at codebook {row}, frame {frame} is not below {size}"
     if not 0 <= codes.repeated_frames <= codes.frames:
         return f"repeated frames must be 0 to {codes.frames}, got {codes.repeated_frames}"
     if codes.source_samples < 1 or codes.source_rate_hz < 1:
         return f"the recording must have samples and a rate, got {codes.source_samples} at {codes.source_rate_hz} Hz"
-    needed = -(-codes.model_samples // config.hop_length)
+    needed = -(-codes.model_samples // codes.config.hop_length)
     # Codes made elsewhere may lack the frames that the features came short by: DualCodec allows two.
     if not needed - 2 <= codes.frames <= max(needed, 1):
         return f"{codes.model_samples} samples need {needed} frames, got {codes.frames}"

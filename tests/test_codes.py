@@ -76,6 +76,46 @@ def test_the_bytes_depend_on_the_contents_alone():
     assert example().to_bytes() == example().to_bytes()
 
 
+@pytest.mark.parametrize("quantizers", [1, 3, 8])
+def test_the_bytes_are_those_of_safetensors_itself(quantizers):
+    made = example(quantizers, weights='seeded:"odd" \u00e9')
+    tensors = {"semantic": made.semantic}
+    if made.acoustic is not None:
+        tensors["acoustic"] = made.acoustic
+    facts = json.dumps(made.metadata(), sort_keys=True)
+    assert made.to_bytes() == save(tensors, metadata={"dualcodec_ext": facts})
+
+
+@pytest.mark.parametrize("quantizers", [1, 8])
+def test_a_span_of_a_mapped_file(tmp_path, quantizers):
+    path = tmp_path / "a.codes.safetensors"
+    made = example(quantizers)
+    codes.write_codes(path, made)
+    got = codes.map_codes(path)
+    assert got.metadata() == made.metadata() and isinstance(got.semantic, np.memmap)
+    semantic, acoustic = got.span(5, 9)
+    np.testing.assert_array_equal(semantic, made.semantic[:, 5:9])
+    assert type(semantic) is np.ndarray and (acoustic is None) == (quantizers == 1)
+    if acoustic is not None:
+        np.testing.assert_array_equal(acoustic, made.acoustic[:, 5:9])
+    assert got.first(1).span(5, 9)[1] is None
+
+
+def test_of_a_mapped_file_the_codes_that_are_read_are_checked(tmp_path):
+    path = tmp_path / "a.codes.safetensors"
+    made = example()
+    data = bytearray(made.to_bytes())
+    frame = len(data) - 2 * (made.frames - 20)  # of the semantic codes, which come last
+    data[frame : frame + 2] = (60000).to_bytes(2, "little")
+    path.write_bytes(data)
+    with pytest.raises(DualCodecError, match="semantic code 60000 at codebook 0, frame 20 is not below 16384"):
+        codes.read_codes(path)
+    got = codes.map_codes(path)
+    assert got.span(0, 20)[0].shape == (1, 20)
+    with pytest.raises(DualCodecError, match="semantic code 60000 at codebook 0, frame 20 is not below 16384"):
+        got.span(15, 26)
+
+
 def test_facts():
     made = example()
     assert (made.frames, made.codebooks, made.model_samples) == (26, 8, 48008)
@@ -223,9 +263,12 @@ BAD_FILES = {
 def test_bad_files_get_one_line(tmp_path, data, text):
     path = tmp_path / "a.codes.safetensors"
     path.write_bytes(data)
-    with pytest.raises(DualCodecError, match=rf"a\.codes\.safetensors: {text}") as error:
-        codes.read_codes(path)
-    assert "\n" not in str(error.value)
+    for read in (codes.read_codes, codes.map_codes):
+        if read is codes.map_codes and "is not below" in text:
+            continue
+        with pytest.raises(DualCodecError, match=rf"a\.codes\.safetensors: {text}") as error:
+            read(path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kept", [4, 8, 9, 100, 800, -100, -1])
