@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ def roundtrip(
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
     seed: opt.Seed = 0,
+    chunk_frames: opt.ChunkFrames = None,
+    whole_features: opt.WholeFeatures = False,
     as_json: opt.Json = False,
 ) -> None:
     """Encode an audio file, decode the codes, and write what comes back.
@@ -77,8 +80,9 @@ def roundtrip(
     """
     from dualcodec_ext._cli.commands import run_roundtrip
 
-    settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed, fast)
-    raise typer.Exit(run_roundtrip(source, target, settings, quantizers, rate, kind, codes, plot, as_json))
+    settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed, fast, whole_features)
+    also = (codes, plot, chunk_frames, as_json)
+    raise typer.Exit(run_roundtrip(source, target, settings, quantizers, rate, kind, *also))
 
 
 @app.command()
@@ -93,6 +97,8 @@ def encode(
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
     seed: opt.Seed = 0,
+    chunk_frames: opt.ChunkFrames = None,
+    whole_features: opt.WholeFeatures = False,
     skip_existing: opt.SkipExisting = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -102,8 +108,8 @@ def encode(
     """
     from dualcodec_ext._cli.commands import run_encode
 
-    settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed)
-    raise typer.Exit(run_encode(inputs, folder, settings, quantizers, skip_existing, as_json))
+    settings = opt.ModelOptions(model, weights, w2v, dtype.value, device, threads, seed, whole_features=whole_features)
+    raise typer.Exit(run_encode(inputs, folder, settings, quantizers, chunk_frames, skip_existing, as_json))
 
 
 @app.command()
@@ -120,6 +126,13 @@ def decode(
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
     seed: opt.DecodeSeed = None,
+    begin_s: Annotated[
+        float | None, typer.Option("--from", min=0, help="Decode from this second on. [default: the beginning]")
+    ] = None,
+    end_s: Annotated[
+        float | None, typer.Option("--to", min=0, help="Decode up to this second. [default: the end]")
+    ] = None,
+    chunk_frames: opt.ChunkFrames = None,
     any_weights: Annotated[
         bool, typer.Option("--any-weights", help="Decode even where the codes were made with other weights.")
     ] = False,
@@ -129,14 +142,13 @@ def decode(
     """Turn code files back into audio files: DIR/NAME.wav.
 
     Each code file says which model made it. The audio has the model's sample rate, or --rate, and the exact length of
-    the recording that was encoded.
+    the recording that was encoded. --from and --to decode a part of it, as it is in the whole, and nothing else.
     """
     from dualcodec_ext._cli.commands import run_decode
 
     settings = opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed, fast)
-    raise typer.Exit(
-        run_decode(inputs, folder, settings, quantizers, rate, kind or "wav", any_weights, skip_existing, as_json)
-    )
+    chosen = (quantizers, rate, kind or "wav", (begin_s, end_s), chunk_frames, any_weights, skip_existing)
+    raise typer.Exit(run_decode(inputs, folder, settings, *chosen, as_json))
 
 
 @app.command()
@@ -234,6 +246,10 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _stop(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -243,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        signal.signal(signal.SIGTERM, _stop)  # like Ctrl-C, it leaves no half-written file behind
     try:
         code = app(arguments or ["--help"], prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()

@@ -142,11 +142,14 @@ class DualCodec(reference.DualCodec):
         sample_rate: int | None = 24000,
         semantic_repr: Tensor | None = None,
         lengths: Tensor | None = None,
+        feature_lengths: Tensor | None = None,
+        chunk_frames: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As the reference's; a model on log-mel features computes semantic_repr itself where it is None."""
         if semantic_repr is None and self._front_end and not self.training:
             semantic_repr = self.semantic_features(audio_data, lengths)
-        return super().encode(audio_data, num_quantizers, sample_rate, semantic_repr, lengths)
+        own = lengths, feature_lengths
+        return super().encode(audio_data, num_quantizers, sample_rate, semantic_repr, *own, chunk_frames)
 
     # Engine ---------------------------------------------------------------------------------------------------------
 

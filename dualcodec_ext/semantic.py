@@ -16,6 +16,7 @@ from ._w2v_bert import autocast_dtype, load_statistics, load_w2v_bert, ready
 from ._w2v_layers import PackedLayers
 from .errors import DualCodecError, need_extra
 from .hub import find_directory, find_file
+from .windows import OVERLAP_S, WHOLE_S, FeatureWindows
 
 CODEC_RATE_HZ = 24000
 _W2V_RATE_HZ = 16000
@@ -218,6 +219,10 @@ class W2vBertFeatures:
             in it and everything else in float32, else through torch.autocast. True is float16, as upstream
             does, where the device computes in it; on a CPU without float16 arithmetic, float32.
         meanvar_fname: name of the statistics file, a dict of `mean` and `var`, [C] each.
+        window_s: clips past one minute are computed in windows of so many seconds, one after the other, clip by clip:
+            an approximation, in memory that does not grow with them (30 is a good choice). None: whole, as upstream
+            does; attention's memory grows with the square of the length.
+        overlap_s: of two windows.
 
     Numerics: normalising and averaging in float32. A CPU without float16 arithmetic emulates it: of 5 s of
         audio, 4 layers of the full width with random weights took 16.6 s under float16, 1.4 s in float32 and
@@ -235,7 +240,12 @@ class W2vBertFeatures:
         device: str | torch.device = "cpu",
         autocast: bool | torch.dtype = True,
         meanvar_fname: str = "w2vbert2_mean_var_stats_emilia.pt",
+        window_s: float | None = None,
+        overlap_s: float = OVERLAP_S,
     ) -> None:
+        self.window_s, self.overlap_s = window_s, overlap_s
+        if window_s is not None:
+            self._windows()  # which checks them
         self.w2v_path, self.dualcodec_path, self.meanvar_fname = w2v_path, dualcodec_path, meanvar_fname
         self.downsample_factor = downsample_factor
         self.device = torch.device(device)
@@ -270,6 +280,31 @@ class W2vBertFeatures:
         sizes = [whole] * audio.shape[0] if lengths is None else lengths.tolist()
         if len(sizes) != audio.shape[0] or any(not 0 <= size <= whole for size in sizes):
             raise DualCodecError(f"W2vBertFeatures: lengths must be [{audio.shape[0]}] in [0, {whole}], got {sizes}")
+        if self.window_s is not None and max(sizes, default=0) > WHOLE_S * CODEC_RATE_HZ:
+            return self._clip_by_clip(audio, sizes)
+        return self._whole(audio, sizes)
+
+    def _windows(self) -> FeatureWindows:
+        assert self.window_s is not None
+        samples = self.downsample_factor * CODEC_RATE_HZ // 50
+        return FeatureWindows(
+            lambda part: self._whole(part, [part.shape[-1]]).cpu(),
+            samples,
+            CODEC_RATE_HZ,
+            self.window_s,
+            self.overlap_s,
+        )
+
+    def _clip_by_clip(self, audio: Tensor, sizes: list[int]) -> Tensor:
+        clips = []
+        for clip, size in zip(audio, sizes, strict=True):
+            windows = self._windows()
+            part = windows.write(clip[None, :, :size].cpu().to(torch.float32))
+            clips.append(torch.cat([part, windows.finish()], -1))
+        frames = max(clip.shape[-1] for clip in clips)
+        return torch.cat([F.pad(clip, (0, frames - clip.shape[-1])) for clip in clips]).to(self.device)
+
+    def _whole(self, audio: Tensor, sizes: list[int]) -> Tensor:
         extractor = self._load()[1]
         items = [_extract(extractor, clip[:, :size].cpu()) for clip, size in zip(audio, sizes, strict=True)]
         steps = max((item[0].shape[0] for item in items), default=0)

@@ -30,6 +30,7 @@ LAYERS = (
         "semantic",
         "speech_data",
         "testing",
+        "windows",
     ),
     ("ops",),
     ("forms", "steps"),

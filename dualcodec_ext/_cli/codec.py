@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dualcodec_ext._cli.features import Features, features_for
+from dualcodec_ext._cli.long import finite
 from dualcodec_ext._cli.options import DEFAULT_MODEL, ModelOptions
 from dualcodec_ext._files import reason
 from dualcodec_ext.audio import fit_length, resample, resampled_length
@@ -86,8 +87,8 @@ class Codec:
             semantic_repr=features.to(parameter),
         )
         return CodeFile(
-            semantic=_to_uint16(semantic),
-            acoustic=None if acoustic is None else _to_uint16(acoustic),
+            semantic=to_uint16(semantic),
+            acoustic=None if acoustic is None else to_uint16(acoustic),
             model=self.name,
             config=self.config,
             weights=self.weights,
@@ -116,24 +117,39 @@ class Codec:
             semantic,
             None if acoustic is None else torch.from_numpy(acoustic.astype(np.int64))[None].to(device),
         )
-        samples = wave[0, 0].float().cpu().numpy()
-        if not np.isfinite(samples).all():
-            raise DualCodecError(f"the model's output is not finite in {str(wave.dtype).removeprefix('torch.')}")
+        samples = finite(wave)
         rate_hz = rate_hz or self.config.sample_rate
         samples = resample(fit_length(samples, max(1, codes.model_samples)), self.config.sample_rate, rate_hz)
         return fit_length(samples, resampled_length(codes.source_samples, codes.source_rate_hz, rate_hz)), rate_hz
 
     def _fit(self, features: Tensor, audio: Tensor, frames: int) -> tuple[Tensor, int]:
         """The features with exactly `frames` frames, and how many of them repeat the last one."""
-        assert self.features is not None
         if features.shape[-1] == 0:
-            # Shorter than the features' window: silence behind it makes a first frame.
-            features = self.features(torch.nn.functional.pad(audio, (0, 2 * self.config.hop_length)))
-        features = features[..., :frames]
-        missing = frames - features.shape[-1]
-        if missing > _MOST_MISSING_FRAMES or features.shape[-1] == 0:
-            raise DualCodecError(f"{audio.shape[-1]} samples need {frames} feature frames, got {features.shape[-1]}")
-        return torch.cat([features, features[..., -1:].expand(-1, -1, missing)], dim=-1), missing
+            features = self.features_of_little(audio)
+        return fitted(features, frames)
+
+    def features_of_little(self, audio: Tensor) -> Tensor:
+        """Features of [1, 1, S] that is shorter than their window: silence behind it makes a first frame."""
+        assert self.features is not None
+        return self.features(torch.nn.functional.pad(audio, (0, 2 * self.config.hop_length)))
+
+
+def fitted(features: Tensor, frames: int) -> tuple[Tensor, int]:
+    """Cuts features, or repeats the last frame, as w2v-BERT's framing needs.
+
+    Args:
+        features: [1, C, F].
+        frames: wanted.
+    Returns:
+        [1, C, frames], and how many of them repeat the last one.
+    Raises:
+        DualCodecError: more are missing than w2v-BERT leaves out.
+    """
+    features = features[..., :frames]
+    missing = frames - features.shape[-1]
+    if missing > _MOST_MISSING_FRAMES or (missing and features.shape[-1] == 0):
+        raise DualCodecError(f"{frames} more feature frames are needed, got {features.shape[-1]}")
+    return torch.cat([features, features[..., -1:].expand(-1, -1, missing)], dim=-1), missing
 
 
 class CodecCache:
@@ -351,7 +367,8 @@ def _short(weights: str) -> str:
     return f"the weights {weights[:19]}..."
 
 
-def _to_uint16(codes: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint16]]:
+def to_uint16(codes: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint16]]:
+    """Codes [1, q, F] as code files hold them, [q, F]."""
     if codes.numel() and int(codes.max()) > 0xFFFF:
         raise DualCodecError(f"code files hold codes up to 65535, got {int(codes.max())}")
     return codes[0].cpu().numpy().astype(np.uint16)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dualcodec_ext._cli.codec import Codec, CodecCache, open_codec
+from dualcodec_ext._cli.long import chunk_for, decode_long, decode_span, encode_long, write_pieces
 from dualcodec_ext._cli.options import ModelOptions
 from dualcodec_ext._cli.report import Report
 from dualcodec_ext._files import Found, find_inputs, reason
-from dualcodec_ext.audio import AUDIO_SUFFIXES, Audio, audio_format, read_audio, resample, write_audio
-from dualcodec_ext.codes import SUFFIX, UNTRAINED, CodeFile, read_codes, write_codes
+from dualcodec_ext.audio import AUDIO_SUFFIXES, AudioReader, audio_format, read_audio, resample, write_audio
+from dualcodec_ext.codes import SUFFIX, UNTRAINED, CodeFile, map_codes, read_codes, write_codes
 from dualcodec_ext.errors import DualCodecError, need_extra
 
 
@@ -27,6 +28,7 @@ def run_roundtrip(
     kind: str | None,
     codes_file: Path | None,
     plot: Path | None,
+    chunk_frames: int | None,
     as_json: bool,
 ) -> int:
     """Encodes one audio file and decodes it again.
@@ -40,6 +42,7 @@ def run_roundtrip(
         kind: format of the output; None for what the ending of `target` says.
         codes_file: where the codes go; None to keep them.
         plot: PNG for the spectrograms of both; None for none.
+        chunk_frames: frames that are worked on at a time, see `chunk_for`.
         as_json: print JSON.
     Returns:
         The exit code.
@@ -55,29 +58,30 @@ def run_roundtrip(
             _need_folder_of(wanted)
     if plot is not None:
         need_extra("matplotlib", "plot", "--plot")
-    recording = read_audio(source)  # before the model, which takes longer to load
-    codec = _opened(options, report, quantizers)
-    start = time.perf_counter()
-    codes = codec.encode(recording.samples, recording.sample_rate_hz, quantizers)
+    with AudioReader(source) as reader:
+        recording = _short(reader, chunk_frames)  # before the model, which takes longer to load
+        codec = _opened(options, report, quantizers)
+        start = time.perf_counter()
+        codes = _encode(codec, reader, recording, quantizers, chunk_frames, report)
     encoded = time.perf_counter()
-    samples, rate_hz = codec.decode(codes, rate)
+    rate_hz = rate or codec.config.sample_rate
+    samples = _decode(codec, codes, target, rate_hz, kind, chunk_frames, report)
     decoded = time.perf_counter()
-    _write_audio(target, samples, rate_hz, kind, codes.untrained)
     if codes_file is not None:
         write_codes(codes_file, codes)
     if plot is not None:
-        _draw(recording, samples, rate_hz, plot)
+        _draw(read_audio(source).samples if recording is None else recording, codes.source_rate_hz, target, plot)
     result = {
         "input": str(source),
         "output": str(target),
         **_code_facts(codes),
         "output_rate_hz": rate_hz,
-        "output_samples": len(samples),
+        "output_samples": samples,
         "encode_s": encoded - start,
         "decode_s": decoded - encoded,
     }
     speeds = f"encode {_speed(codes, encoded - start)}, decode {_speed(codes, decoded - encoded)}"
-    report.done(result, f"{source} -> {target}: {_code_line(codes)}; {len(samples)} samples at {rate_hz} Hz; {speeds}")
+    report.done(result, f"{source} -> {target}: {_code_line(codes)}; {samples} samples at {rate_hz} Hz; {speeds}")
     return report.finish()
 
 
@@ -86,6 +90,7 @@ def run_encode(
     folder: Path,
     options: ModelOptions,
     quantizers: int | None,
+    chunk_frames: int | None,
     skip_existing: bool,
     as_json: bool,
 ) -> int:
@@ -96,6 +101,7 @@ def run_encode(
         folder: where the code files go.
         options: which model, and how it runs.
         quantizers: codebooks to use; None for all.
+        chunk_frames: frames that are worked on at a time, see `chunk_for`.
         skip_existing: leave out inputs whose code file exists.
         as_json: print JSON.
     Returns:
@@ -114,9 +120,10 @@ def run_encode(
 
     def work(job: tuple[Found, Path]) -> tuple[dict[str, Any], str]:
         found, target = job
-        recording = read_audio(found.path)
-        start = time.perf_counter()
-        codes = codec.encode(recording.samples, recording.sample_rate_hz, quantizers)
+        with AudioReader(found.path) as reader:
+            recording = _short(reader, chunk_frames)
+            start = time.perf_counter()
+            codes = _encode(codec, reader, recording, quantizers, chunk_frames, report)
         elapsed_s = time.perf_counter() - start
         _make(target.parent)
         write_codes(target, codes)
@@ -141,6 +148,8 @@ def run_decode(
     quantizers: int | None,
     rate: int | None,
     kind: str,
+    span_s: tuple[float | None, float | None],
+    chunk_frames: int | None,
     any_weights: bool,
     skip_existing: bool,
     as_json: bool,
@@ -154,6 +163,8 @@ def run_decode(
         quantizers: codebooks to use of those in each file; None for all.
         rate: sample rate of the output in Hz; None for the model's.
         kind: format of the audio.
+        span_s: the part of each recording that is wanted, from and to; None for its beginning or end.
+        chunk_frames: frames that are worked on at a time, see `chunk_for`.
         any_weights: decode codes that other weights made.
         skip_existing: leave out inputs whose audio exists.
         as_json: print JSON.
@@ -168,29 +179,38 @@ def run_decode(
     if not jobs:
         return report.finish()
     _refuse_as_folder(folder)
+    part = span_s != (None, None)
     codecs = CodecCache(options, any_weights)
     fresh = not folder.exists()
     _make(folder)
 
     def work(job: tuple[Found, Path]) -> tuple[dict[str, Any], str]:
         found, target = job
-        codes = read_codes(found.path).first(quantizers)
+        codes = (map_codes if part else read_codes)(found.path).first(quantizers)
         codec = codecs.for_codes(codes)
         _tell_untrained(codes.untrained or codec.untrained, report)
+        rate_hz = rate or codec.config.sample_rate
         start = time.perf_counter()
-        samples, rate_hz = codec.decode(codes, rate)
-        elapsed_s = time.perf_counter() - start
         _make(target.parent)
-        _write_audio(target, samples, rate_hz, kind, codes.untrained or codec.untrained)
+        if part:
+            begin_s, end_s = span_s[0] or 0.0, codes.duration_s if span_s[1] is None else span_s[1]
+            wave = decode_span(codec, codes, begin_s, end_s, rate)
+            write_audio(target, wave, rate_hz, kind, _comment(codes, codec))
+            samples = len(wave)
+        else:
+            samples = _decode(codec, codes, target, rate_hz, kind, chunk_frames, report)
+        elapsed_s = time.perf_counter() - start
         result = {
             "input": str(found.path),
             "output": str(target),
             **_code_facts(codes),
             "output_rate_hz": rate_hz,
-            "output_samples": len(samples),
+            "output_samples": samples,
             "decode_s": elapsed_s,
         }
-        line = f"{found.path} -> {target}: {_code_line(codes)}; {len(samples)} samples at {rate_hz} Hz"
+        line = f"{found.path} -> {target}: {_code_line(codes)}; {samples} samples at {rate_hz} Hz"
+        if part:
+            return result, f"{line}, from {begin_s:g} s"
         return result, f"{line}; {_speed(codes, elapsed_s)}"
 
     report.each(jobs, lambda job: str(job[0].path), work)
@@ -199,13 +219,14 @@ def run_decode(
     return report.finish()
 
 
-def _draw(recording: Audio, samples: Any, rate_hz: int, path: Path) -> None:
+def _draw(recording: Any, source_rate_hz: int, target: Path, path: Path) -> None:
     import torch
 
     from dualcodec_ext._training.plots import draw_spectrograms
 
-    before = resample(recording.samples, recording.sample_rate_hz, rate_hz)
-    draw_spectrograms(torch.from_numpy(before), torch.from_numpy(samples), rate_hz, path)
+    after = read_audio(target)
+    before = resample(recording, source_rate_hz, after.sample_rate_hz)
+    draw_spectrograms(torch.from_numpy(before), torch.from_numpy(after.samples), after.sample_rate_hz, path)
 
 
 def _opened(options: ModelOptions, report: Report, quantizers: int | None) -> Codec:
@@ -255,8 +276,43 @@ def _stem(name: str) -> str:
     return name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else Path(name).stem
 
 
-def _write_audio(target: Path, samples: Any, rate_hz: int, kind: str, untrained: bool) -> None:
-    write_audio(target, samples, rate_hz, kind, UNTRAINED if untrained else None)
+def _short(reader: AudioReader, chunk_frames: int | None) -> Any:
+    """A recording that is to be encoded whole, read; None for one that is read as it is encoded."""
+    import numpy as np
+
+    if chunk_for(reader.promised_samples / reader.sample_rate_hz, chunk_frames) is not None:
+        return None
+    return np.concatenate(list(reader.blocks(1 << 20)))
+
+
+def _encode(
+    codec: Codec, reader: AudioReader, recording: Any, quantizers: int | None, chunk_frames: int | None, report: Report
+) -> CodeFile:
+    if recording is not None:
+        return codec.encode(recording, reader.sample_rate_hz, quantizers)
+    duration_s = reader.promised_samples / reader.sample_rate_hz
+    chunk = chunk_for(duration_s, chunk_frames)
+    assert chunk is not None
+    with report.bar("encode", duration_s) as advance:
+        return encode_long(codec, reader, quantizers, chunk, advance)
+
+
+def _decode(
+    codec: Codec, codes: CodeFile, target: Path, rate_hz: int, kind: str, chunk_frames: int | None, report: Report
+) -> int:
+    """Decodes into a file, and returns the number of samples."""
+    comment = _comment(codes, codec)
+    chunk = chunk_for(codes.duration_s, chunk_frames)
+    if chunk is None:
+        samples, _ = codec.decode(codes, rate_hz)
+        write_audio(target, samples, rate_hz, kind, comment)
+        return len(samples)
+    with report.bar("decode", codes.duration_s) as advance:
+        return write_pieces(target, decode_long(codec, codes, rate_hz, chunk, advance), rate_hz, kind, comment)
+
+
+def _comment(codes: CodeFile, codec: Codec) -> str | None:
+    return UNTRAINED if codes.untrained or codec.untrained else None
 
 
 def _make(folder: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from dualcodec_ext.errors import DualCodecError, MissingExtraError
+from dualcodec_ext.ops import snake_conv1d
 from dualcodec_ext.semantic import CODEC_RATE_HZ, LogMelFeatures, W2vBertFeatures, resample
+from dualcodec_ext.windows import WHOLE_S, FeatureWindows
 
 if TYPE_CHECKING:
     from dualcodec_ext._cli.options import ModelOptions
@@ -54,6 +57,49 @@ class Features:
     def _compute(self, audio: Tensor) -> Tensor:  # [1, 1, S] at 24 kHz
         raise NotImplementedError
 
+    def stream(self) -> FeatureStream:
+        """Returns what gives the features of a recording as its audio comes."""
+        raise NotImplementedError
+
+
+class FeatureStream(Protocol):
+    """Audio at the model's rate in, [1, 1, n]; features out, [1, semantic_dim, k]."""
+
+    def write(self, audio: Tensor) -> Tensor:
+        """Takes in audio, and returns the features that can be known by now."""
+        ...
+
+    def finish(self) -> Tensor:
+        """Returns the rest."""
+        ...
+
+
+class NearFeatures:
+    """Features whose frames depend on the audio of the frames beside them alone.
+
+    Args:
+        features: gives those of a whole recording.
+        ahead: frames of audio that one needs behind it.
+    """
+
+    def __init__(self, features: Features, ahead: int) -> None:
+        self._features, self._ahead = features, ahead
+        self._hop = features.config.hop_length
+        self._held = torch.zeros(1, 1, 0)  # from the frame before the next one on
+        self._next = 0  # frame to compute, from the front of what is held
+
+    def write(self, audio: Tensor) -> Tensor:
+        self._held = torch.cat([self._held, audio], -1)
+        there = self._held.shape[-1] // self._hop - self._ahead
+        if there <= self._next:
+            return torch.zeros(1, self._features.config.semantic_dim, 0)
+        found = self._features(self._held[..., : (there + self._ahead) * self._hop])[..., self._next : there]
+        self._held, self._next = self._held[..., (there - 1) * self._hop :].clone(), 1
+        return found
+
+    def finish(self) -> Tensor:
+        return self._features(self._held)[..., self._next :]
+
 
 class SeededFeatures(Features):
     """Log-mel features through a matrix of random numbers: shaped like w2v-BERT's, with none of their meaning.
@@ -72,7 +118,11 @@ class SeededFeatures(Features):
         self._matrix = torch.randn(config.semantic_dim, channels, generator=generator) / channels**0.5
 
     def _compute(self, audio: Tensor) -> Tensor:
-        return self._matrix @ self._mel(audio)
+        # Not a matmul, whose sums may follow the number of frames.
+        return snake_conv1d(self._mel(audio), self._matrix[..., None])
+
+    def stream(self) -> FeatureStream:
+        return NearFeatures(self, 0 if self.config.sample_rate == CODEC_RATE_HZ else 1)
 
 
 class ModelFeatures(Features):
@@ -89,6 +139,9 @@ class ModelFeatures(Features):
 
     def _compute(self, audio: Tensor) -> Tensor:
         return self._model.semantic_features(audio).cpu()
+
+    def stream(self) -> FeatureStream:
+        return NearFeatures(self, 0 if self.config.sample_rate == CODEC_RATE_HZ else 1)
 
 
 class W2vFeatures(Features):
@@ -119,8 +172,13 @@ class W2vFeatures(Features):
         if channels != config.semantic_dim:
             raise DualCodecError(f"--w2v: {source} gives {channels} channels, the model needs {config.semantic_dim}")
 
+        self._whole_s = math.inf if options.whole_features else WHOLE_S
+
     def _compute(self, audio: Tensor) -> Tensor:
         return self._model(audio).cpu()
+
+    def stream(self) -> FeatureStream:
+        return FeatureWindows(self, self.config.hop_length, self.config.sample_rate, whole_s=self._whole_s)
 
 
 def features_for(

@@ -35,6 +35,7 @@ class ModelOptions:
         threads: CPU threads; None for torch's choice.
         seed: of the random weights; None for 0, or for what a code file says.
         fast: decode on the faster, less exact path.
+        whole_features: compute w2v-BERT's features of a long recording in one piece.
     """
 
     model: str | None = DEFAULT_MODEL
@@ -45,6 +46,7 @@ class ModelOptions:
     threads: int | None = None
     seed: int | None = None
     fast: bool = False
+    whole_features: bool = False
 
 
 Model = Annotated[
@@ -82,6 +84,23 @@ Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu
 Fast = Annotated[
     bool,
     typer.Option("--fast", help="Decode faster, to within 1e-4 of full scale; float32 on the CPU alone."),
+]
+ChunkFrames = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk-frames",
+        min=0,
+        help="Frames that are worked on at a time, which changes no result; 0 takes recordings whole. "
+        "[default: 1500 past one minute, else 0]",
+    ),
+]
+WholeFeatures = Annotated[
+    bool,
+    typer.Option(
+        "--whole-features",
+        help="Compute w2v-BERT's features in one piece past one minute too, rather than in windows of 30 s, an "
+        "approximation; memory then grows with the square of the length.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights where --weights is not given.")]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from dualcodec_ext._files import reason
@@ -158,6 +159,27 @@ class Report:
                 }
             )
         return FAILED if self.failures else 0
+
+    @contextlib.contextmanager
+    def bar(self, what: str, seconds: float) -> Iterator[Callable[[float], object]]:
+        """Shows a progress bar while one long recording is worked on, on a terminal.
+
+        Args:
+            what: what is done with it.
+            seconds: of the recording.
+        Yields:
+            What to tell of the seconds that were done since the last time.
+        """
+        if self.as_json or not sys.stderr.isatty():
+            yield lambda done_s: None
+            return
+        from tqdm import tqdm
+
+        below = self._bar is not None  # that of a batch
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+        options = {"desc": what, "position": int(below), "leave": not below, "bar_format": layout}
+        with tqdm(total=seconds, file=sys.stderr, dynamic_ncols=True, **options) as bar:
+            yield lambda done_s: bar.update(min(done_s, seconds - bar.n))
 
     def _progress(self, items: Sequence[Item]) -> Iterable[Item]:
         if self.as_json or len(items) < 2 or not sys.stderr.isatty():

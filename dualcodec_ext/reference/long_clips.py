@@ -105,3 +105,15 @@ class LongClips:
         Decoded as a clip of its own, sample s - first * hop of frames first to last is sample s of the whole.
         """
         return self._spans().frames_to_decode(begin, end, frames)
+
+    def encode_span_frames(self, begin: int, end: int, frames: int, acoustic: bool = True) -> tuple[int, int]:
+        """Return (first, last): the frames of features and audio that the codes of frames begin to end depend on.
+
+        Encoded as a clip of its own, frame f - first of frames first to last is frame f of the whole.
+
+        Args:
+            begin, end: frames whose codes are wanted.
+            frames: of the whole clip.
+            acoustic: whether acoustic codes are wanted.
+        """
+        return self._spans().frames_to_encode(begin, end, frames, acoustic)
