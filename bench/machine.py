@@ -87,6 +87,13 @@ def commit() -> tuple[str | None, bool | None]:
     return head, bool(changed) if changed is not None else None
 
 
+def memory_of(process: int | str = "self") -> tuple[int, int] | None:
+    """Resident memory of a process and its peak so far, in bytes; None where that can't be read."""
+    status = _read(f"/proc/{process}/status")
+    found = [(_field(status, name) or "").split() for name in ("VmRSS", "VmHWM")]
+    return (int(found[0][0]) * 1024, int(found[1][0]) * 1024) if all(found) else None
+
+
 def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Most memory during one call beyond what was in use before it, its result included: of torch's allocator
     on a GPU, resident memory elsewhere (Linux only)."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from . import reference
 from .config import DualCodecConfig
 from .errors import DualCodecError
 from .model import DualCodec
 from .semantic import W2vBertFeatures
+from .windows import OVERLAP_S
+
+Codes = tuple[Tensor, Tensor | None]
 
 
 def get_model(
@@ -58,6 +63,8 @@ class Inference:
             where the device has it (a CPU without it runs float32, which is faster there and more accurate);
             or a dtype, such as torch.bfloat16, which is the fast one on most CPUs. The codec computes in its
             own dtype.
+        window_s, overlap_s: compute the features of clips past one minute in windows, an approximation: see
+            `W2vBertFeatures`. None: whole clips, as upstream.
         **kwargs: `meanvar_fname`, the name of the statistics file; others are ignored with a warning.
 
     Numerics: upstream's `autocast` covers the codec as well, so that it searches its codebooks in half
@@ -73,6 +80,8 @@ class Inference:
         w2v_path: str | Path = "hf://facebook/w2v-bert-2.0",
         device: str | torch.device = "cuda",
         autocast: bool | torch.dtype = True,
+        window_s: float | None = None,
+        overlap_s: float = OVERLAP_S,
         **kwargs: Any,
     ) -> None:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -91,30 +100,56 @@ class Inference:
             downsample_factor=codec.semantic_downsample_factor,
             device=device,
             autocast=autocast,
+            window_s=window_s,
+            overlap_s=overlap_s,
             **statistics,
         )
 
+    @overload
+    def encode(self, audio: Tensor, n_quantizers: int = 8) -> Codes: ...
+
+    @overload
+    def encode(self, audio: Sequence[Tensor], n_quantizers: int = 8) -> list[Codes]: ...
+
     @torch.no_grad()
-    def encode(self, audio: Tensor, n_quantizers: int = 8) -> tuple[Tensor, Tensor | None]:
+    def encode(self, audio: Tensor | Sequence[Tensor], n_quantizers: int = 8) -> Codes | list[Codes]:
         """Turn speech into codes.
 
         Args:
-            audio: [B, 1, S] float at 24 kHz, in [-1, 1], on any device.
+            audio: [B, 1, S] float at 24 kHz, in [-1, 1], on any device; or clips of any lengths, each [S], [1, S] or
+                [1, 1, S].
             n_quantizers: codebooks to use, the semantic one included, at least 1.
 
         Returns:
             Semantic codes [B, 1, F] int64, and acoustic codes [B, n_quantizers - 1, F] int64, None for
-            n_quantizers=1; F may be one less than the audio fills.
+            n_quantizers=1; F may be one less than the audio fills. Of a sequence of clips, a list of such pairs with
+            B = 1: what each clip gives in a call of its own. Its features are computed clip by clip, its codes in one
+            batch.
 
         Raises:
             DualCodecError: wrong audio, or files of the semantic model that are missing.
             MissingExtraError: transformers is not installed, or huggingface_hub for a hub name.
         """
-        features = self.semantic(audio)
+        if isinstance(audio, Tensor):
+            return self._encode(audio, self.semantic(audio), n_quantizers)
+        clips = [_one_clip(i, clip) for i, clip in enumerate(audio)]
+        features = [self.semantic(clip) for clip in clips]
+        if len(clips) < 2 or not isinstance(self.model, reference.DualCodec):
+            return [self._encode(*pair, n_quantizers) for pair in zip(clips, features, strict=True)]
+        samples, frames = (torch.tensor([x.shape[-1] for x in items]) for items in (clips, features))
+        device = self.device
+        lengths = {"lengths": samples.to(device), "feature_lengths": frames.to(device)}
+        semantic, acoustic = self._encode(_padded(clips), _padded(features), n_quantizers, **lengths)
+        pairs = []
+        for i, n in enumerate(frames.tolist()):
+            pairs.append((semantic[i : i + 1, :, :n], None if acoustic is None else acoustic[i : i + 1, :, :n]))
+        return pairs
+
+    def _encode(self, audio: Tensor, features: Tensor, n_quantizers: int, **lengths: Tensor) -> Codes:
         dtype = getattr(self.model, "compute_dtype", None) or next(self.model.parameters()).dtype
         with torch.autocast(torch.device(self.device).type, enabled=False):
             semantic, acoustic = self.model.encode(
-                audio.to(self.device, dtype), num_quantizers=n_quantizers, semantic_repr=features.to(dtype)
+                audio.to(self.device, dtype), num_quantizers=n_quantizers, semantic_repr=features.to(dtype), **lengths
             )
         return semantic, acoustic
 
@@ -141,3 +176,17 @@ class Inference:
     def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None) -> Tensor:
         """The same as `decode_from_codes`."""
         return self.decode_from_codes(semantic_codes, acoustic_codes)
+
+
+def _one_clip(i: int, clip: Any) -> Tensor:
+    """Return a clip of a sequence as [1, 1, S]."""
+    if not isinstance(clip, Tensor) or not 1 <= clip.dim() <= 3 or clip.shape[:-1].numel() != 1:
+        got = list(clip.shape) if isinstance(clip, Tensor) else type(clip).__name__
+        raise DualCodecError(f"Inference.encode: clip {i} must be [S], [1, S] or [1, 1, S], got {got}")
+    return clip.reshape(1, 1, -1)
+
+
+def _padded(items: Sequence[Tensor]) -> Tensor:
+    """Put items [1, C, T_i] into one batch, zeros behind each."""
+    longest = max(item.shape[-1] for item in items)
+    return torch.cat([nn.functional.pad(item, (0, longest - item.shape[-1])) for item in items])

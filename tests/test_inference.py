@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dualcodec_ext as dx
 from dualcodec_ext import hub, semantic, testing
+from dualcodec_ext.errors import DualCodecError
 
 # The PyPI package's README, "Alternative usage with local checkpoints", word for word but for the import.
 EXAMPLE = """
@@ -124,6 +125,28 @@ def test_encode_is_features_then_codes(checkpoints: Path, codec: dx.DualCodec) -
         assert (ours == theirs).float().mean() > 0.99
     assert torch.equal(infer.decode(*codes), infer.decode_from_codes(*codes))
     assert infer.decode(*codes).dtype == torch.float32
+
+
+@pytest.mark.parametrize("quantizers", [1, 3])
+def test_a_list_of_clips_gives_what_each_gives_alone(checkpoints: Path, codec: dx.DualCodec, quantizers: int) -> None:
+    infer = inference(checkpoints, codec, autocast=False)
+    lengths = (9600, 500, 24001, 1919, 7000)  # 500: too short for a frame of features
+    clips = [testing.make_speech(n, seed=n)[0] for n in lengths]
+    clips[2] = clips[2][0]
+    found = infer.encode(clips, quantizers)
+    for clip, pair in zip(clips, found, strict=True):
+        own = infer.encode(clip.reshape(1, 1, -1), quantizers)
+        assert torch.equal(pair[0], own[0]) and (pair[1] is None) == (quantizers == 1)
+        assert pair[1] is None or torch.equal(pair[1], own[1])
+    assert infer.encode([], quantizers) == []
+    assert torch.equal(infer.encode(clips[:1], quantizers)[0][0], found[0][0])
+
+
+def test_a_wrong_clip_is_one_line(checkpoints: Path, codec: dx.DualCodec) -> None:
+    infer = inference(checkpoints, codec)
+    for clip, got in ((torch.zeros(2, 100), r"\[2, 100\]"), (torch.tensor(1.0), r"\[\]"), ([0.0], "list")):
+        with pytest.raises(DualCodecError, match=rf"clip 1 must be \[S\], \[1, S\] or \[1, 1, S\], got {got}"):
+            infer.encode([torch.zeros(100), clip])
 
 
 def test_n_quantizers(checkpoints: Path, codec: dx.DualCodec) -> None:

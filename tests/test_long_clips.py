@@ -205,3 +205,69 @@ def test_reach_is_tight() -> None:
             s for s in range(made.output_samples(60)) if (lambda r: r[0] <= 30 < r[1])(spans.needed(layers, s, s + 1))
         ]
         assert (first, last) == (depends[0], depends[-1]), name
+
+
+# Batches
+
+
+@drawn
+@given(st.sampled_from(FORMS), st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 3), st.data())
+def test_a_clip_in_a_padded_batch_decodes_as_alone(
+    form: tuple[str, bool], frames: list[int], stages: int, data: Any
+) -> None:
+    made = model(*form)
+    extra = data.draw(st.integers(0, 3))
+    semantic, acoustic = codes(made, len(frames), max(frames) + extra, stages)
+    for b, n in enumerate(frames):  # codes that no codebook has: nobody looks at them
+        semantic[b, :, n:] = 1 << 40
+        if acoustic is not None:
+            acoustic[b, :, n:] = -1
+    chunk = data.draw(st.none() | st.integers(1, 50))
+    audio = made.decode_from_codes(semantic, acoustic, torch.tensor(frames), chunk)
+    for b, n in enumerate(frames):
+        own = made.decode_from_codes(
+            semantic[b : b + 1, :, :n], None if acoustic is None else acoustic[b : b + 1, :, :n]
+        )
+        assert torch.equal(audio[b : b + 1, :, : own.shape[-1]], own)
+        assert not audio[b, :, own.shape[-1] :].any()
+
+
+@drawn
+@given(st.sampled_from(KINDS), st.lists(st.integers(0, 900), min_size=1, max_size=5), st.integers(1, 4), st.data())
+def test_a_clip_in_a_padded_batch_encodes_as_alone(name: str, samples: list[int], quantizers: int, data: Any) -> None:
+    """Samples and features behind a clip's end may be anything, and features may end before the audio."""
+    made = model(name)
+    hop = made.dac.hop_length
+    frames = [-(-n // hop) for n in samples]
+    audio, features = speech(made, len(samples), max(frames))
+    audio = audio[..., : max(samples)]
+    own = [n - data.draw(st.integers(0, min(2, n)), "missing frames of features") for n in frames]
+    features = features[..., : max(own)]
+    if max(frames) - max(own) > 2:
+        return
+    for b, (s, n) in enumerate(zip(samples, own, strict=True)):
+        audio[b, :, s:] = torch.nan
+        features[b, :, n:] = torch.nan
+    chunk = data.draw(st.none() | st.integers(1, 50))
+    lengths = {"lengths": torch.tensor(samples), "feature_lengths": torch.tensor(own)}
+    semantic, acoustic = made.encode(audio, quantizers, semantic_repr=features, chunk_frames=chunk, **lengths)
+    for b, (s, n) in enumerate(zip(samples, own, strict=True)):
+        alone = made.encode(audio[b : b + 1, :, :s], quantizers, semantic_repr=features[b : b + 1, :, :n])
+        found = semantic[b : b + 1, :, :n], None if acoustic is None else acoustic[b : b + 1, :, :n]
+        assert equal(found, alone)
+        assert not semantic[b, :, n:].any() and (acoustic is None or not acoustic[b, :, n:].any())
+
+
+def test_wrong_feature_lengths_are_one_line() -> None:
+    made = model("tiny")
+    audio, features = speech(made, 2, 10)
+    own = torch.tensor([300, 60])
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"feature_lengths": torch.tensor([10, 2])}, "feature_lengths needs lengths, the samples of each item"),
+        ({"lengths": own, "feature_lengths": torch.tensor([10, 3])}, r"= \[10, 2\] or up to 2 fewer, got \[10, 3\]"),
+        ({"lengths": own, "feature_lengths": torch.tensor([7, 2])}, r"= \[10, 2\] or up to 2 fewer, got \[7, 2\]"),
+        ({"lengths": own, "feature_lengths": torch.tensor([10])}, r"feature_lengths must be \[2\] int64"),
+    ]
+    for options, text in wrong:
+        with pytest.raises(ValueError, match=f"DualCodec.encode: .*{text}"):
+            made.encode(audio, semantic_repr=features, **options)

@@ -1,0 +1,189 @@
+"""`python -m bench long`: how much memory the command line takes over a long recording, measured from outside."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dualcodec_ext as dx
+from dualcodec_ext import testing
+
+from . import machine
+from .ours import missing_module
+from .workload import load_settings
+
+_POINTS = 400  # of a curve, in the file
+_RATE_HZ = 24000
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench long",
+        description="Encode and decode recordings through the command line, each in a process of its own, and watch "
+        "its resident memory. Weights are random, features log-mel: the semantic model's memory is apart.",
+    )
+    parser.add_argument("--minutes", type=float, nargs="+", default=[180.0], help="lengths of the recordings (180)")
+    parser.add_argument("--preset", default="12hz_v1")
+    parser.add_argument("--config", help="a JSON file with the settings of a codec, instead of a preset")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--fast", action="store_true", help="decode on the fast path")
+    parser.add_argument("--interval", type=float, default=0.25, help="seconds between two looks (0.25)")
+    parser.add_argument("--json", metavar="F", help="write everything")
+    parser.add_argument("--png", metavar="F", help="draw the curves (needs matplotlib)")
+    args = parser.parse_args(argv)
+    if min(args.minutes) <= 0 or args.threads < 1 or args.interval <= 0:
+        parser.error("--minutes, --threads and --interval must be above 0")
+    try:
+        args.name, args.settings = load_settings(args.preset, args.config)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    return args
+
+
+def make_recording(path: Path, minutes: float) -> None:
+    """Write speech-like sound, no two seconds of which are alike."""
+    import soundfile
+
+    left = round(60 * minutes * _RATE_HZ)
+    with soundfile.SoundFile(path, "w", _RATE_HZ, 1) as file:
+        seed = 0
+        while left > 0:
+            samples = min(left, 30 * _RATE_HZ)
+            file.write(testing.make_speech(samples, seed=seed)[0, 0].numpy())
+            left, seed = left - samples, seed + 1
+
+
+def watch(command: Sequence[str], interval_s: float) -> dict[str, Any]:
+    """Run a command; returns what it printed as JSON, its peak and its curve of resident memory."""
+    start = time.perf_counter()
+    curve: list[tuple[float, int]] = []
+    peak = 0
+    with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            facts = machine.memory_of(process.pid)
+            if facts is not None:
+                curve.append((round(time.perf_counter() - start, 2), facts[0]))
+                peak = max(peak, facts[1])
+            time.sleep(interval_s)
+        elapsed_s = time.perf_counter() - start
+        out.seek(0)
+        text = out.read().decode()
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}: {text.strip()[-500:]}")
+    step = -(-len(curve) // _POINTS) or 1
+    return {
+        "elapsed_s": elapsed_s,
+        "peak_bytes": peak,
+        "seconds_and_bytes": curve[::step],
+        "printed": json.loads(text)["results"],
+    }
+
+
+def weight_bytes(settings: Mapping[str, Any], fast: bool) -> dict[str, int]:
+    """What a loaded model holds: its parameters, and the packed weights that it runs on."""
+    from dualcodec_ext.engine import Engine
+
+    model = testing.seeded_model(dict(settings))
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"parameters": parameters, "packed": Engine(model, torch.float32, fast).weight_bytes()}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    weights = weight_bytes(args.settings, args.fast)
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, f"{args.name}.json")
+        config.write_text(json.dumps(dx.DualCodecConfig.from_dict(args.settings).to_dict()))
+        program = [sys.executable, "-m", "dualcodec_ext"]
+        common = ["--threads", str(args.threads), "--json"]
+        for minutes in args.minutes:
+            source = Path(folder, "recording.wav")
+            make_recording(source, minutes)
+            case: dict[str, Any] = {"minutes": minutes}
+            codes, wave = source.with_suffix(".codes.safetensors"), Path(folder, "out", "recording.wav")
+            fast = ["--fast"] if args.fast else []
+            for name, command in (
+                ("encode", ["encode", str(source), "-o", folder, "--model", str(config)]),
+                ("decode", ["decode", str(codes), "-o", str(wave.parent), *fast]),
+            ):
+                run = watch([*program, *command, *common], args.interval)
+                printed = run.pop("printed")[0]
+                run["times_real_time"] = 60 * minutes / printed[f"{name}_s"]
+                run["beyond_weights_bytes"] = run["peak_bytes"] - sum(weights.values())
+                case[name] = run
+                print(told(args.name, minutes, name, run), flush=True)
+            for path in (source, codes, wave):
+                path.unlink()
+            cases.append(case)
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "what": "long",
+        "model": args.name,
+        "settings": args.settings,
+        "fast": args.fast,
+        "threads": args.threads,
+        "weight_bytes": weights,
+        "cases": cases,
+    }
+
+
+def told(model: str, minutes: float, name: str, run: Mapping[str, Any]) -> str:
+    """One line of a run."""
+    peak, beyond = (run[key] / 2**20 for key in ("peak_bytes", "beyond_weights_bytes"))
+    return (
+        f"{model} {name} {minutes:g} min: peak {peak:.0f} MiB, {beyond:.0f} MiB beyond the weights, "
+        f"{run['elapsed_s']:.0f} s, {run['times_real_time']:.1f}x real time"
+    )
+
+
+def draw(run: Mapping[str, Any], path: str) -> None:
+    """Draw resident memory over time, a panel for encode and one for decode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for panel, name in zip(panels, ("encode", "decode"), strict=True):
+        for case in run["cases"]:
+            seconds, held = zip(*case[name]["seconds_and_bytes"], strict=True)
+            whole = case[name]["elapsed_s"]
+            panel.plot([100 * s / whole for s in seconds], [b / 2**20 for b in held], label=f"{case['minutes']:g} min")
+        panel.axhline(sum(run["weight_bytes"].values()) / 2**20, color="grey", linestyle=":", label="weights")
+        panel.set_title(f"{name}, {run['model']}")
+        panel.set_xlabel("% of the run")
+        panel.set_ylim(bottom=0)
+        panel.legend()
+    panels[0].set_ylabel("resident memory, MiB")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run it; returns 0, or 1 where the compiled module is missing or memory can't be read."""
+    args = parse(argv)
+    if missing := missing_module():
+        print(f"The compiled module is missing, so nothing of ours is measured: {missing}")
+        return 1
+    if machine.memory_of() is None:
+        print("Resident memory can't be read on this system.")
+        return 1
+    run = {"command": "python -m bench long " + shlex.join(argv)} | measure(args)
+    commit, dirty = machine.commit()
+    run |= {"machine": machine.describe("cpu"), "commit": commit, "dirty": dirty}
+    if args.json:
+        Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    if args.png:
+        draw(run, args.png)
+    return 0
