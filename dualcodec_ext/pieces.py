@@ -10,6 +10,8 @@ from torch import Tensor
 from .pipeline import Inlet
 from .tiles import Tiles
 
+_STEP_FRAMES = 128  # written at once: tiles gather what they need, and what leaves stays small
+
 
 class Pieces(Inlet):
     """Samples [B, 1, n] as they come; `taken` gives those since the last time.
@@ -51,8 +53,9 @@ def decode_pieces(tiles: Tiles, semantic: Tensor, acoustic: Tensor | None, chunk
         decoder.start(outlet)
     sums = decoder.pipeline.nodes[len(tiles.programs.semantic_decoder)]  # what it holds has its acoustic codes
     behind = 0  # the first frame whose acoustic codes are still to be looked up
-    for at in range(0, frames, chunk_frames):
-        end = min(frames, at + chunk_frames)
+    step = min(chunk_frames, _STEP_FRAMES)
+    for at in range(0, frames, step):
+        end = min(frames, at + step)
         held = None if acoustic is None else acoustic[:, :, behind:end].to(torch.int64)
         with torch.no_grad():
             decoder.write(semantic[:, :, at:end].to(torch.int64), held, behind)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LONG_S = 60.0  # past it the command line works in chunks
 CHUNK_FRAMES = 1500
-_BLOCK_SAMPLES = 1 << 18
+_BLOCK_SAMPLES = 1 << 16
 
 Advance = Callable[[float], object]  # takes the seconds of recording that were done since its last call
 
