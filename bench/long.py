@@ -52,16 +52,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_recording(path: Path, minutes: float) -> None:
-    """Write speech-like sound, no two seconds of which are alike."""
+    """Write speech-like sound, no two stretches of which are alike: one minute of it, mixed with itself elsewhere."""
     import soundfile
 
+    minute = testing.make_speech(60 * _RATE_HZ)[0, 0]
+    generator = torch.Generator().manual_seed(0)
     left = round(60 * minutes * _RATE_HZ)
     with soundfile.SoundFile(path, "w", _RATE_HZ, 1) as file:
-        seed = 0
         while left > 0:
-            samples = min(left, 30 * _RATE_HZ)
-            file.write(testing.make_speech(samples, seed=seed)[0, 0].numpy())
-            left, seed = left - samples, seed + 1
+            one, other = (minute.roll(s) for s in torch.randint(len(minute), (2,), generator=generator).tolist())
+            block = (0.5 * (one + other))[:left]
+            file.write(block.numpy())
+            left -= len(block)
 
 
 def watch(command: Sequence[str], interval_s: float) -> dict[str, Any]:
