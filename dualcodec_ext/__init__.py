@@ -9,6 +9,7 @@ from .errors import BackendError, DualCodecError, MissingExtraError
 from .inference import Inference, get_model
 from .model import DualCodec
 from .ops import backend
+from .streaming import StreamingDecoder
 
 __all__ = [
     "BackendError",
@@ -17,6 +18,7 @@ __all__ = [
     "DualCodecError",
     "Inference",
     "MissingExtraError",
+    "StreamingDecoder",
     "__version__",
     "accelerate",
     "backend",

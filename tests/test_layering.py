@@ -38,6 +38,7 @@ LAYERS = (
     ("pipeline",),
     ("tiles",),
     ("pieces",),
+    ("_stream_cpu", "_stream_plan"),
     ("engine",),
     ("graphs",),
     ("model",),

@@ -1,0 +1,330 @@
+"""Streams: codes in and audio out, or the other way round, frame by frame, with the values of whole clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._stream_cpu import CpuDecoder, span_of
+from ._stream_plan import cuts_for, make_layers, totals, whole_frames
+from .engine import Engine
+from .errors import DualCodecError
+from .model import DualCodec
+from .reference.model import check_codes_shape
+from .steps import ResidualUnitStep
+
+__all__ = ["StreamingDecoder"]
+
+_STATE_VERSION = 1
+
+
+def stream_engine(name: str, model: DualCodec) -> Engine:
+    """Return an engine with the model's weights as they are now, whose residual units take any number of rows."""
+    if not isinstance(model, DualCodec):
+        raise DualCodecError(f"{name}: model must be a dualcodec_ext.DualCodec, got {type(model).__name__}")
+    if model.training:
+        raise DualCodecError(f"{name}: the model must be in eval mode, got training mode: call .eval()")
+    graphs = model._engine()
+    if graphs is None:
+        raise DualCodecError(f"{name}: the engine must be able to run here; dx.doctor() says why it is not")
+    engine: Engine = graphs.engine
+    # A frame brings the first layers fewer rows than other forms of a unit compute as one group.
+    if all(step.granularity == 1 for step in engine._decoder if isinstance(step, ResidualUnitStep)):
+        return engine
+    if model._released:
+        raise DualCodecError(f"{name}: the model's parameters were released with weights packed in another form")
+    return Engine(model, engine.dtype)
+
+
+class _Slots:
+    """What both kinds of stream share: which slots take part, and how many frames each of them has had."""
+
+    name = ""
+    batch_size: int
+
+    def _taking_part(self, mask: Tensor | Sequence[bool] | None) -> tuple[int, ...]:
+        if mask is None:
+            return self._all
+        flags = mask.tolist() if isinstance(mask, Tensor) else list(mask)
+        if len(flags) != self.batch_size or not all(isinstance(flag, bool) for flag in flags):
+            raise DualCodecError(f"{self.name}: mask must be [{self.batch_size}] bool, got {mask}")
+        return tuple(b for b, flag in enumerate(flags) if flag)
+
+    def _set_batch(self, batch_size: int) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise DualCodecError(f"{self.name}: batch_size must be a whole number from 1, got {batch_size!r}")
+        self.batch_size = batch_size
+        self._all = tuple(range(batch_size))
+
+
+class StreamingDecoder(_Slots):
+    """Decodes `batch_size` streams, each a slot of its own, as their codes arrive.
+
+    The pieces of a stream, one behind the other, are what `decode_from_codes` gives for all of its codes: as many
+    samples, and the same values but for rounding. Each layer keeps the rows that it still needs, so that nothing is
+    computed twice. A slot's bits depend neither on how its codes are cut nor on other slots, however many there are.
+
+    Args:
+        model: a `DualCodec` in eval mode; its weights are those of now.
+        batch_size: slots. One that takes no part in a step costs its memory alone.
+        max_frames: frames of one pass; a step with more is made in several, and working memory goes by it. None: 16
+            over batch_size, at least 1.
+        lookahead: frames that the output may run behind. None, or as many as the layers need: exact. Fewer: where a
+            layer would need rows past the newest frame allowed, those count as zeros, as at a clip's end; frames then
+            go one by one. docs/streaming.md has the error of each choice.
+
+    Attributes:
+        lookahead_frames: frames that have to follow a frame before all of its samples are out.
+        latency_ms: the same, in milliseconds.
+        sample_counts: samples of each slot in what the last step or flush returned.
+
+    Raises:
+        DualCodecError: a wrong argument, or no engine for the model here.
+
+    Numerics: as the model's engine; residual units in their direct form. Not safe to share among threads.
+    """
+
+    name = "StreamingDecoder"
+
+    def __init__(
+        self,
+        model: DualCodec,
+        batch_size: int = 1,
+        max_frames: int | None = None,
+        lookahead: int | None = None,
+    ) -> None:
+        self._set_batch(batch_size)
+        for what, value, least in (("max_frames", max_frames, 1), ("lookahead", lookahead, 0)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise DualCodecError(f"{self.name}: {what} must be a whole number from {least}, got {value!r}")
+        self._engine = engine = stream_engine(self.name, model)
+        programs = engine.tiles.programs
+        steps = [*programs.semantic_decoder, *programs.decoder]
+        needed = whole_frames(make_layers(steps))
+        cut = lookahead is not None and lookahead < needed
+        layers = make_layers(steps, cuts=cuts_for(steps, lookahead) if cut and lookahead is not None else None)
+        before = len(programs.semantic_decoder)
+        self._layers = layers
+        self._hop, self._delay = engine.hop_samples, layers[-1].out_delay
+        self.lookahead_frames = whole_frames(layers)
+        self.latency_ms = 1e3 * self.lookahead_frames * self._hop / model.dac.sample_rate
+        self.max_frames = 1 if cut else max(1, 16 // batch_size) if max_frames is None else max_frames
+        self._stages = model.dac.n_codebooks
+        self._run = CpuDecoder(programs, layers[:before], layers[before:], batch_size, self.max_frames)
+        self._frames = [0] * batch_size
+        self.sample_counts = [0] * batch_size
+
+    # Streams --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(
+        self,
+        semantic_codes: Tensor,
+        acoustic_codes: Tensor | None = None,
+        mask: Tensor | Sequence[bool] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Take the next frames of the slots, and return the samples that they complete.
+
+        Args:
+            semantic_codes: [B, 1, F] integers, B = batch_size, F from 0.
+            acoustic_codes: [B, q, F] integers, the first q codebooks, another q at every step if need be; None: the
+                semantic codes alone.
+            mask: [B] bool, the slots that take part; None: all. What the codes hold for the others does not matter.
+            out: [B, 1, F * hop] of the model's dtype to write into; without it the result is a new tensor.
+
+        Returns:
+            Audio [B, 1, S], S the most samples that a slot got; row b begins with sample_counts[b] samples, zeros
+            follow. Past its first frames a slot gets F * hop samples.
+
+        Raises:
+            ValueError: a wrong shape, or a code out of range; no slot has then changed.
+            DualCodecError: a wrong mask or out.
+        """
+        self._check_codes(semantic_codes, acoustic_codes)
+        slots, frames = self._taking_part(mask), semantic_codes.shape[2]
+        audio = self._result(out, frames * self._hop)
+        if not frames or not slots:
+            self.sample_counts = [0] * self.batch_size
+            return audio[..., :0]
+        if acoustic_codes is not None and not acoustic_codes.shape[1]:
+            acoustic_codes = None
+        if len(slots) < self.batch_size:
+            index = list(slots)
+            semantic_codes = semantic_codes[index]
+            acoustic_codes = None if acoustic_codes is None else acoustic_codes[index]
+        if len(slots) < self.batch_size or frames > self.max_frames:
+            self._check_range("semantic_codes", semantic_codes, self._engine.semantic_entries, slots)
+            if acoustic_codes is not None:
+                self._check_range("acoustic_codes", acoustic_codes, self._engine.acoustic_entries, slots)
+        return self._pieces(slots, semantic_codes, acoustic_codes, frames, audio, None)
+
+    @torch.no_grad()
+    def flush(self, mask: Tensor | Sequence[bool] | None = None) -> Tensor:
+        """End the clips of slots, and return what is left of them; their next step begins a new clip.
+
+        Args:
+            mask: [B] bool, the slots whose clips end; None: all.
+
+        Returns:
+            Audio [B, 1, S], as `step`; without look-ahead, and at once again, it is empty.
+        """
+        slots = tuple(b for b in self._taking_part(mask) if self._frames[b])
+        lengths = [self._frames[b] for b in slots]
+        wanted = [totals(self._layers, n)[-1] for n in lengths]
+        # Frames of zeros until the last sample is out.
+        frames = max((-(-(t + self._delay) // self._hop) - n for t, n in zip(wanted, lengths, strict=True)), default=0)
+        audio = self._result(None, frames * self._hop)
+        if frames > 0:
+            audio = self._pieces(slots, None, None, frames, audio, lengths)
+        else:
+            self.sample_counts = [0] * self.batch_size
+            audio = audio[..., :0]
+        self.reset_slots(slots)
+        return audio
+
+    def reset(self, mask: Tensor | Sequence[bool] | None = None) -> None:
+        """Forget the clips of slots, whose next step begins a new one.
+
+        Args:
+            mask: [B] bool; None: all slots.
+        """
+        self.reset_slots(self._taking_part(mask))
+
+    def reset_slots(self, slots: Sequence[int]) -> None:
+        """As `reset`, of the slots with these numbers."""
+        for b in slots:
+            self._run.state[b].zero_()
+            self._frames[b] = 0
+
+    @property
+    def frame_counts(self) -> list[int]:
+        """Frames that each slot's clip has had."""
+        return list(self._frames)
+
+    def state_bytes(self) -> int:
+        """Return the memory of the slots' state and of what a step works in, without the weights."""
+        return self._run.bytes()
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, mask: Tensor | Sequence[bool] | None = None) -> dict[str, Any]:
+        """Return where streams stand: another decoder of the same model and look-ahead goes on from there.
+
+        Args:
+            mask: [B] bool, the slots that are taken; None: all.
+
+        Returns:
+            Copies, on the CPU: `state` [n, ..] and `frames` [n] int64 in the slots' order, and what has to agree.
+        """
+        slots = list(self._taking_part(mask))
+        return {
+            "state": self._run.state[slots].cpu(),
+            "frames": torch.tensor([self._frames[b] for b in slots], dtype=torch.int64),
+            "version": _STATE_VERSION,
+            "lookahead_frames": self.lookahead_frames,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], mask: Tensor | Sequence[bool] | None = None) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            state: of a decoder of the same model and look-ahead, of any batch size.
+            mask: [B] bool, as many slots as the state holds, which take them in order; None: all slots.
+
+        Raises:
+            DualCodecError: the state of another version, model, dtype or look-ahead, or of another number of slots.
+        """
+        slots, rows = list(self._taking_part(mask)), state.get("state")
+        name = f"{self.name}.load_state_dict"
+        for key, own in (("version", _STATE_VERSION), ("lookahead_frames", self.lookahead_frames)):
+            if state.get(key) != own:
+                raise DualCodecError(f"{name}: {key} must be {own}, got {state.get(key)}")
+        own_rows, shape = self._run.state, [len(slots), self._run.state.shape[1]]
+        if not isinstance(rows, Tensor) or list(rows.shape) != shape or rows.dtype != own_rows.dtype:
+            got = f"{list(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise DualCodecError(f"{name}: state must be {shape} {own_rows.dtype}, got {got}")
+        frames = state["frames"].tolist()
+        for b, row, count in zip(slots, rows, frames, strict=True):
+            own_rows[b].copy_(row)
+            self._frames[b] = count
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _check_codes(self, semantic: Tensor, acoustic: Tensor | None) -> None:
+        name = f"{self.name}.step"
+        check_codes_shape(name, "semantic_codes", semantic, 1, 1)
+        if semantic.shape[0] != self.batch_size:
+            raise ValueError(f"{name}: semantic_codes must be [{self.batch_size}, 1, F], got {list(semantic.shape)}")
+        if acoustic is not None:
+            check_codes_shape(name, "acoustic_codes", acoustic, 0, self._stages)
+            if acoustic.shape[::2] != semantic.shape[::2]:
+                raise ValueError(
+                    f"{name}: acoustic_codes must have the batch and frames of semantic_codes {list(semantic.shape)},"
+                    f" got {list(acoustic.shape)}"
+                )
+
+    def _check_range(self, what: str, codes: Tensor, entries: int, slots: Sequence[int]) -> None:
+        # One pass for all slots is checked by its lookup; here a later pass or another slot would have changed.
+        lowest, highest = torch.aminmax(codes)
+        if int(lowest) < 0 or int(highest) >= entries:
+            n, stage, frame = ((codes < 0) | (codes >= entries)).nonzero()[0].tolist()
+            raise ValueError(
+                f"{self.name}.step: {what} must be in [0, {entries}), got {int(codes[n, stage, frame])} at slot"
+                f" {slots[n]}, stage {stage}, frame {frame}"
+            )
+
+    def _result(self, out: Tensor | None, samples: int) -> Tensor:
+        shape = (self.batch_size, 1, samples)
+        if out is None:
+            return torch.empty(shape, dtype=self._run.dtype, device=self._engine.device)
+        if out.shape != shape or out.dtype != self._run.dtype:
+            raise DualCodecError(
+                f"{self.name}.step: out must be {list(shape)} {self._run.dtype}, got {list(out.shape)} {out.dtype}"
+            )
+        return out
+
+    def _pieces(
+        self,
+        slots: tuple[int, ...],
+        semantic: Tensor | None,  # [n, 1, F]
+        acoustic: Tensor | None,  # [n, q, F]
+        frames: int,
+        audio: Tensor,  # [B, 1, F * hop]
+        lengths: Sequence[int] | None,  # of clips that have ended
+    ) -> Tensor:
+        """Run passes, and put each slot's samples one behind the other into audio, which is returned as far as used."""
+        filled = [0] * self.batch_size
+        ends = None if lengths is None else [totals(self._layers, n)[-1] for n in lengths]
+        for at in range(0, frames, self.max_frames):
+            count = min(self.max_frames, frames - at)
+            samples, starts = count * self._hop, [self._frames[b] for b in slots]
+            rows = self._run.run(
+                slots,
+                None if semantic is None else semantic[:, :, at : at + count],
+                None if acoustic is None else acoustic[:, :, at : at + count],
+                count,
+                starts,
+                lengths,
+            )
+            for b in slots:
+                self._frames[b] += count
+            first = filled[0]
+            together = len(slots) == self.batch_size and filled.count(first) == self.batch_size
+            if ends is None and together and min(starts) * self._hop >= self._delay:
+                audio[:, :, first : first + samples].copy_(rows)
+                filled = [first + samples] * self.batch_size
+                continue
+            for i, b in enumerate(slots):
+                first = starts[i] * self._hop - self._delay
+                low, high = span_of(first, samples, None if ends is None else ends[i])
+                audio[b, :, filled[b] : filled[b] + high - low].copy_(rows[i, :, low:high])
+                filled[b] += high - low
+        self.sample_counts, most = filled, max(filled)
+        for b, count in enumerate(filled):
+            if count < most:
+                audio[b, :, count:most].zero_()
+        return audio[..., :most]
