@@ -44,6 +44,15 @@ def of_one_read(ours: Row, case: Case) -> float | None:
     return None if read is None else ours["p50_s"] / read["p50_s"]
 
 
+def late_of_one_read(ours: Row, case: Case) -> float | None:
+    read = best_peer(case)
+    return None if read is None else ours["p99_s"] / read["p50_s"]
+
+
+def pace(ours: Row, case: Case) -> float | None:
+    return float(ours["times_real_time"])
+
+
 def core_us(ours: Row, case: Case) -> float | None:
     return ours["frame_us"] * case["threads"]
 
@@ -116,7 +125,16 @@ GOALS = (
         "one streamed frame, 12hz_v1's shapes, fp32",
         {"what": "stream", "model": "12hz_causal", "dtype": "float32", "device": "cpu", "batch": 1},
         _OURS,
-        (Demand("one read of the weights", 1.5, of_one_read, "reads"),),
+        (
+            Demand("one read of the weights", 1.5, of_one_read, "reads"),
+            Demand("the same, at the 99th percentile", 2, late_of_one_read, "reads"),
+        ),
+    ),
+    Goal(
+        "16 streams side by side, 12hz_v1's shapes, fp32",
+        {"what": "stream", "model": "12hz_causal", "dtype": "float32", "device": "cpu", "batch": 16},
+        _OURS,
+        (Demand("real time", 1, pace),),
     ),
     Goal(
         "encode with w2v-BERT, fp32",
@@ -151,12 +169,12 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for goal in GOALS:
         pairs = ((timed(case, goal.side), case) for case in matching(runs, goal.case))
         ours, case = next((pair for pair in pairs if pair[0] is not None), (None, {}))
-        pace = "-" if ours is None else f"{ours['times_real_time']:.1f}"
+        speed = "-" if ours is None else f"{ours['times_real_time']:.1f}"
         error = "-" if ours is None else ours.get("error", {}).get("text", "-")
         for demand in goal.demands:
             value = None if ours is None else demand.measure(ours, case)
             verdict = "not measured" if value is None else "met" if demand.met(value) else "missed"
             sign = "<=" if demand.at_most else ">="
             wanted = f"{sign} {demand.text(demand.limit)}"
-            table.append([goal.name, demand.what, wanted, demand.text(value), verdict, pace, error])
+            table.append([goal.name, demand.what, wanted, demand.text(value), verdict, speed, error])
     return table

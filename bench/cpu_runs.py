@@ -27,6 +27,7 @@ RUNS: dict[str, str] = {
     "decode-tiny": "decode --preset tiny --fast --rounds 9 --peers reference,folded,frozen2d",
     "rvq_search-12hz_v1": "ops --ops rvq_search --rounds 9 --peers all",
     "stream-12hz_causal": "stream --preset 12hz_causal",
+    "stream-12hz_causal-16": "stream --preset 12hz_causal --batch 16",
     "inference-12hz_v1": "inference --rounds 5 --peers all",
 }
 

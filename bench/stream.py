@@ -12,18 +12,15 @@ from typing import Any
 
 import torch
 
+import dualcodec_ext as dx
 from dualcodec_ext import testing
-from dualcodec_ext.engine import Engine
-from dualcodec_ext.pipeline import Output
-from dualcodec_ext.tiles import DecodeTiles, Sizes
 
-from . import machine, probes
+from . import machine
 from .ours import missing_module
 from .timing import percentile
 from .workload import load_settings
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_READ_BYTES = 256 * 2**20
 READ = "one read of the weights"
 
 
@@ -50,37 +47,40 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 @torch.inference_mode()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per frame, and how long reading the weights once takes at the read rate measured beside it."""
-    engine = Engine(testing.seeded_model(args.settings), _DTYPES[args.dtype])
-    frames = args.frames + 20
+    """Seconds per frame, and in turn with them those of reading as many bytes as the weights have."""
+    model = dx.accelerate(testing.seeded_model(args.settings), dtype=_DTYPES[args.dtype])
+    decoder = dx.StreamingDecoder(model, args.batch)
+    cfg, frames = model.settings, args.frames + 20
     generator = torch.Generator().manual_seed(1)
-    semantic = torch.randint(engine.semantic_entries, (args.batch, 1, frames), generator=generator)
-    shape = (args.batch, args.settings["n_codebooks"], frames)
-    acoustic = torch.randint(engine.acoustic_entries, shape, generator=generator)
-    tiles = DecodeTiles(engine.tiles.programs, Sizes(gather=0), args.batch, 1)
-    outlet = Output(torch.empty(args.batch, 1, engine.decoded_samples(frames), dtype=engine.dtype))
-    tiles.start(outlet)
-    samples_s = []
+    semantic = torch.randint(cfg["semantic_codebook_size"], (args.batch, 1, frames), generator=generator)
+    shape = (args.batch, cfg["n_codebooks"], frames)
+    acoustic = torch.randint(cfg["codebook_size"], shape, generator=generator)
+    hop, weights = model.dac.hop_length, decoder.weight_bytes()
+    source = torch.ones(weights // 4)
+    out = torch.empty(args.batch, 1, hop, dtype=_DTYPES[args.dtype])
+    samples_s, reads_s = [], []
     for f in range(frames):
-        codes = semantic[:, :, f : f + 1], acoustic[:, :, : f + 1]
+        codes = semantic[:, :, f : f + 1], acoustic[:, :, f : f + 1]
         start = time.perf_counter()
-        tiles.write(*codes)
-        samples_s.append(time.perf_counter() - start)
-    weights = sum(node.stage.weight_bytes() for node in tiles.pipeline.nodes)
-    read_gbs = probes._read_rate(_READ_BYTES, args.threads, 0.3)
+        decoder.step(*codes, out=out)
+        between = time.perf_counter()
+        source.sum()
+        samples_s.append(between - start)
+        reads_s.append(time.perf_counter() - between)
     kept = samples_s[20:]
-    read_s = weights / read_gbs / 1e9
-    frame_s = engine.hop_samples / args.settings["sample_rate"]
+    read_s = percentile(reads_s[20:], 50)
+    read_gbs = weights / read_s / 1e9
+    frame_s = hop / cfg["sample_rate"]
     ours = {"side": "dualcodec_ext", "ours": True, "p50_s": percentile(kept, 50), "p99_s": percentile(kept, 99)}
     read = {"side": READ, "ours": False, "p50_s": read_s, "bytes": weights, "gbs": read_gbs}
     sides = [
         row | {"status": "timed", "dtype": args.dtype, "times_real_time": args.batch * frame_s / row["p50_s"]}
         for row in (ours | {"samples_s": kept}, read)
     ]
-    case = {"case": f"stream {args.name}", "model": args.name, "frame_s": frame_s, "state_bytes": tiles.bytes()}
+    case = {"case": f"stream {args.name}", "model": args.name, "frame_s": frame_s, "state_bytes": decoder.state_bytes()}
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m bench stream --preset {args.name}",
+        "command": f"python -m bench stream --preset {args.name} --batch {args.batch}",
         "what": "stream",
         "device": "cpu",
         "dtype": args.dtype,

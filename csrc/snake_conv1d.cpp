@@ -91,7 +91,10 @@ at::Tensor snake_conv1d_cpu(const OptionalTensor& out,    // [B, Cout, T'], x's 
   const char* op = "snake_conv1d";
   SnakeConv1dParams p = check_snake_conv1d(x, weight, stride, dilation, padding, activation, residual);
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
-  const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
+  // The only column of many channels is summed without a panel, and so without padding, which would be allocated.
+  at::Tensor bias_values;
+  if (p.out_channels == 1 && p.in_channels > 1) bias_values = small_vector(op, "bias", bias, 1, x);
+  if (!bias_values.defined()) bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   at::Tensor y = output_signal(op, out, p.batch, p.out_channels, p.out_steps, x);
   const at::ScalarType dtype = packed_dtype(x.scalar_type());

@@ -9,7 +9,7 @@ from .errors import BackendError, DualCodecError, MissingExtraError
 from .inference import Inference, get_model
 from .model import DualCodec
 from .ops import backend
-from .streaming import StreamingDecoder
+from .streaming import StreamingDecoder, StreamingEncoder
 
 __all__ = [
     "BackendError",
@@ -19,6 +19,7 @@ __all__ = [
     "Inference",
     "MissingExtraError",
     "StreamingDecoder",
+    "StreamingEncoder",
     "__version__",
     "accelerate",
     "backend",

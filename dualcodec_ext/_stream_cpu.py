@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -149,10 +149,17 @@ class Chain:
             if end > begin:
                 stage = stage_of(layer.step)
                 stage.prepare(scratch)
+                if stage.granularity > 1:  # its groups begin with every frame
+                    unit = layer.out_rows
+                    begin, end = begin - begin % unit, end + -end % unit
                 first = stage.first(begin - layer.out_delay)
                 stop = stage.stop(end - 1 - layer.out_delay)
-                x = whole[:, :, first - layer.first : stop - layer.first]
-                yield partial(stage.run, x, first, y[:, :, begin:end], begin - layer.out_delay)
+                x, part = whole[:, :, first - layer.first : stop - layer.first], y[:, :, begin:end]
+                if stage.granularity > 1 and end - begin > unit:
+                    for rows, some in frame_by_frame(x, part, unit):
+                        yield partial(stage.run, rows, first, some, begin - layer.out_delay)
+                else:
+                    yield partial(stage.run, x, first, part, begin - layer.out_delay)
             for b, (low, high) in enumerate(inside):
                 if low > 0:
                     yield y[b, :, :low].zero_
@@ -175,11 +182,46 @@ def keep(
         yield partial(kept.copy_, rows) if into_state else partial(rows.copy_, kept)
 
 
+def frame_by_frame(x: Tensor, y: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield parts of x [n, C, reach + T] and y [n, C, T], channels-last, that have `rows` of T each."""
+    (n, channels, steps), reach = y.shape, x.shape[2] - y.shape[2]
+    if n == 1:  # one clip's frames as clips side by side
+
+        def beside(t: Tensor, count: int) -> Tensor:
+            return t.as_strided((steps // rows, channels, count), (rows * t.stride(2), 1, t.stride(2)))
+
+        yield beside(x, reach + rows), beside(y, rows)
+        return
+    for at in range(0, steps, rows):
+        yield x[:, :, at : at + reach + rows], y[:, :, at : at + rows]
+
+
 def span_of(first: int, most: int, total: int | None) -> Span:
     """Return which of `most` rows from row `first` on lie in 0..total."""
     low = min(max(-first, 0), most)
     high = most if total is None else min(max(total - first, low), most)
     return low, high
+
+
+Made = TypeVar("Made")
+
+
+class Kept(Generic[Made]):
+    """What has been put together for passes that come again and again; what was used longest ago is forgotten."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[tuple[object, ...], Made] = OrderedDict()
+
+    def get(self, key: tuple[object, ...], make: Callable[[], Made]) -> Made:
+        found = self._made.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # a view made in that mode could not be written outside of it
+                found = self._made[key] = make()
+            while len(self._made) > _PASSES:
+                self._made.popitem(last=False)
+        else:
+            self._made.move_to_end(key)
+        return found
 
 
 @dataclass
@@ -220,7 +262,7 @@ class CpuDecoder:
         acoustic = batch * (self._late + max_frames) * self._latent
         audio = batch * max_frames * decoder[-1].out_rows
         self._memory = Memory(self.dtype, (widest, widest, acoustic, audio))
-        self._made: OrderedDict[tuple[object, ...], Pass] = OrderedDict()
+        self._made: Kept[Pass] = Kept()
 
     def bytes(self) -> int:
         """Return the memory that does not depend on how many slots take part."""
@@ -263,16 +305,7 @@ class CpuDecoder:
         if spans is not None:
             with torch.inference_mode(False):
                 return self._pass(slots, frames, stages, spans)
-        key = (slots, frames, stages)
-        found = self._made.get(key)
-        if found is None:
-            with torch.inference_mode(False):
-                found = self._made[key] = self._pass(slots, frames, stages, None)
-            while len(self._made) > _PASSES:
-                self._made.popitem(last=False)
-        else:
-            self._made.move_to_end(key)
-        return found
+        return self._made.get((slots, frames, stages), lambda: self._pass(slots, frames, stages, None))
 
     def _pass(self, slots: tuple[int, ...], frames: int, stages: int | None, spans: Any) -> Pass:
         """Put a pass together; stages: acoustic codebooks, None: there are no codes at all."""

@@ -8,59 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from ._stream_cpu import CpuDecoder, span_of
+from ._stream_encoder import StreamingEncoder
+from ._stream_graph import GraphDecoder
 from ._stream_plan import cuts_for, make_layers, totals, whole_frames
+from ._stream_slots import Slots, stream_engine, whole_number
 from .engine import Engine
 from .errors import DualCodecError
 from .model import DualCodec
 from .reference.model import check_codes_shape
-from .steps import ResidualUnitStep
+from .stages import stage_of
+from .steps import FAST_WINOGRAD, ResidualUnitStep, Step, weight_dtype
 
-__all__ = ["StreamingDecoder"]
+__all__ = ["StreamingDecoder", "StreamingEncoder"]
 
 _STATE_VERSION = 1
 
 
-def stream_engine(name: str, model: DualCodec) -> Engine:
-    """Return an engine with the model's weights as they are now, whose residual units take any number of rows."""
-    if not isinstance(model, DualCodec):
-        raise DualCodecError(f"{name}: model must be a dualcodec_ext.DualCodec, got {type(model).__name__}")
-    if model.training:
-        raise DualCodecError(f"{name}: the model must be in eval mode, got training mode: call .eval()")
-    graphs = model._engine()
-    if graphs is None:
-        raise DualCodecError(f"{name}: the engine must be able to run here; dx.doctor() says why it is not")
-    engine: Engine = graphs.engine
-    # A frame brings the first layers fewer rows than other forms of a unit compute as one group.
-    if all(step.granularity == 1 for step in engine._decoder if isinstance(step, ResidualUnitStep)):
-        return engine
+# Rows per frame from which a residual unit takes the form with fewer products, whose groups then begin with every
+# frame: with 16 rows its largest dilation would compute 36.
+_GROUPED_ROWS = 48
+_GROUPED = 13
+
+
+def decoder_steps(model: DualCodec, engine: Engine) -> list[Step]:
+    """Return the decoder's steps, residual units in the forms that streams take.
+
+    The form goes by the rows per frame alone, so that a slot's bits do not depend on the others. Parameters that were
+    released leave the engine's own forms.
+    """
+    steps = list(engine.tiles.programs.decoder)
     if model._released:
-        raise DualCodecError(f"{name}: the model's parameters were released with weights packed in another form")
-    return Engine(model, engine.dtype)
+        return steps
+    units = (module for module in model.dac.decoder.modules() if isinstance(module, reference.ResidualUnit))
+    fits = engine.dtype == torch.float32 and engine.device.type == "cpu"
+    for i, layer in enumerate(make_layers(steps)):
+        if isinstance(layer.step, ResidualUnitStep):
+            grouped = FAST_WINOGRAD if model.fast else _GROUPED
+            form = grouped if fits and layer.out_rows >= _GROUPED_ROWS else 0
+            unit = next(units)
+            if layer.step.winograd != form:
+                steps[i] = ResidualUnitStep.of(unit, weight_dtype(engine.dtype, engine.device), form)
+    return steps
 
 
-class _Slots:
-    """What both kinds of stream share: which slots take part, and how many frames each of them has had."""
-
-    name = ""
-    batch_size: int
-
-    def _taking_part(self, mask: Tensor | Sequence[bool] | None) -> tuple[int, ...]:
-        if mask is None:
-            return self._all
-        flags = mask.tolist() if isinstance(mask, Tensor) else list(mask)
-        if len(flags) != self.batch_size or not all(isinstance(flag, bool) for flag in flags):
-            raise DualCodecError(f"{self.name}: mask must be [{self.batch_size}] bool, got {mask}")
-        return tuple(b for b, flag in enumerate(flags) if flag)
-
-    def _set_batch(self, batch_size: int) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise DualCodecError(f"{self.name}: batch_size must be a whole number from 1, got {batch_size!r}")
-        self.batch_size = batch_size
-        self._all = tuple(range(batch_size))
-
-
-class StreamingDecoder(_Slots):
+class StreamingDecoder(Slots):
     """Decodes `batch_size` streams, each a slot of its own, as their codes arrive.
 
     The pieces of a stream, one behind the other, are what `decode_from_codes` gives for all of its codes: as many
@@ -98,11 +91,11 @@ class StreamingDecoder(_Slots):
     ) -> None:
         self._set_batch(batch_size)
         for what, value, least in (("max_frames", max_frames, 1), ("lookahead", lookahead, 0)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise DualCodecError(f"{self.name}: {what} must be a whole number from {least}, got {value!r}")
+            if value is not None:
+                whole_number(self.name, what, value, least)
         self._engine = engine = stream_engine(self.name, model)
         programs = engine.tiles.programs
-        steps = [*programs.semantic_decoder, *programs.decoder]
+        steps = [*programs.semantic_decoder, *decoder_steps(model, engine)]
         needed = whole_frames(make_layers(steps))
         cut = lookahead is not None and lookahead < needed
         layers = make_layers(steps, cuts=cuts_for(steps, lookahead) if cut and lookahead is not None else None)
@@ -113,7 +106,11 @@ class StreamingDecoder(_Slots):
         self.latency_ms = 1e3 * self.lookahead_frames * self._hop / model.dac.sample_rate
         self.max_frames = 1 if cut else max(1, 16 // batch_size) if max_frames is None else max_frames
         self._stages = model.dac.n_codebooks
-        self._run = CpuDecoder(programs, layers[:before], layers[before:], batch_size, self.max_frames)
+        self._run: CpuDecoder | GraphDecoder
+        if engine.device.type == "cpu":
+            self._run = CpuDecoder(programs, layers[:before], layers[before:], batch_size, self.max_frames)
+        else:
+            self._run = GraphDecoder(programs, layers[:before], layers[before:], batch_size, engine.device)
         self._frames = [0] * batch_size
         self.sample_counts = [0] * batch_size
 
@@ -208,6 +205,10 @@ class StreamingDecoder(_Slots):
     def state_bytes(self) -> int:
         """Return the memory of the slots' state and of what a step works in, without the weights."""
         return self._run.bytes()
+
+    def weight_bytes(self) -> int:
+        """Return the packed weights that a step reads, without the codebooks."""
+        return sum(stage_of(layer.step).weight_bytes() for layer in self._layers)
 
     # State ----------------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,15 @@ LAYERS = (
     ("graphs",),
     ("model",),
     ("accelerate",),
-    ("inference", "streaming", "_training", "training"),
+    (
+        "_stream_encoder",
+        "_stream_graph",
+        "_stream_slots",
+        "inference",
+        "streaming",
+        "_training",
+        "training",
+    ),
     ("__init__",),
     ("__main__", "_cli", "cli", "demo", "verify"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import dualcodec_ext as dx
 from dualcodec_ext import testing
+from dualcodec_ext.steps import FAST_WINOGRAD, ResidualUnitStep
 
 # No deadline: a shared machine may take any time over one example, and a timing decides nothing.
 drawn = settings(max_examples=50, deadline=None, derandomize=True)
@@ -132,6 +134,12 @@ def run_session(name: str, data: Any, most_frames: int, most_slots: int, operati
     return session
 
 
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
 @drawn
 @given(st.sampled_from(KINDS), st.data())
 def test_any_cut_of_any_slots(name: str, data: Any) -> None:
@@ -186,3 +194,227 @@ def test_error_at_real_widths() -> None:
         baseline = seeded.decode_from_codes(semantic, acoustic)
         expected = seeded.double().decode_from_codes(semantic, acoustic)
     testing.assert_close_to_f64(alone(name, semantic, acoustic, max_frames=10), expected, baseline)
+
+
+# Slots
+
+
+@pytest.mark.parametrize("name", ["causal decoder", "look-ahead", "tiny"])
+def test_an_idle_slot_is_not_touched(name: str) -> None:
+    """Not its state, not its codes; NaN in one slot stays there."""
+    decoder = dx.StreamingDecoder(model(name), 3)
+    semantic, acoustic = codes(name, 30, batch=3)
+    decoder.step(semantic[..., :5], acoustic[..., :5])
+    before = decoder.state_dict([False, True, False])
+    poison = decoder.state_dict([True, False, False])
+    decoder.load_state_dict({**poison, "state": poison["state"].fill_(torch.nan)}, [True, False, False])
+    for at in range(5, 30):
+        part = semantic[..., at : at + 1].clone()
+        part[1] = 1 << 40
+        audio = decoder.step(part, acoustic[..., at : at + 1], mask=[True, False, True])
+    assert audio[0].isnan().any() and not audio[1:].isnan().any()
+    assert decoder.sample_counts[1] == 0 and decoder.frame_counts == [30, 5, 30]
+    after = decoder.state_dict(torch.tensor([False, True, False]))
+    assert torch.equal(before["state"], after["state"])
+    decoder.reset([True, False, False])
+    assert not decoder.step(semantic[..., :1], acoustic[..., :1]).isnan().any()
+
+
+def test_a_stream_moves_between_decoders() -> None:
+    """Through a file, into another decoder of another batch."""
+    name = "look-ahead"
+    semantic, acoustic = codes(name, 20)
+    first, second = dx.StreamingDecoder(model(name)), dx.StreamingDecoder(model(name), 3, max_frames=2)
+    parts = [first.step(semantic[..., :7], acoustic[..., :7])]
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    second.step(semantic.expand(3, -1, -1)[..., :4], acoustic.expand(3, -1, -1)[..., :4])
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue())), [False, False, True])
+    rest = semantic.expand(3, -1, -1)[..., 7:], acoustic.expand(3, -1, -1)[..., 7:]
+    for audio in (second.step(*rest, mask=[False, False, True]), second.flush([False, False, True])):
+        parts.append(audio[2:])
+    assert torch.equal(torch.cat(parts, -1), alone(name, semantic, acoustic))
+
+
+def test_codebooks_may_change_from_step_to_step() -> None:
+    for name in ("causal decoder", "centred blocks"):
+        semantic, acoustic = codes(name, 12)
+        decoder, parts = dx.StreamingDecoder(model(name)), []
+        for at, stages in enumerate([3, 0, 1, 2, 3, 0, 0, 1, 3, 3, 2, 3]):
+            some = None if stages == 0 else acoustic[:, :stages, at : at + 1]
+            parts.append(decoder.step(semantic[..., at : at + 1], some))
+        parts.append(decoder.flush())
+        e = exact(name)
+        latent = e.convnext_decoder(e.semantic_vq.from_codes(semantic)[0])
+        for at, stages in enumerate([3, 0, 1, 2, 3, 0, 0, 1, 3, 3, 2, 3]):
+            if stages:
+                latent[..., at : at + 1] += e.dac.quantizer.from_codes(acoustic[:, :stages, at : at + 1])[0]
+        expected = e.dac.decoder(latent)
+        assert float((torch.cat(parts, -1) - expected).abs().max()) <= TOLERANCE["stream, decode", F32]
+
+
+def test_out() -> None:
+    name = "causal decoder"
+    semantic, acoustic = codes(name, 3, batch=2)
+    decoder, other = (dx.StreamingDecoder(model(name), 2) for _ in range(2))
+    out = torch.full((2, 1, 3 * 30), torch.nan)
+    audio = decoder.step(semantic, acoustic, out=out)
+    assert audio.data_ptr() == out.data_ptr() and torch.equal(audio, other.step(semantic, acoustic))
+    with pytest.raises(dx.DualCodecError, match=r"out must be \[2, 1, 90\] torch.float32, got \[2, 1, 89\]"):
+        decoder.step(semantic, acoustic, out=out[..., 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    for name in ("causal decoder", "tiny"):
+        semantic, acoustic = codes(name, 25)
+        decoder = dx.StreamingDecoder(model(name, dtype))
+        parts = [decoder.step(semantic[..., at : at + 5], acoustic[..., at : at + 5]) for at in range(0, 25, 5)]
+        audio = torch.cat([*parts, decoder.flush()], -1)
+        whole = model(name, dtype).decode_from_codes(semantic, acoustic)
+        assert audio.dtype == dtype and audio.shape == whole.shape
+        assert float((audio.double() - whole.double()).abs().max()) <= TOLERANCE["stream, decode", dtype]
+
+
+def test_inference_mode_and_threads() -> None:
+    name = "look-ahead"
+    semantic, acoustic = codes(name, 12)
+    wanted, before = alone(name, semantic, acoustic), torch.get_num_threads()
+    decoder, parts = dx.StreamingDecoder(model(name)), []
+    try:
+        for at in range(12):
+            torch.set_num_threads(1 + at % 2)
+            with torch.inference_mode(at % 3 == 0):
+                parts.append(decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat([*parts, decoder.flush()], -1), wanted)
+
+
+def test_a_steady_step_allocates_nothing() -> None:
+    """No memory of tensors that torch counts, with `out`; without it the result alone."""
+    name = "12hz_causal"
+    semantic, acoustic = codes(name, 30)
+    decoder = dx.StreamingDecoder(model(name))
+    out = torch.empty(1, 1, decoder._hop)
+
+    def step(f: int, **how: Any) -> None:
+        decoder.step(semantic[..., f : f + 1], acoustic[..., f : f + 1], **how)
+
+    def allocated(call: Any) -> list[int]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        return [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
+
+    for f in range(20):
+        step(f, out=out)
+    assert allocated(lambda: step(20, out=out)) == []
+    assert set(allocated(lambda: step(21))) == {4 * decoder._hop}
+
+
+# Less look-ahead than the layers need
+
+
+@pytest.mark.parametrize("name", ["tiny", "look-ahead", "centred blocks", "rate 7"])
+def test_less_lookahead(name: str) -> None:
+    semantic, acoustic = codes(name, 40)
+    whole = alone(name, semantic, acoustic)
+    needed = dx.StreamingDecoder(model(name)).lookahead_frames
+    errors = []
+    for k in range(needed + 1):
+        decoder = dx.StreamingDecoder(model(name), lookahead=k)
+        assert decoder.lookahead_frames <= k
+        hop, parts = decoder._hop, []
+        for at in range(40):
+            parts.append(decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1]))
+            assert sum(part.shape[2] for part in parts) >= max(0, at + 1 - k) * hop
+        audio = torch.cat([*parts, decoder.flush()], -1)
+        assert audio.shape == whole.shape
+        assert torch.equal(audio, alone(name, semantic, acoustic, lookahead=k)), "whatever the cut"
+        errors.append(float((audio - whole).square().mean().sqrt()))
+    assert errors[-1] == 0 < errors[0]
+    assert errors[needed // 2] < errors[0]
+
+
+def test_less_lookahead_in_slots() -> None:
+    name, batch = "tiny", 3
+    session = Session(name, batch, None)
+    session.decoder = dx.StreamingDecoder(model(name), batch, lookahead=3)
+    for mask in ([True] * 3, [True, False, True], [False, True, True], [True] * 3):
+        session.step(2, mask)
+    session.flush([False, True, False])
+    session.step(5, [True] * 3)
+    session.flush([True] * 3)
+    for semantic, acoustic, audio in session.clips:
+        assert torch.equal(audio, alone(name, semantic, acoustic, lookahead=3))
+
+
+# Refusals
+
+
+def test_refusals() -> None:
+    name = "causal decoder"
+    decoder = dx.StreamingDecoder(model(name), 2, max_frames=2)
+    semantic, acoustic = codes(name, 4, batch=2)
+    decoder.step(semantic, acoustic)
+    state = decoder.state_dict()
+    wrong = acoustic.clone()
+    wrong[1, 2, 3] = 33
+    for call, text in (
+        (lambda: decoder.step(semantic[:1]), r"semantic_codes must be \[2, 1, F\], got \[1, 1, 4\]"),
+        (lambda: decoder.step(semantic, acoustic[..., :2]), "acoustic_codes must have the batch and frames"),
+        (lambda: decoder.step(semantic.float()), "integers"),
+        (lambda: decoder.step(semantic, wrong), r"must be in \[0, 33\), got 33 at slot 1, stage 2, frame 3"),
+        (lambda: decoder.step(semantic, wrong, [False, True]), "got 33 at slot 1, stage 2, frame 3"),
+        (lambda: decoder.step(semantic[..., 2:], wrong[..., 2:]), "got 33 at batch 1, stage 2, frame 1"),
+        (lambda: decoder.step(-semantic - 1, acoustic), "semantic_codes must be in"),
+    ):
+        with pytest.raises(ValueError, match=text) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+    assert torch.equal(decoder.state_dict()["state"], state["state"]), "nothing has changed"
+    for call, text in (
+        (lambda: decoder.step(semantic, acoustic, [True]), r"mask must be \[2\] bool"),
+        (lambda: decoder.step(semantic, acoustic, torch.ones(2)), r"mask must be \[2\] bool"),
+        (lambda: dx.StreamingDecoder(model(name), 0), "batch_size must be a whole number from 1, got 0"),
+        (lambda: dx.StreamingDecoder(model(name), lookahead=-1), "lookahead must be a whole number from 0"),
+        (lambda: dx.StreamingDecoder(testing.seeded_model()), "model must be a dualcodec_ext.DualCodec"),  # type: ignore[arg-type]
+        (lambda: decoder.load_state_dict(state, [True, False]), r"state must be \[1, "),
+        (lambda: decoder.load_state_dict({**state, "version": 0}), "version must be 1, got 0"),
+        (lambda: dx.StreamingDecoder(model("tiny"), 2).load_state_dict(state), "lookahead_frames must be 16, got 0"),
+    ):
+        with pytest.raises(dx.DualCodecError, match=text) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
+def test_models_that_cannot_stream() -> None:
+    training = dx.DualCodec(**testing.TINY)
+    with pytest.raises(dx.DualCodecError, match="must be in eval mode"):
+        dx.StreamingDecoder(training.train())
+    with dx.backend("reference"), pytest.raises(dx.DualCodecError, match="the engine must be able to run here"):
+        dx.StreamingDecoder(model("tiny"))
+
+
+def test_other_forms_of_the_model() -> None:
+    """A fast model, and one whose parameters have gone; weights are those of when the decoder was made."""
+    settings_ = {**settings_of("causal decoder"), "encoder_rates": (4, 5, 6), "decoder_rates": (6, 5, 4)}
+    seeded = testing.seeded_model(settings_)
+    semantic, acoustic = codes("causal decoder", 12)
+    results = []
+    for made in (dx.accelerate(seeded), dx.accelerate(seeded, fast=True)):
+        decoder = dx.StreamingDecoder(made)
+        grouped = {s.winograd for s in (layer.step for layer in decoder._layers) if isinstance(s, ResidualUnitStep)}
+        assert grouped == {0, FAST_WINOGRAD if made.fast else 13}
+        parts = [decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1]) for at in range(12)]
+        whole = dx.StreamingDecoder(made).step(semantic, acoustic)
+        assert torch.equal(torch.cat(parts, -1), whole)
+        pair = dx.StreamingDecoder(made, 2, max_frames=5)
+        assert torch.equal(pair.step(semantic.expand(2, -1, -1), acoustic.expand(2, -1, -1))[1:], whole)
+        assert float((whole - made.decode_from_codes(semantic, acoustic)).abs().max()) < 1e-4
+        results.append(whole)
+    assert not torch.equal(*results)
+    gone = dx.accelerate(testing.seeded_model(settings_), release=True)
+    again = dx.StreamingDecoder(gone)
+    parts = [again.step(semantic[..., at : at + 1], acoustic[..., at : at + 1]) for at in range(12)]
+    assert float((torch.cat(parts, -1) - results[0]).abs().max()) <= TOLERANCE["stream, decode", F32]

@@ -55,7 +55,7 @@ struct GemmClips {
 // order in which they lie, once for all clips: what a few rows of a wide layer are bound by.
 template <class A, class B>
 void conv_gemm_panel(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns, int64_t panel, Sum<A>* c,
-                     int64_t ld_c, const GemmClips& clips);
+                     int64_t ld_c, const GemmClips& clips = {});
 
 }  // namespace DCX_NS
 }  // namespace dcx

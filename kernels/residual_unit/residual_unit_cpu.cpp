@@ -37,7 +37,8 @@ void add_and_store(const ResidualUnitParams& p, const T* out, int64_t ld, int64_
   }
 }
 
-// A few rows of every clip: tasks are panels of the output's columns, first of W1 with Snake behind it, then of W2.
+// A few rows of every clip: tasks are panels of the output's columns, first of W1 with Snake behind it, then of W2. The
+// clips' input rows lie step by step, row r of clip b at r * batch + b, so that all of them are one operand.
 template <class Kind>
 void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared) {
   typedef typename Kind::Tile Tile;
@@ -47,20 +48,25 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared) {
   Tile* in = scratch_rows<Tile>(kAllInput, p.batch * in_rows, ld);
   Tile* middle = scratch_rows<Tile>(kAllMiddle, p.batch * rows, ld);
   for (int64_t b = 0; b < p.batch; ++b) {
-    Tile* tile = in + b * in_rows * ld;
-    load_tile<Tile>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b));
     const RowRange inside = rows_inside(-p.pad_left, in_rows, p.in_valid(b));
-    snake_rows(tile + inside.first * ld, ld, inside.last - inside.first, shared, shared + ld, ld);
+    for (int64_t r = 0; r < in_rows; ++r) {
+      if (r % p.dilation >= rows) continue;  // between the taps of all outputs
+      Tile* row = in + (r * p.batch + b) * ld;
+      load_tile<Tile>(row, ld, 1, p.channels, p.x, b, r - p.pad_left, p.in_valid(b));
+      if (r >= inside.first && r < inside.last) snake_rows(row, ld, 1, shared, shared + ld, ld);
+    }
   }
   const int64_t work = p.batch * rows * p.channels * p.channels * kResidualUnitTaps;
   parallel(panel_count(p.channels), work, [&](int64_t panel) {
     const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
     T* out = scratch_rows<T>(kOutput, p.batch * rows, width);
-    const GemmOperand<Tile> dilated{in, ld, p.dilation * ld, kResidualUnitTaps, p.channels};
-    conv_gemm_panel<Tile>(rows, dilated, static_cast<const typename Kind::Weight*>(p.weight1), p.channels, panel, out,
-                          width, GemmClips{p.batch, in_rows * ld, rows * width});
-    bias_snake(middle + n0, ld, out, width, p.batch * rows, static_cast<const T*>(p.bias1) + n0, shared + 2 * ld + n0,
-               shared + 3 * ld + n0, width);
+    const GemmOperand<Tile> dilated{in, ld, p.dilation * p.batch * ld, kResidualUnitTaps, p.channels};
+    conv_gemm_panel<Tile>(p.batch * rows, dilated, static_cast<const typename Kind::Weight*>(p.weight1), p.channels,
+                          panel, out, width);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t b = 0; b < p.batch; ++b)
+        bias_snake(middle + (b * rows + r) * ld + n0, ld, out + (r * p.batch + b) * width, width, 1,
+                   static_cast<const T*>(p.bias1) + n0, shared + 2 * ld + n0, shared + 3 * ld + n0, width);
   });
   finish_short<Kind>(p, middle, rows);
 }

@@ -162,9 +162,13 @@ void run_short(const SnakeConv1dParams& p, const typename Kind::Sum* shared) {
     const int64_t n0 = panel_begin(p.out_channels, panel), width = panel_begin(p.out_channels, panel + 1) - n0;
     const int64_t channels = p.out_channels - n0 < width ? p.out_channels - n0 : width;
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(p.batch * rows * width) * sizeof(T)));
-    const GemmOperand<Tile> operand{in, p.stride * in_ld, p.dilation * in_ld, p.taps, p.in_channels};
-    conv_gemm_panel<Tile>(rows, operand, static_cast<const typename Kind::Weight*>(p.weight), p.out_channels, panel,
-                          out, width, GemmClips{p.batch, in_rows * in_ld, rows * width});
+    // One row of every clip, or clips without context: their rows are equally far apart, and so one operand.
+    const bool one = rows == 1 || in_rows == rows * p.stride;
+    const GemmOperand<Tile> operand{in, (rows == 1 ? in_rows : p.stride) * in_ld, p.dilation * in_ld, p.taps,
+                                    p.in_channels};
+    conv_gemm_panel<Tile>(one ? p.batch * rows : rows, operand, static_cast<const typename Kind::Weight*>(p.weight),
+                          p.out_channels, panel, out, width,
+                          one ? GemmClips{} : GemmClips{p.batch, in_rows * in_ld, rows * width});
     add_bias<T>(out, width, p.batch * rows, static_cast<const T*>(p.bias) + n0, width);
     for (int64_t b = 0; b < p.batch; ++b) finish<T>(p, out + b * rows * width, width, rows, false, n0, channels, b, 0);
   });

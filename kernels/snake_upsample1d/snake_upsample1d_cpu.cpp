@@ -20,7 +20,8 @@ constexpr int64_t kMinTileFrames = 64;
 
 enum Slot { kInput = 0, kOutput = 1, kAllInput = 4, kShared = 7 };
 
-// A few frames of every clip: a task is one phase of one panel of the output's columns.
+// A few frames of every clip: a task is one phase of one panel of the output's columns. The clips' rows lie step by step,
+// row r of clip b at r * batch + b, so that all of them are one operand.
 template <class Kind>
 void run_short(const SnakeUpsample1dParams& p, const typename Kind::Sum* shared, int64_t first, int64_t span) {
   typedef typename Kind::Tile Tile;
@@ -32,10 +33,12 @@ void run_short(const SnakeUpsample1dParams& p, const typename Kind::Sum* shared,
       static_cast<Tile*>(thread_scratch(kAllInput, static_cast<size_t>(p.batch * in_rows * in_ld) * sizeof(Tile)));
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
-    Tile* tile = in + b * in_rows * in_ld;
-    load_tile<Tile>(tile, in_ld, in_rows, p.in_channels, p.x, b, q_begin + first, valid);
     const RowRange inside = rows_inside(q_begin + first, in_rows, valid);
-    snake_rows(tile + inside.first * in_ld, in_ld, inside.last - inside.first, shared, shared + in_ld, in_ld);
+    for (int64_t r = 0; r < in_rows; ++r) {
+      Tile* row = in + (r * p.batch + b) * in_ld;
+      load_tile<Tile>(row, in_ld, 1, p.in_channels, p.x, b, q_begin + first + r, valid);
+      if (r >= inside.first && r < inside.last) snake_rows(row, in_ld, 1, shared, shared + in_ld, in_ld);
+    }
   }
   const int64_t panels = panel_count(p.out_channels);
   const int64_t work = p.batch * frames * p.phases.total_taps() * p.in_channels * p.out_channels;
@@ -51,17 +54,18 @@ void run_short(const SnakeUpsample1dParams& p, const typename Kind::Sum* shared,
     for (int64_t earlier = 0; earlier < phase; ++earlier)
       weight += p.phases.taps(earlier) * weight_steps<Kind>(p.in_channels) * out_ld;
     T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(p.batch * frames * width) * sizeof(T)));
-    const GemmOperand<Tile> operand{in + (p.phases.first(phase) - first + q0 - q_begin) * in_ld, in_ld, in_ld, taps,
+    const int64_t step = p.batch * in_ld;
+    const GemmOperand<Tile> operand{in + (p.phases.first(phase) - first + q0 - q_begin) * step, in_ld, step, taps,
                                     p.in_channels};
-    conv_gemm_panel<Tile>(steps, operand, weight, p.out_channels, panel, out, width,
-                          GemmClips{p.batch, in_rows * in_ld, frames * width});
+    conv_gemm_panel<Tile>(p.batch * steps, operand, weight, p.out_channels, panel, out, width);
+    add_bias<T>(out, width, p.batch * steps, static_cast<const T*>(p.bias) + n0, width);
     TensorView y = view_from(p.y, n0, q0 * stride + phase - p.first);
     y.stride_t *= stride;
     for (int64_t b = 0; b < p.batch; ++b) {
       const int64_t valid = p.lengths != nullptr ? p.phases.output_steps(p.lengths[b]) : last_step;
-      T* tile = out + b * frames * width;
-      add_bias<T>(tile, width, steps, static_cast<const T*>(p.bias) + n0, width);
-      store_tile<T>(tile, width, steps, channels, y, b, 0, valid > phase ? ceil_div(valid - phase, stride) - q0 : 0);
+      const int64_t kept = valid > phase ? ceil_div(valid - phase, stride) - q0 : 0;
+      for (int64_t r = 0; r < steps; ++r)
+        store_tile<T>(out + (r * p.batch + b) * width, width, 1, channels, y, b, r, kept);
     }
   });
 }

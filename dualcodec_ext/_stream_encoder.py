@@ -1,0 +1,268 @@
+"""Audio in pieces to codes, for models whose encoders look at no future."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._stream_cpu import Call, Chain, Kept, Memory
+from ._stream_plan import Layer, make_layers
+from ._stream_slots import Slots, stream_engine, whole_number
+from .errors import DualCodecError
+from .model import DualCodec
+from .semantic import LogMelFeatures
+from .steps import Step
+from .tiles import Programs
+
+_MOST_SHORT = 2  # frames of features that a clip may lack at its end, as in `DualCodec.encode`
+
+
+def _causal(name: str, steps: Sequence[Step], in_rows: int) -> list[Layer]:
+    layers = make_layers(steps, in_rows)
+    if layers and layers[-1].out_delay:
+        raise DualCodecError(
+            f"{name}: the model must have causal_encoder=True and is_causal=True, its encoders look"
+            f" {layers[-1].out_delay} frames ahead"
+        )
+    return layers
+
+
+class _Passes:
+    """Encodes a few frames for some of the slots, on the CPU."""
+
+    def __init__(self, name: str, programs: Programs, batch: int, max_frames: int, stages: int) -> None:
+        self.programs, self.stages, self.hop = programs, stages, programs.hop_samples
+        plans = [_causal(name, programs.semantic_encoder, 1)]
+        if stages:
+            plans += [
+                _causal(name, programs.semantic_decoder, 1),
+                _causal(name, programs.acoustic_encoder, programs.hop_samples),
+            ]
+        sizes = [Chain.state_numel(plan) for plan in plans]
+        with torch.inference_mode(False):
+            self.state = torch.zeros(batch, sum(sizes), dtype=programs.dtype)
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        self.chains = [
+            Chain(plan, self.state[:, end - size : end]) for plan, size, end in zip(plans, sizes, ends, strict=True)
+        ]
+        widest = max(chain.numel(batch, max_frames) for chain in self.chains)
+        channels = max(programs.semantic_quantizer.out_weight.shape[1], programs.acoustic_quantizer.out_weight.shape[1])
+        rows = batch * max_frames * channels
+        self._memory = Memory(programs.dtype, (widest, widest, rows, rows))
+        self._made: Kept[tuple[Tensor, list[Call]]] = Kept()
+
+    def _through(self, i: int, slots: tuple[int, ...], frames: int, x: Tensor, place: int, channels: int) -> Tensor:
+        """Run x through chain i, to rows [n, channels, frames] at a place."""
+        chain, n = self.chains[i], len(slots)
+        outlet = self._memory.rows(place, n, frames, channels)
+
+        def make() -> tuple[Tensor, list[Call]]:
+            inlet = chain.inlet(self._memory, 0, n, frames)
+            return inlet, list(chain.calls(self._memory, 0, slots, frames, outlet))
+
+        inlet, calls = self._made.get((i, slots, frames), make)
+        inlet.copy_(x)
+        for call in calls:
+            call()
+        return outlet
+
+    def run(
+        self, slots: tuple[int, ...], features: Tensor, audio: Tensor | None, frames: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return codes [n, 1, frames] and [n, q, frames] of features [n, dim, frames], audio [n, 1, frames * hop]."""
+        programs = self.programs
+        width = programs.semantic_quantizer.out_weight.shape[1]
+        x = self._through(0, slots, frames, features, 2, width)
+        codes, latent = programs.semantic_quantizer.search(x, None, return_quantized=self.stages > 0)
+        if audio is None or latent is None:
+            return codes, None
+        channels = programs.acoustic_quantizer.out_weight.shape[1]
+        if self.chains[1].layers:
+            latent = self._through(1, slots, frames, latent, 3, channels)
+        z = self._through(2, slots, frames, audio, 2, channels)
+        return codes, programs.acoustic_quantizer.search(z - latent, None, self.stages)[0]
+
+
+class StreamingEncoder(Slots):
+    """Encodes `batch_size` streams, each a slot of its own, as their audio arrives.
+
+    A frame's codes come as soon as its samples and its features are there, and are those that `encode` gives for the
+    whole clip. A slot's codes depend neither on how its audio and features are cut nor on other slots.
+
+    Args:
+        model: a `DualCodec` in eval mode on the CPU with a causal encoder (`12hz_stream`); its weights of now stay.
+        batch_size: slots.
+        max_frames: frames of one pass; None: 16 over batch_size, at least 1.
+        num_quantizers: codebooks to use, the semantic one included: 1 needs no audio, None takes all.
+        front_end: computes the features from the audio, for models that were trained on it; `step` then takes audio
+            alone.
+
+    Attributes:
+        frame_counts: frames of each slot in what the last step or flush returned.
+
+    Raises:
+        DualCodecError: a wrong argument, an encoder that looks ahead, or no engine for the model on the CPU.
+    """
+
+    name = "StreamingEncoder"
+
+    def __init__(
+        self,
+        model: DualCodec,
+        batch_size: int = 1,
+        max_frames: int | None = None,
+        num_quantizers: int | None = None,
+        front_end: LogMelFeatures | None = None,
+    ) -> None:
+        self._set_batch(batch_size)
+        most = max(1, 16 // batch_size) if max_frames is None else whole_number(self.name, "max_frames", max_frames, 1)
+        all_stages = model.settings["n_codebooks"] if isinstance(model, DualCodec) else 0
+        stages = all_stages
+        if num_quantizers is not None:
+            stages = min(whole_number(self.name, "num_quantizers", num_quantizers, 1) - 1, all_stages)
+        engine = stream_engine(self.name, model)
+        if engine.device.type != "cpu":
+            raise DualCodecError(f"{self.name}: the model must be on the CPU, got {engine.device}")
+        self._hop, self._dim, self.max_frames = engine.hop_samples, model.settings["semantic_dim"], most
+        if front_end is not None and (front_end.hop_samples, front_end.channels) != (self._hop, self._dim):
+            raise DualCodecError(
+                f"{self.name}: front_end must give {self._dim} channels every {self._hop} samples, got"
+                f" {front_end.channels} every {front_end.hop_samples}"
+            )
+        self._front_end = front_end
+        self._passes = _Passes(self.name, engine.tiles.programs, batch_size, most, stages)
+        self._dtype = engine.dtype
+        self._audio = [torch.zeros(0)] * batch_size  # [n], samples that wait for the rest of their frame
+        self._features = [torch.zeros(self._dim, 0)] * batch_size  # [dim, n], those that wait for their audio
+        self._before = [torch.zeros(self._hop)] * batch_size  # [hop], the front end's past
+        self.frame_counts = [0] * batch_size
+
+    @torch.no_grad()
+    def step(
+        self,
+        audio: Tensor | None = None,
+        semantic_repr: Tensor | None = None,
+        mask: Tensor | Sequence[bool] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take the next samples and features of the slots, and return the codes of the frames that are complete.
+
+        Args:
+            audio: [B, 1, S] float, any S; None: no samples.
+            semantic_repr: [B, semantic_dim, F] float, any F; None: no features. With a front end there are none.
+            mask: [B] bool, the slots that take part; None: all.
+
+        Returns:
+            Semantic codes [B, 1, f] int64, and acoustic codes [B, q, f] int64 or None; f the most frames that a slot
+            got; row b begins with frame_counts[b] of them, zeros follow.
+
+        Raises:
+            ValueError: a wrong shape. DualCodecError: a wrong mask.
+        """
+        slots = self._taking_part(mask)
+        if audio is not None:
+            self._check("audio", audio, 1, "S")
+        if semantic_repr is not None:
+            if self._front_end is not None:
+                raise ValueError(f"{self.name}.step: semantic_repr must be None with a front end")
+            self._check("semantic_repr", semantic_repr, self._dim, "F")
+        for b in slots:
+            if audio is not None and (self._passes.stages or self._front_end is not None):
+                self._audio[b] = torch.cat([self._audio[b], audio[b, 0].to(self._audio[b].dtype)])
+            if semantic_repr is not None:
+                self._features[b] = torch.cat([self._features[b], semantic_repr[b].to(torch.float32)], 1)
+        return self._encode(slots)
+
+    @torch.no_grad()
+    def flush(self, mask: Tensor | Sequence[bool] | None = None) -> tuple[Tensor, Tensor | None]:
+        """End the clips of slots, whose last frame is filled with zeros; their next step begins a new clip.
+
+        Args:
+            mask: [B] bool, the slots whose clips end; None: all.
+
+        Returns:
+            As `step`.
+
+        Raises:
+            DualCodecError: features without audio, or more than 2 frames of audio without features, as `encode` has it.
+        """
+        slots = self._taking_part(mask)
+        hears = self._passes.stages > 0 or self._front_end is not None
+        for b in slots:
+            whole, features = -(-self._audio[b].numel() // self._hop), self._features[b].shape[1]
+            if self._front_end is None and hears and not whole - _MOST_SHORT <= features <= whole:
+                raise DualCodecError(
+                    f"{self.name}.flush: slot {b} must have features for its {whole} last frames, or up to"
+                    f" {_MOST_SHORT} fewer, got {features}"
+                )
+            self._audio[b] = F.pad(self._audio[b], (0, -self._audio[b].numel() % self._hop))
+        codes = self._encode(slots)
+        self._reset(slots)
+        return codes
+
+    def reset(self, mask: Tensor | Sequence[bool] | None = None) -> None:
+        """Forget the clips of slots, whose next step begins a new one.
+
+        Args:
+            mask: [B] bool; None: all slots.
+        """
+        self._reset(self._taking_part(mask))
+
+    def _reset(self, slots: Sequence[int]) -> None:
+        for b in slots:
+            self._passes.state[b].zero_()
+            self._audio[b], self._features[b] = self._audio[b][:0], self._features[b][:, :0]
+            self._before[b] = torch.zeros(self._hop)
+
+    def _check(self, what: str, x: Tensor, channels: int, steps: str) -> None:
+        if x.dim() != 3 or x.shape[:2] != (self.batch_size, channels) or not x.is_floating_point():
+            raise ValueError(
+                f"{self.name}.step: {what} must be [{self.batch_size}, {channels}, {steps}] float, got"
+                f" {list(x.shape)} {x.dtype}"
+            )
+
+    def _ready(self, b: int) -> int:
+        heard = self._audio[b].numel() // self._hop
+        if self._front_end is not None:
+            return heard
+        there = self._features[b].shape[1]
+        return min(heard, there) if self._passes.stages else there
+
+    def _encode(self, slots: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        ready = {b: self._ready(b) for b in slots}
+        most, stages = max(ready.values(), default=0), self._passes.stages
+        semantic = torch.zeros(self.batch_size, 1, most, dtype=torch.int64)
+        acoustic = torch.zeros(self.batch_size, stages, most, dtype=torch.int64) if stages else None
+        done = [0] * self.batch_size
+        while waiting := tuple(b for b in slots if done[b] < ready[b]):
+            frames = min(self.max_frames, *(ready[b] - done[b] for b in waiting))
+            audio, features = self._take(waiting, frames)
+            found = self._passes.run(waiting, features, audio if stages else None, frames)
+            for i, b in enumerate(waiting):
+                semantic[b, :, done[b] : done[b] + frames] = found[0][i]
+                if acoustic is not None and found[1] is not None:
+                    acoustic[b, :, done[b] : done[b] + frames] = found[1][i]
+                done[b] += frames
+        self.frame_counts = done
+        return semantic, acoustic
+
+    def _take(self, slots: Sequence[int], frames: int) -> tuple[Tensor | None, Tensor]:
+        """Return audio [n, 1, frames * hop] and features [n, dim, frames], and let go of them."""
+        samples = frames * self._hop
+        audio = None
+        if self._passes.stages or self._front_end is not None:
+            audio = torch.stack([self._audio[b][:samples] for b in slots])[:, None]
+        if self._front_end is not None and audio is not None:
+            before = torch.stack([self._before[b] for b in slots])[:, None]
+            # Of a frame's windows none begins before the frame ahead of it.
+            features = self._front_end(torch.cat([before, audio], 2))[:, :, 1:]
+        else:
+            features = torch.stack([self._features[b][:, :frames] for b in slots])
+        for i, b in enumerate(slots):
+            if audio is not None:
+                self._before[b] = audio[i, 0, samples - self._hop :].clone()
+            self._audio[b] = self._audio[b][samples:]
+            self._features[b] = self._features[b][:, frames:]
+        return audio, features

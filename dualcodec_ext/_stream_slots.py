@@ -1,0 +1,50 @@
+"""What both kinds of stream share: the engine behind them, and which slots take part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .engine import Engine
+from .errors import DualCodecError
+from .model import DualCodec
+
+
+def stream_engine(name: str, model: DualCodec) -> Engine:
+    """Return the engine with the model's weights as they are now."""
+    if not isinstance(model, DualCodec):
+        raise DualCodecError(f"{name}: model must be a dualcodec_ext.DualCodec, got {type(model).__name__}")
+    if model.training:
+        raise DualCodecError(f"{name}: the model must be in eval mode, got training mode: call .eval()")
+    graphs = model._engine()
+    if graphs is None:
+        raise DualCodecError(f"{name}: the engine must be able to run here; dx.doctor() says why it is not")
+    engine: Engine = graphs.engine
+    return engine
+
+
+def whole_number(name: str, what: str, value: object, least: int) -> int:
+    """Return value as it is, or raise one line."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise DualCodecError(f"{name}: {what} must be a whole number from {least}, got {value!r}")
+    return value
+
+
+class Slots:
+    """`batch_size` slots, each with a stream of its own."""
+
+    name = ""
+    batch_size: int
+
+    def _taking_part(self, mask: Tensor | Sequence[bool] | None) -> tuple[int, ...]:
+        if mask is None:
+            return self._all
+        flags = mask.tolist() if isinstance(mask, Tensor) else list(mask)
+        if len(flags) != self.batch_size or not all(isinstance(flag, bool) for flag in flags):
+            raise DualCodecError(f"{self.name}: mask must be [{self.batch_size}] bool, got {mask}")
+        return tuple(b for b, flag in enumerate(flags) if flag)
+
+    def _set_batch(self, batch_size: int) -> None:
+        self.batch_size = whole_number(self.name, "batch_size", batch_size, 1)
+        self._all = tuple(range(batch_size))

@@ -1,0 +1,133 @@
+"""Streaming encode: the codes of whole clips, whatever the cut of audio and features and the neighbours."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import settings_of
+
+import dualcodec_ext as dx
+from dualcodec_ext import testing
+from dualcodec_ext.semantic import LogMelFeatures
+
+KINDS: dict[str, dict[str, Any]] = {
+    "causal everywhere": {},
+    "un-decoded": {"decode_semantic_for_codec": False, "convnext_dim": 64},
+    "no blocks": {"convnext_layers": 0},
+    "one codebook": {"n_codebooks": 1, "codebook_dim": 8},
+}
+LOG_MEL = {"encoder_rates": (4, 5, 6, 4), "decoder_rates": (4, 6, 5, 4), "semantic_dim": 160}
+
+
+@functools.cache
+def model(name: str) -> dx.DualCodec:
+    changes = LOG_MEL if name == "log-mel" else KINDS.get(name)
+    base = {**testing.TINY, "causal_encoder": True, "causal_decoder": True}
+    return dx.accelerate(testing.seeded_model(settings_of(name) if changes is None else {**base, **changes}))
+
+
+def check(name: str, batch: int, frames: int, data: Any, **how: Any) -> None:
+    """Slots that begin one after the other, get pieces of their own sizes, and end on their own."""
+    made, front_end = model(name), how.get("front_end")
+    hop, dim = made.dac.hop_length, made.settings["semantic_dim"]
+    encoder = dx.StreamingEncoder(made, batch, data.draw(st.sampled_from([None, 1, 3]), "max_frames"), **how)
+    samples = [max(0, frames * hop - data.draw(st.integers(0, hop + 3), "short")) for _ in range(batch)]
+    audio = [testing.make_speech(n, 1, seed=b) for b, n in enumerate(samples)]
+    counts = [max(0, -(-n // hop) - data.draw(st.integers(0, 2), "features that are missing")) for n in samples]
+    features = [testing.make_features(n, 1, dim, seed=b) for b, n in enumerate(counts)]
+    if front_end is not None:
+        features = [front_end(x) for x in audio]
+    heard, seen = [0] * batch, [0] * batch
+    found: list[list[Any]] = [[] for _ in range(batch)]
+
+    def collect(codes: Any) -> None:
+        for b, count in enumerate(encoder.frame_counts):
+            assert not codes[0][b, :, count:].any()
+            found[b].append([None if c is None else c[b : b + 1, :, :count] for c in codes])
+
+    size = st.sampled_from([0, 1, 7, hop - 1, hop, 2 * hop + 1])
+
+    def left(b: int) -> tuple[int, int]:
+        return samples[b] - heard[b], 0 if front_end is not None else counts[b] - seen[b]
+
+    while unfinished := [b for b in range(batch) if any(left(b))]:
+        leader = data.draw(st.sampled_from(unfinished), "slot")
+        take, some = left(leader)
+        pieces = data.draw(st.tuples(size, st.integers(0, 3)), "samples and frames")
+        if any(map(min, (take, some), pieces)):
+            take, some = map(min, (take, some), pieces)
+        joins = data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch), "slots that join")
+        mask = [b == leader or (joins[b] and left(b)[0] >= take and left(b)[1] >= some) for b in range(batch)]
+        x, y = torch.full((batch, 1, take), torch.nan), torch.full((batch, dim, some), torch.nan)
+        for b in range(batch):
+            if mask[b]:
+                x[b] = audio[b][0, :, heard[b] : heard[b] + take]
+                y[b] = features[b][0, :, seen[b] : seen[b] + some]
+                heard[b], seen[b] = heard[b] + take, seen[b] + some
+        collect(encoder.step(x, None if front_end is not None else y, mask))
+    collect(encoder.flush())
+    collect(encoder.flush())
+    for b in range(batch):
+        wanted = made.encode(audio[b], how.get("num_quantizers"), semantic_repr=features[b])
+        assert torch.equal(torch.cat([c[0] for c in found[b]], -1), wanted[0])
+        if wanted[1] is not None:
+            assert torch.equal(torch.cat([c[1] for c in found[b]], -1), wanted[1])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.sampled_from(list(KINDS)), st.integers(1, 3), st.integers(0, 12), st.sampled_from([None, 1, 2]), st.data())
+def test_any_cut(name: str, batch: int, frames: int, quantizers: int | None, data: Any) -> None:
+    check(name, batch, frames, data, num_quantizers=quantizers)
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_cut_at_real_widths(data: Any) -> None:
+    check("12hz_stream", 2, 4, data)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.data())
+def test_audio_alone_with_a_front_end(data: Any) -> None:
+    check("log-mel", 2, 7, data, front_end=LogMelFeatures(1))
+
+
+def test_a_frame_comes_with_its_last_sample() -> None:
+    made = model("causal everywhere")
+    hop = made.dac.hop_length
+    encoder = dx.StreamingEncoder(made)
+    audio, features = testing.make_speech(2 * hop, 1), testing.make_features(2, 1, 20)
+    assert encoder.step(audio[..., : hop - 1], features)[0].shape[2] == 0
+    assert encoder.step(audio[..., hop - 1 : hop])[0].shape[2] == 1
+    assert encoder.step(audio[..., hop:])[0].shape[2] == 1
+    encoder.reset()
+    assert torch.equal(encoder.step(audio, features)[0], made.encode(audio, semantic_repr=features)[0])
+
+
+def test_refusals() -> None:
+    made = model("causal everywhere")
+    encoder = dx.StreamingEncoder(made, 2)
+    audio, features = torch.zeros(2, 1, 30), torch.zeros(2, 20, 1)
+    for call, text in (
+        (lambda: encoder.step(audio[:1]), r"audio must be \[2, 1, S\] float, got \[1, 1, 30\]"),
+        (lambda: encoder.step(audio, features[:, 1:]), r"semantic_repr must be \[2, 20, F\] float"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
+    encoder.step(audio, features[..., :0], [False, True])
+    encoder.step(torch.zeros(2, 1, 90), None, [False, True])
+    with pytest.raises(dx.DualCodecError, match="slot 1 must have features for its 4 last frames, or up to 2 fewer"):
+        encoder.flush()
+    centred = dx.accelerate(testing.seeded_model())
+    for call, text in (
+        (lambda: dx.StreamingEncoder(centred), "must have causal_encoder=True and is_causal=True"),
+        (lambda: dx.StreamingEncoder(made, front_end=LogMelFeatures(1)), "front_end must give 20 channels every 30"),
+        (lambda: dx.StreamingEncoder(made, num_quantizers=0), "num_quantizers must be a whole number from 1"),
+    ):
+        with pytest.raises(dx.DualCodecError, match=text):
+            call()

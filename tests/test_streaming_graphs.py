@@ -1,0 +1,115 @@
+"""The passes that a GPU records: the CPU's samples, with a recorder that repeats what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gpu import gpu_alone, needs_device
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import settings_of
+from test_streaming import alone, codes, model, run_session
+from tolerances import F32, TOLERANCE
+
+import dualcodec_ext as dx
+from dualcodec_ext import testing
+from dualcodec_ext._stream_graph import GraphDecoder
+
+
+class Repeat:
+    """Runs once when recording, as CUDA graphs need it, and fills the same tensors at every replay."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def record(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Callable[[], Any], tuple[Any, ...], int]:
+        outputs = run()
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            for old, new in zip(outputs, run(), strict=True):
+                old.copy_(new)
+
+        return replay, outputs, 0
+
+
+def on_graphs(decoder: dx.StreamingDecoder, recorder: Any) -> dx.StreamingDecoder:
+    """Let a decoder's passes run as they would on a GPU."""
+    before = len(decoder._engine.tiles.programs.semantic_decoder)
+    layers, programs = decoder._layers, decoder._engine.tiles.programs
+    decoder._run = GraphDecoder(
+        programs, layers[:before], layers[before:], decoder.batch_size, torch.device("cpu"), recorder
+    )
+    return decoder
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Repeat:
+    """Every StreamingDecoder that is made runs on graphs."""
+    recorder, made = Repeat(), dx.StreamingDecoder.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        on_graphs(self, recorder)
+
+    monkeypatch.setattr(dx.StreamingDecoder, "__init__", init)
+    return recorder
+
+
+@pytest.mark.parametrize("name", ["tiny", "look-ahead", "causal decoder", "centred blocks", "un-decoded", "rate 7"])
+def test_any_cut_of_any_slots(name: str, graphs: Repeat, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+
+    @settings(max_examples=4, deadline=None, derandomize=True)
+    @given(st.data())
+    def draw(data: Any) -> None:
+        heard.append(run_session(name, data, most_frames=5, most_slots=3, operations=8).clips)
+
+    draw()
+    monkeypatch.undo()
+    for clips in heard:
+        for semantic, acoustic, audio in clips:
+            assert torch.equal(audio, alone(name, semantic, acoustic))
+
+
+def test_a_step_is_one_replay() -> None:
+    name, recorder = "causal decoder", Repeat()
+    decoder = on_graphs(dx.StreamingDecoder(model(name), 2), recorder)
+    semantic, acoustic = codes(name, 10, batch=2)
+    for at in range(10):
+        decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1])
+    assert (recorder.recorded, recorder.replayed) == (1, 10)
+    with pytest.raises(ValueError, match="codes must be in"):
+        decoder.step(semantic[..., :1] + 200, acoustic[..., :1])
+    state = decoder.state_dict()["state"]
+    again = dx.StreamingDecoder(model(name), 2)
+    again.step(semantic, acoustic)
+    assert torch.equal(again.state_dict()["state"], state), "a code out of range has changed nothing"
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_less_lookahead(k: int) -> None:
+    semantic, acoustic = codes("tiny", 20)
+    decoder = on_graphs(dx.StreamingDecoder(model("tiny"), lookahead=k), Repeat())
+    audio = torch.cat([decoder.step(semantic, acoustic), decoder.flush()], -1)
+    assert torch.equal(audio, alone("tiny", semantic, acoustic, lookahead=k))
+
+
+@needs_device
+@gpu_alone
+@pytest.mark.parametrize("name", ["causal decoder", "look-ahead", "tiny"])
+def test_on_a_gpu(name: str) -> None:
+    """Graphs that are graphs: in any cut the bits of one step, and the whole decode's values."""
+    moved = dx.accelerate(testing.seeded_model(settings_of(name)).cuda())
+    semantic, acoustic = (c.cuda() for c in codes(name, 20, batch=2))
+    one, many = dx.StreamingDecoder(moved, 2), dx.StreamingDecoder(moved, 2, max_frames=3)
+    parts = [one.step(semantic[..., at : at + 1], acoustic[..., at : at + 1]) for at in range(20)]
+    audio = torch.cat([*parts, one.flush()], -1)
+    assert torch.equal(audio, torch.cat([many.step(semantic, acoustic), many.flush()], -1))
+    whole = moved.decode_from_codes(semantic, acoustic)
+    assert audio.shape == whole.shape
+    assert float((audio - whole).abs().max()) <= TOLERANCE["stream, decode", F32]
