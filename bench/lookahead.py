@@ -31,7 +31,8 @@ def measure(preset: str, seconds: float) -> list[tuple[int, float, float, float]
     found = []
     for k in range(exact.lookahead_frames + 1):
         decoder = dx.StreamingDecoder(model, lookahead=k)
-        error = torch.cat([decoder.step(semantic, acoustic), decoder.flush()], -1).double() - whole
+        audio = torch.cat([decoder.step(semantic, acoustic), decoder.flush()], -1)
+        error = audio[..., : whole.shape[2]].double() - whole  # with k = 0 there are a few samples more
         relative = float(error.square().mean() / whole.square().mean())
         decibels = 10 * math.log10(relative) if relative else -math.inf
         found.append((k, 1e3 * k / config.frame_rate_hz, decibels, float(error.abs().max() / whole.abs().max())))

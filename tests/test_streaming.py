@@ -329,8 +329,11 @@ def test_less_lookahead(name: str) -> None:
             parts.append(decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1]))
             assert sum(part.shape[2] for part in parts) >= max(0, at + 1 - k) * hop
         audio = torch.cat([*parts, decoder.flush()], -1)
-        assert audio.shape == whole.shape
         assert torch.equal(audio, alone(name, semantic, acoustic, lookahead=k)), "whatever the cut"
+        if k == 0:  # nothing is held back, so the few samples that a centred decoder loses at the end are out
+            assert audio.shape[2] == 40 * hop
+            audio = audio[..., : whole.shape[2]]
+        assert audio.shape == whole.shape
         errors.append(float((audio - whole).square().mean().sqrt()))
     assert errors[-1] == 0 < errors[0]
     assert errors[needed // 2] < errors[0]
