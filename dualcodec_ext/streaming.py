@@ -16,20 +16,20 @@ from ._stream_plan import cuts_for, make_layers, totals, whole_frames
 from ._stream_slots import Slots, stream_engine, whole_number
 from .engine import Engine
 from .errors import DualCodecError
+from .forms import unit_products
 from .model import DualCodec
 from .reference.model import check_codes_shape
 from .stages import stage_of
-from .steps import FAST_WINOGRAD, ResidualUnitStep, Step, weight_dtype
+from .steps import ResidualUnitStep, Step, weight_dtype
 
 __all__ = ["StreamingDecoder", "StreamingEncoder"]
 
 _STATE_VERSION = 1
 
 
-# Rows per frame from which a residual unit takes the form with fewer products, whose groups then begin with every
-# frame: with 16 rows its largest dilation would compute 36.
+# Rows per frame from which a residual unit takes the engine's form, whose groups then begin with every frame: with 16
+# rows its largest dilation would compute 36.
 _GROUPED_ROWS = 48
-_GROUPED = 13
 
 
 def decoder_steps(model: DualCodec, engine: Engine) -> list[Step]:
@@ -42,13 +42,10 @@ def decoder_steps(model: DualCodec, engine: Engine) -> list[Step]:
     if model._released:
         return steps
     units = (module for module in model.dac.decoder.modules() if isinstance(module, reference.ResidualUnit))
-    fits = engine.dtype == torch.float32 and engine.device.type == "cpu"
     for i, layer in enumerate(make_layers(steps)):
         if isinstance(layer.step, ResidualUnitStep):
-            grouped = FAST_WINOGRAD if model.fast else _GROUPED
-            form = grouped if fits and layer.out_rows >= _GROUPED_ROWS else 0
-            unit = next(units)
-            if layer.step.winograd != form:
+            form, unit = engine.form if layer.out_rows >= _GROUPED_ROWS else "direct", next(units)
+            if layer.step.winograd != unit_products(form, layer.step.tensors[1].shape[0]):
                 steps[i] = ResidualUnitStep.of(unit, weight_dtype(engine.dtype, engine.device), form)
     return steps
 
