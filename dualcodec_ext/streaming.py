@@ -65,7 +65,7 @@ class StreamingDecoder(Slots):
         lookahead: frames that the output may run behind. None, or as many as the layers need: exact. Fewer: where a
             layer would need rows past the newest frame allowed, those count as zeros, as at a clip's end; frames then
             go one by one. With 0 a centred decoder gives F * hop samples, a few more than the whole decode.
-            docs/streaming.md has the error of each choice.
+            `python -m bench lookahead` measures the error of each choice.
 
     Attributes:
         lookahead_frames: frames that have to follow a frame before all of its samples are out.
