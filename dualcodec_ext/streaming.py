@@ -18,7 +18,7 @@ from .engine import Engine
 from .errors import DualCodecError
 from .forms import unit_products
 from .model import DualCodec
-from .reference.model import check_codes_shape
+from .reference.checks import check_codes_shape
 from .stages import stage_of
 from .steps import ResidualUnitStep, Step, weight_dtype
 

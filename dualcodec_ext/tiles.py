@@ -356,10 +356,9 @@ class Tiles:
 
     def __init__(self, programs: Programs, sizes: Sizes | None = None) -> None:
         self.programs, self.sizes = programs, sizes or Sizes()
-        made = (programs, self.sizes)
         # 10 s took encoders 4 to 5 % less time in passes of 3 MiB than of 2 for 12hz_v1, 1 % less for 25hz_v1 (Zen 4).
         heard = (programs, sizes or Sizes(pass_bytes=3 * 2**20))
-        self._decoders = Pool(lambda batch, frames: DecodeTiles(*made, batch, frames))
+        self._decoders = Pool(lambda batch, frames: DecodeTiles(programs, self.sizes, batch, frames))
         self._semantic = Pool(lambda batch, frames: EncodeTiles(*heard, batch, frames, False), KEPT_BYTES // 4)
         self._encoders = Pool(lambda batch, frames: EncodeTiles(*heard, batch, frames, True))
 
