@@ -46,6 +46,8 @@ def accelerate(
             fast_model = DualCodec(**settings)
     except ValueError as error:
         raise DualCodecError(f"accelerate: model has settings that can't be run: {error}") from None
+    if isinstance(model, DualCodec):
+        fast_model._front_end = model._front_end
     _share_parameters(model, fast_model)
     fast_model.train(model.training)
     fast_model._compute_dtype = dtype

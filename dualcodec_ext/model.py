@@ -46,7 +46,8 @@ class DualCodec(reference.DualCodec):
         self._fast = False
         # Not a submodule: the state_dict is the reference's.
         is_mel = self.settings["semantic_dim"] == LogMelFeatures.channels
-        self._front_end = (LogMelFeatures(self.semantic_downsample_factor),) if is_mel else ()
+        with torch.device("cpu"):  # its values are computed, also where the parameters have none
+            self._front_end = (LogMelFeatures(self.semantic_downsample_factor),) if is_mel else ()
         self._released = False  # only the engine is left
         self._freed = False  # the parameters are gone
 

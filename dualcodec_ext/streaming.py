@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 from ._stream_cpu import CpuDecoder, span_of
@@ -19,8 +19,10 @@ from .errors import DualCodecError
 from .forms import unit_products
 from .model import DualCodec
 from .reference.checks import check_codes_shape
+from .reference.dac import DecoderBlock
+from .reference.layers import CausalUpsample, WNConvTranspose1d
 from .stages import stage_of
-from .steps import ResidualUnitStep, Step, weight_dtype
+from .steps import ResidualUnitStep, Step, UpsampleStep, weight_dtype
 
 __all__ = ["StreamingDecoder", "StreamingEncoder"]
 
@@ -33,20 +35,33 @@ _GROUPED_ROWS = 48
 
 
 def decoder_steps(model: DualCodec, engine: Engine) -> list[Step]:
-    """Return the decoder's steps, residual units in the forms that streams take.
+    """Return the decoder's steps, residual units and upsamplings in the forms that streams take.
 
-    The form goes by the rows per frame alone, so that a slot's bits do not depend on the others. Parameters that were
-    released leave the engine's own forms.
+    The form goes by the rows per frame alone, so that a slot's bits do not depend on the others; an upsampling's groups
+    would span frames. Parameters that were released leave the engine's own forms.
     """
     steps = list(engine.tiles.programs.decoder)
     if model._released:
+        if any(isinstance(step, UpsampleStep) and step.winograd for step in steps):
+            raise DualCodecError(
+                "StreamingDecoder: model must hold its parameters, its upsamplings are packed anew, got a released one"
+            )
         return steps
-    units = (module for module in model.dac.decoder.modules() if isinstance(module, reference.ResidualUnit))
+    dtype = weight_dtype(engine.dtype, engine.device)
+    modules = list(model.dac.decoder.modules())
+    units = (module for module in modules if isinstance(module, reference.ResidualUnit))
+    blocks: Iterator[nn.Sequential] = (module.block for module in modules if isinstance(module, DecoderBlock))
     for i, layer in enumerate(make_layers(steps)):
         if isinstance(layer.step, ResidualUnitStep):
             form, unit = engine.form if layer.out_rows >= _GROUPED_ROWS else "direct", next(units)
             if layer.step.winograd != unit_products(form, layer.step.tensors[1].shape[0]):
-                steps[i] = ResidualUnitStep.of(unit, weight_dtype(engine.dtype, engine.device), form)
+                steps[i] = ResidualUnitStep.of(unit, dtype, form)
+        elif isinstance(layer.step, UpsampleStep):
+            block = next(blocks)
+            snake, upsample = block[0], block[1]
+            assert isinstance(snake, reference.Snake1d) and isinstance(upsample, WNConvTranspose1d | CausalUpsample)
+            if layer.step.winograd:
+                steps[i] = UpsampleStep.of(snake.alpha, upsample, dtype)
     return steps
 
 

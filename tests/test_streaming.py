@@ -426,3 +426,11 @@ def test_other_forms_of_the_model() -> None:
     again = dx.StreamingDecoder(gone)
     parts = [again.step(semantic[..., at : at + 1], acoustic[..., at : at + 1]) for at in range(12)]
     assert float((torch.cat(parts, -1) - results[0]).abs().max()) <= TOLERANCE["stream, decode", F32]
+
+
+def test_a_released_centred_model_has_no_upsampling_for_frames() -> None:
+    gone = dx.accelerate(testing.seeded_model({**settings_of("causal decoder"), "causal_decoder": False}), release=True)
+    if not any(getattr(step, "winograd", 0) for step in gone.engine.tiles.programs.decoder):
+        pytest.skip("too narrow for another form than the direct one")
+    with pytest.raises(dx.DualCodecError, match="model must hold its parameters"):
+        dx.StreamingDecoder(gone)

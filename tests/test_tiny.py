@@ -58,6 +58,11 @@ def test_lengths(samples: int, model: dx.DualCodec, speech: Tensor) -> None:
     assert model.decode_from_codes(semantic, acoustic).shape == (1, 1, 480 * frames)
 
 
+def test_accelerated_it_codes_alone_too(model: dx.DualCodec, speech: Tensor) -> None:
+    for ours, theirs in zip(dx.accelerate(model).encode(speech), model.encode(speech), strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
 def test_what_comes_back_follows_what_went_in(model: dx.DualCodec, speech: Tensor) -> None:
     semantic, acoustic = model.encode(speech)
     decoded = model.decode_from_codes(semantic, acoustic)
