@@ -9,7 +9,6 @@ On the CPU whole clips run in tiles (`tiles.py`), with the bits of whole tensors
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 from . import reference
 from .forms import Form, form_for
 from .pieces import decode_pieces
-from .steps import Quantizer, ResidualUnitStep, Step, lengths_through, program, run, weight_dtype
+from .stages import stage_of
+from .steps import Quantizer, Step, lengths_through, program, run, weight_dtype
 from .tiles import Programs, Sizes, Tiles
 
 
@@ -214,13 +214,9 @@ class Engine:
         if acoustic is not None:
             self._acoustic_quantizer.lookup(acoustic, frame_lengths, None)
 
-    def unit_groups(self) -> dict[int, int]:
-        """Return how many rows the decoder's residual units of each dilation compute as one."""
-        groups: dict[int, int] = {}
-        for step in self._decoder:
-            if isinstance(step, ResidualUnitStep):
-                groups[step.dilation] = math.lcm(groups.get(step.dilation, 1), step.granularity)
-        return groups
+    def decoder_groups(self) -> list[int]:
+        """Return how many rows each of the decoder's steps computes as one."""
+        return [stage_of(step).granularity for step in self._decoder]
 
     def decode_lengths(self, frame_lengths: Tensor) -> Tensor:
         """Return the lengths [rows, B] that `decode` needs, on the CPU, from those of the codes on the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -314,9 +314,9 @@ class DualCodec(reference.DualCodec):
         graphs = self._engine()
         return graphs.engine if graphs is not None and graphs.engine.device.type == "cpu" else None
 
-    def _unit_groups(self) -> Mapping[int, int]:
+    def _decoder_groups(self) -> Sequence[int] | None:
         graphs = self._engine()
-        return {} if graphs is None else graphs.engine.unit_groups()
+        return None if graphs is None else graphs.engine.decoder_groups()
 
     def _decode_long(
         self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None, chunk_frames: int

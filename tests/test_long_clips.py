@@ -194,7 +194,7 @@ def test_reach_is_tight() -> None:
     """The samples that differ where one frame is changed are those that depend on it, the first and the last."""
     for name in KINDS:
         made = testing.seeded_model(settings_of(name)).double()
-        codec = spans.codec_of(made, {})
+        codec = spans.codec_of(made)
         semantic, acoustic = codes(model(name), 1, 60)
         other = semantic.clone()
         other[..., 30] = (other[..., 30] + 1) % 100

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ class LongClips:
     _decode: Any
     output_samples: Any
 
-    def _unit_groups(self) -> spans.Groups:
-        return {}  # a residual unit computes each of its rows alone
+    def _decoder_groups(self) -> Sequence[int] | None:
+        return None  # every layer computes each of its rows alone
 
     def _spans(self) -> spans.Codec:
-        return spans.codec_of(self, self._unit_groups())
+        return spans.codec_of(self, self._decoder_groups())
 
     def _decode_long(
         self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None, chunk_frames: int

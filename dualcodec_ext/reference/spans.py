@@ -7,8 +7,8 @@ layer that computes rows in groups begins a group. What its cut edges spoil is d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .layers import CausalConv1d, CausalUpsample, ConvNeXtBlock, ResidualUnit, WNConv1d, WNConvTranspose1d
 
-Groups = Mapping[int, int]  # rows that a residual unit of a dilation computes as one; 1 where it is not named
 Codes = tuple[Tensor, Tensor | None]  # semantic [B, 1, F], acoustic [B, q, F]
 # (semantic codes, acoustic codes, frames of the clips [B] or None) -> audio
 Decode = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
@@ -35,7 +34,7 @@ class Reach:
     group: int = 1
 
 
-def reaches(modules: Sequence[nn.Module], groups: Groups) -> list[Reach]:
+def reaches(modules: Sequence[nn.Module]) -> list[Reach]:
     """Return how far each layer of a run of modules reaches."""
     found: list[Reach] = []
     for module in modules:
@@ -53,13 +52,13 @@ def reaches(modules: Sequence[nn.Module], groups: Groups) -> list[Reach]:
         elif isinstance(module, ResidualUnit):
             reach = 6 * module.dilation
             before = reach if module.causal else reach // 2
-            found.append(Reach(1, 1, before, reach - before, groups.get(module.dilation, 1)))
+            found.append(Reach(1, 1, before, reach - before))
         elif isinstance(module, ConvNeXtBlock):
             before = 6 if module.is_causal else 3
             found.append(Reach(1, 1, before, 6 - before))
         else:  # activations have neither children nor reach
             inner = getattr(module, "block", module)
-            found += reaches(list(inner.children()), groups)
+            found += reaches(list(inner.children()))
     return found
 
 
@@ -118,13 +117,16 @@ class Codec:
         return _within(min(first, first_sample // hop), max(last, -(-last_sample // hop)), unit, frames)
 
 
-def codec_of(model: Any, groups: Groups) -> Codec:
-    """Return what the stretches of a `DualCodec` need to know; groups: of its decoder's residual units."""
+def codec_of(model: Any, groups: Sequence[int] | None = None) -> Codec:
+    """Return what the stretches of a `DualCodec` need to know; groups: rows that each decoder layer computes as one."""
+    decoder = reaches(list(model.dac.decoder.model))
+    if groups is not None:
+        decoder = [replace(layer, group=group) for layer, group in zip(decoder, groups, strict=True)]
     return Codec(
-        reaches(list(model.convnext_encoder), {}),
-        reaches(list(model.convnext_decoder), {}) if model.decode_semantic_for_codec else [],
-        reaches(list(model.dac.encoder.block), {}),
-        reaches(list(model.dac.decoder.model), groups),
+        reaches(list(model.convnext_encoder)),
+        reaches(list(model.convnext_decoder)) if model.decode_semantic_for_codec else [],
+        reaches(list(model.dac.encoder.block)),
+        decoder,
         model.dac.hop_length,
     )
 
