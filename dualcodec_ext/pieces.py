@@ -48,7 +48,7 @@ def decode_pieces(tiles: Tiles, semantic: Tensor, acoustic: Tensor | None, chunk
     if not batch * frames:
         return
     outlet = Pieces(batch, tiles.programs.dtype)
-    decoder = tiles.decoder(batch, min(frames, chunk_frames))
+    decoder = tiles.decoders.take(batch, min(frames, chunk_frames))
     with torch.no_grad():
         decoder.start(outlet)
     sums = decoder.pipeline.nodes[len(tiles.programs.semantic_decoder)]  # what it holds has its acoustic codes
@@ -63,4 +63,4 @@ def decode_pieces(tiles: Tiles, semantic: Tensor, acoustic: Tensor | None, chunk
                 decoder.finish()
         behind = sums.end
         yield outlet.taken()
-    tiles.keep(decoder)
+    tiles.decoders.give(decoder)

@@ -138,12 +138,12 @@ def test_a_code_out_of_range_is_named_by_its_place_in_the_clip() -> None:
 
 def test_pieces_take_codes_of_any_integer_type_and_leave_early() -> None:
     made = model("tiny")
-    semantic, acoustic = codes(made, 1, 60)
+    semantic, acoustic = codes(made, 1, 200)
     assert acoustic is not None
     wanted = made.decode_from_codes(semantic, acoustic)
     pieces = list(made.decode_pieces(semantic.to(torch.uint16), acoustic.to(torch.uint16), 10))
     assert torch.equal(torch.cat(pieces, -1), wanted)
-    assert len(pieces) == 6 and sum(piece.shape[-1] > 0 for piece in pieces) > 3
+    assert len(pieces) == 20 and sum(piece.shape[-1] > 0 for piece in pieces) > 10
     assert max(piece.shape[-1] for piece in pieces) <= wanted.shape[-1] // 2
 
 
