@@ -140,7 +140,8 @@ def test_what_bfloat16_weights_take() -> None:
     config = dx.DualCodecConfig.preset("12hz_v1").to_dict()
     small = {"encoder_dim": 8, "decoder_dim": 96, "latent_dim": 64, "convnext_dim": 32, "semantic_codebook_size": 16}
     model = dx.reference.DualCodec(**{**config, **small, "codebook_size": 16})
-    wide, narrow, half = (Engine(model, t).weight_bytes() for t in (torch.float32, torch.bfloat16, torch.float16))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    wide, narrow, half = (Engine(model, dtype, form="direct").weight_bytes() for dtype in dtypes)
     assert narrow < 0.65 * wide and abs(half - wide) < 64  # the placeholder that carries a dtype
 
 
