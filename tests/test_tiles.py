@@ -138,7 +138,7 @@ def test_groups_of_steps(form: Form) -> None:
 
         stage.run = watched  # type: ignore[method-assign]
 
-    made = Engine(testing.seeded_model({**testing.TINY, "decoder_dim": 128}), torch.float32, form=form)
+    made = Engine(testing.seeded_model({**testing.TINY, "decoder_dim": 256}), torch.float32, form=form)
     units = {step.granularity for step in made._decoder if isinstance(step, ResidualUnitStep | UpsampleStep)}
     assert units == {4, 12, 36, 6, 9, 15}
     semantic, acoustic = codes(made, 1, 37)

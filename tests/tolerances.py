@@ -34,5 +34,6 @@ TOLERANCE["residual_unit, 10 products", F64] = 6e-14
 TOLERANCE["residual_unit, 13 products", F32] = 1e-5
 TOLERANCE["residual_unit, 13 products", F64] = 1.5e-14
 
-# Streams against the whole decode, whose residual units take other forms. Bounds not yet tightened by a measurement.
-_row("stream, decode", 1e-5, 1e-13, 4e-2, 5e-3)
+# Streams against the whole decode, whose residual units and upsamplings take other forms: 1.02e-5 in float32 (12hz_v1).
+# The other types' bounds are not yet tightened by a measurement.
+_row("stream, decode", 2e-5, 1e-13, 4e-2, 5e-3)
