@@ -64,7 +64,7 @@ def test_decoder_shapes(channels: int, steps: int, dilation: int, winograd: int)
     check(case(channels, steps, batch=1, dilation=dilation), winograd)
 
 
-@pytest.mark.parametrize("channels", [16, 32, 48, 56, 64, 96, 128, 192, 256, 384, 768, 1024])
+@pytest.mark.parametrize("channels", [32, 48, 56, 64, 96, 128, 192, 256, 384, 768, 1008])
 @pytest.mark.parametrize("dilation, causal", [(1, False), (9, True)])
 def test_thirteen_products_keep_the_exact_rule_with_room(channels: int, dilation: int, causal: bool) -> None:
     """At most twice plain PyTorch's error is allowed. The RMS is steady; the largest of 100,000 errors is a draw."""
