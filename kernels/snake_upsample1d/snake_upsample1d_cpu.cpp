@@ -20,8 +20,8 @@ constexpr int64_t kMinTileFrames = 64;
 
 enum Slot { kInput = 0, kOutput = 1, kAllInput = 4, kShared = 7 };
 
-// A few frames of every clip: a task is one phase of one panel of the output's columns. The clips' rows lie step by step,
-// row r of clip b at r * batch + b, so that all of them are one operand.
+// A few frames of every clip: a task is one phase of one panel of the output's columns. The clips' rows lie step by
+// step, row r of clip b at r * batch + b, so that all of them are one operand.
 template <class Kind>
 void run_short(const SnakeUpsample1dParams& p, const typename Kind::Sum* shared, int64_t first, int64_t span) {
   typedef typename Kind::Tile Tile;
