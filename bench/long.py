@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shlex
 import subprocess
@@ -19,8 +18,7 @@ import torch
 import dualcodec_ext as dx
 from dualcodec_ext import testing
 
-from . import machine
-from .ours import missing_module
+from . import apart, machine
 from .workload import load_settings
 
 _POINTS = 400  # of a curve, in the file
@@ -129,8 +127,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 path.unlink()
             cases.append(case)
     return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "what": "long",
         "model": args.name,
         "settings": args.settings,
         "fast": args.fast,
@@ -175,17 +171,12 @@ def draw(run: Mapping[str, Any], path: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run it; returns 0, or 1 where the compiled module is missing or memory can't be read."""
     args = parse(argv)
-    if missing := missing_module():
-        print(f"The compiled module is missing, so nothing of ours is measured: {missing}")
+    if apart.refuse():
         return 1
     if machine.memory_of() is None:
         print("Resident memory can't be read on this system.")
         return 1
-    run = {"command": "python -m bench long " + shlex.join(argv)} | measure(args)
-    commit, dirty = machine.commit()
-    run |= {"machine": machine.describe("cpu"), "commit": commit, "dirty": dirty}
-    if args.json:
-        Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    run = apart.finish(apart.begun("long", argv) | measure(args), args.json)
     if args.png:
         draw(run, args.png)
     return 0

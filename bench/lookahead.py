@@ -12,7 +12,7 @@ import torch
 import dualcodec_ext as dx
 from dualcodec_ext import testing
 
-from .ours import missing_module
+from . import apart
 
 _PRESETS = ("12hz_v1", "25hz_v1", "12hz_lookahead")
 
@@ -60,8 +60,7 @@ def main(argv: Sequence[str]) -> int:
     for preset in presets:
         if preset not in dx.DualCodecConfig.presets():
             parser.error(f"--preset must name some of {', '.join(dx.DualCodecConfig.presets())}, got {preset}")
-    if missing := missing_module():
-        print(f"The compiled module is missing, so nothing is measured: {missing}")
+    if apart.refuse():
         return 1
     text = "\n".join(told(preset, measure(preset, args.seconds)) for preset in presets)
     print(text)

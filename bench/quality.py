@@ -25,8 +25,9 @@ from torch import Tensor
 
 import dualcodec_ext as dx
 from dualcodec_ext._training.data import load_voices, stretches
-from dualcodec_ext._training.scores import entropy_bits, speech_scores
+from dualcodec_ext._training.scores import speech_scores
 from dualcodec_ext.audio import read_audio, resample
+from dualcodec_ext.code_use import codebook_use
 from dualcodec_ext.hub import BUNDLED
 
 PACKAGE = "pocketsphinx-testdata"
@@ -115,11 +116,7 @@ def use(model: dx.DualCodec, folder: Path) -> dict[str, Any]:
         assert acoustic is not None
         rows.append(torch.cat([semantic, acoustic], 1)[0])
     codes = torch.cat(rows, 1)
-    return {
-        "codebook_use": [round(len(row.unique()) / size, 3) for row, size in zip(codes, sizes, strict=True)],
-        "entropy_bits": [round(entropy_bits(row), 2) for row in codes],
-        "frames": codes.shape[1],
-    }
+    return {**codebook_use(codes, sizes), "frames": codes.shape[1]}
 
 
 def trained_steps(path: Path) -> int:

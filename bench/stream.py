@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +13,7 @@ import torch
 import dualcodec_ext as dx
 from dualcodec_ext import testing
 
-from . import machine
-from .ours import missing_module
+from . import apart
 from .timing import percentile
 from .workload import load_settings
 
@@ -79,9 +76,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ]
     case = {"case": f"stream {args.name}", "model": args.name, "frame_s": frame_s, "state_bytes": decoder.state_bytes()}
     return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m bench stream --preset {args.name} --batch {args.batch}",
-        "what": "stream",
         "device": "cpu",
         "dtype": args.dtype,
         "threads": args.threads,
@@ -106,16 +100,12 @@ def told(run: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Run it; returns 0, or 1 where the compiled module is missing."""
     args = parse(argv)
-    if missing := missing_module():
-        print(f"The compiled module is missing, so nothing of ours is measured: {missing}")
+    if apart.refuse():
         return 1
     torch.set_num_threads(args.threads)
-    run = measure(args)
-    commit, dirty = machine.commit()
-    run |= {"machine": machine.describe("cpu"), "commit": commit, "dirty": dirty}
+    begun = apart.begun("stream", ["--preset", args.name, "--batch", str(args.batch)])
+    run = apart.finish(begun | measure(args), args.json)
     print(told(run))
-    if args.json:
-        Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if args.markdown:
-        Path(args.markdown).write_text(f"{told(run)}, commit {commit}\n", encoding="utf-8")
+        Path(args.markdown).write_text(f"{told(run)}, commit {run['commit']}\n", encoding="utf-8")
     return 0

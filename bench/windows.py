@@ -7,9 +7,6 @@ net of this size and shape that has learnt nothing, and no statement about the r
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,8 +19,7 @@ from dualcodec_ext import testing
 from dualcodec_ext.engine import Engine
 from dualcodec_ext.semantic import W2vBertFeatures
 
-from . import machine
-from .ours import missing_module
+from . import apart
 from .workload import load_settings
 
 _LAYERS = 18  # one more than is run, as a checkpoint has
@@ -87,8 +83,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     same = [float((a == b).float().mean()) for a, b in zip(codes[0], codes[1], strict=True)]
     error = (whole[..., :frames] - windows[..., :frames]).square().mean(1).sqrt()[0] / scale
     return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "what": "windows",
         "model": args.name,
         "weights": "random, of the semantic model and of the codec",
         "semantic_model": "narrow" if args.small else "w2v-BERT 2.0's size, 17 layers",
@@ -119,14 +113,9 @@ def told(run: dict[str, Any]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Run it; returns 0, or 1 where the compiled module is missing."""
     args = parse(argv)
-    if missing := missing_module():
-        print(f"The compiled module is missing, so nothing of ours is measured: {missing}")
+    if apart.refuse():
         return 1
     torch.set_num_threads(args.threads)
-    run = {"command": shlex.join(["python", "-m", "bench", "windows", *argv])} | measure(args)
-    commit, dirty = machine.commit()
-    run |= {"machine": machine.describe("cpu"), "commit": commit, "dirty": dirty}
+    run = apart.finish(apart.begun("windows", argv) | measure(args), args.json)
     print(told(run))
-    if args.json:
-        Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -235,29 +235,62 @@ class Pass:
     calls: list[Call]
 
 
-class CpuDecoder:
-    """Decodes passes of a few frames for some of the slots.
+class DecoderState:
+    """What the slots of a decoder keep between passes, one row each: zeros are a clip's beginning.
 
     Args:
         programs: of the engine.
         semantic: layers of the semantic decoder; none where the latent is added as it is.
         decoder: layers of the decoder.
         batch: slots.
-        max_frames: of a pass.
+        device: of the weights.
     """
 
     def __init__(
-        self, programs: Programs, semantic: Sequence[Layer], decoder: Sequence[Layer], batch: int, max_frames: int
+        self,
+        programs: Programs,
+        semantic: Sequence[Layer],
+        decoder: Sequence[Layer],
+        batch: int,
+        device: torch.device | None = None,
     ) -> None:
         self.programs, self.dtype = programs, programs.dtype
         self._late = semantic[-1].out_delay if semantic else 0  # frames by which acoustic codes wait for semantic ones
         self._latent = in_channels(decoder[0].step)
         sizes = [Chain.state_numel(semantic), Chain.state_numel(decoder), self._late * self._latent]
         with torch.inference_mode(False):
-            self.state = torch.zeros(batch, sum(sizes), dtype=self.dtype)
+            self.state = torch.zeros(batch, sum(sizes), dtype=self.dtype, device=device)
         self._semantic = Chain(semantic, self.state[:, : sizes[0]])
         self._decoder = Chain(decoder, self.state[:, sizes[0] : sizes[0] + sizes[1]])
         self._waiting = self.state[:, sizes[0] + sizes[1] :]
+
+    def bytes(self) -> int:
+        """Return the memory that does not depend on how many slots take part."""
+        return self.state.numel() * self.state.element_size()
+
+    def spans(self, frames: int, starts: Sequence[int], lengths: Sequence[int] | None) -> list[list[Span]]:
+        """Return `Chain.spans` of the semantic decoder's layers and, behind them, the decoder's."""
+        chains = (self._semantic, self._decoder)
+        return [span for chain in chains for span in chain.spans(frames, starts, lengths)]
+
+    def before_the_first_sample(self, starts: Sequence[int]) -> bool:
+        """Whether a pass of slots that have had so many frames may bring rows from before their clips."""
+        last = self._decoder.layers[-1]
+        return min(starts) * last.out_rows < last.out_delay
+
+
+class CpuDecoder(DecoderState):
+    """Decodes passes of a few frames for some of the slots.
+
+    Args:
+        programs, semantic, decoder, batch: as for DecoderState.
+        max_frames: of a pass.
+    """
+
+    def __init__(
+        self, programs: Programs, semantic: Sequence[Layer], decoder: Sequence[Layer], batch: int, max_frames: int
+    ) -> None:
+        super().__init__(programs, semantic, decoder, batch)
         widest = max(chain.numel(batch, max_frames) for chain in (self._semantic, self._decoder))
         acoustic = batch * (self._late + max_frames) * self._latent
         audio = batch * max_frames * decoder[-1].out_rows
@@ -265,8 +298,7 @@ class CpuDecoder:
         self._made: Kept[Pass] = Kept()
 
     def bytes(self) -> int:
-        """Return the memory that does not depend on how many slots take part."""
-        return self._memory.bytes() + self.state.numel() * self.state.element_size()
+        return super().bytes() + self._memory.bytes()
 
     def run(
         self,
@@ -280,12 +312,10 @@ class CpuDecoder:
         """Return [n, 1, F * hop], to be read before the next call."""
         if semantic is None:
             with torch.inference_mode(False):
-                made = self._pass(slots, frames, None, self._spans(frames, starts, lengths))
+                made = self._pass(slots, frames, None, self.spans(frames, starts, lengths))
         else:
             stages = 0 if acoustic is None else acoustic.shape[1]
-            spans = None
-            if min(starts) * self._decoder.layers[-1].out_rows < self._decoder.layers[-1].out_delay:
-                spans = self._spans(frames, starts, lengths)
+            spans = self.spans(frames, starts, lengths) if self.before_the_first_sample(starts) else None
             made = self._find(slots, frames, stages, spans)
             made.semantic.copy_(semantic)
             if made.acoustic is not None and acoustic is not None:
@@ -296,21 +326,19 @@ class CpuDecoder:
             call()
         return made.audio
 
-    def _spans(
-        self, frames: int, starts: Sequence[int], lengths: Sequence[int] | None
-    ) -> tuple[list[list[Span]], list[list[Span]]]:
-        return self._semantic.spans(frames, starts, lengths), self._decoder.spans(frames, starts, lengths)
-
-    def _find(self, slots: tuple[int, ...], frames: int, stages: int, spans: Any) -> Pass:
+    def _find(self, slots: tuple[int, ...], frames: int, stages: int, spans: Sequence[Sequence[Span]] | None) -> Pass:
         if spans is not None:
             with torch.inference_mode(False):
                 return self._pass(slots, frames, stages, spans)
         return self._made.get((slots, frames, stages), lambda: self._pass(slots, frames, stages, None))
 
-    def _pass(self, slots: tuple[int, ...], frames: int, stages: int | None, spans: Any) -> Pass:
+    def _pass(
+        self, slots: tuple[int, ...], frames: int, stages: int | None, spans: Sequence[Sequence[Span]] | None
+    ) -> Pass:
         """Put a pass together; stages: acoustic codebooks, None: there are no codes at all."""
         n, memory, late = len(slots), self._memory, self._late
-        place = len(self._semantic.layers) % 2
+        before = len(self._semantic.layers)
+        place = before % 2
         latent = self._decoder.inlet(memory, place, n, frames)
         inlet = self._semantic.inlet(memory, 0, n, frames) if self._semantic.layers else latent
         audio = memory.rows(3, n, frames * self._decoder.layers[-1].out_rows, 1)
@@ -333,7 +361,7 @@ class CpuDecoder:
                 checks.append(partial(quantizer.lookup_into, fresh, acoustic, None, None))
             if late:
                 calls += keep(self._waiting, whole, slots, 0, late, 0, into_state=False)
-        inside = (None, None) if spans is None else spans
+        inside = (None, None) if spans is None else (spans[:before], spans[before:])
         calls += self._semantic.calls(memory, 0, slots, frames, latent, inside[0])
         if late or acoustic is not None:
             calls.append(partial(latent.add_, whole[:, :, :frames]))

@@ -13,11 +13,10 @@ from ._stream_plan import Layer, make_layers
 from ._stream_slots import Slots, stream_engine, whole_number
 from .errors import DualCodecError
 from .model import DualCodec
+from .reference.checks import MOST_SHORT_FRAMES
 from .semantic import LogMelFeatures
 from .steps import Step
 from .tiles import Programs
-
-_MOST_SHORT = 2  # frames of features that a clip may lack at its end, as in `DualCodec.encode`
 
 
 def _causal(name: str, steps: Sequence[Step], in_rows: int) -> list[Layer]:
@@ -192,10 +191,10 @@ class StreamingEncoder(Slots):
         hears = self._passes.stages > 0 or self._front_end is not None
         for b in slots:
             whole, features = -(-self._audio[b].numel() // self._hop), self._features[b].shape[1]
-            if self._front_end is None and hears and not whole - _MOST_SHORT <= features <= whole:
+            if self._front_end is None and hears and not whole - MOST_SHORT_FRAMES <= features <= whole:
                 raise DualCodecError(
                     f"{self.name}.flush: slot {b} must have features for its {whole} last frames, or up to"
-                    f" {_MOST_SHORT} fewer, got {features}"
+                    f" {MOST_SHORT_FRAMES} fewer, got {features}"
                 )
             self._audio[b] = F.pad(self._audio[b], (0, -self._audio[b].numel() % self._hop))
         codes = self._encode(slots)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._stream_cpu import Chain, in_channels
+from ._stream_cpu import Chain, DecoderState
 from ._stream_plan import Layer
 from .graphs import CudaRecorder, Recorder
 from .stages import stage_of
@@ -63,14 +63,11 @@ class _Recording:
     fine: Tensor  # [] bool: every code lay in its codebook
 
 
-class GraphDecoder:
+class GraphDecoder(DecoderState):
     """As `CpuDecoder`, on the device of the weights.
 
     Args:
-        programs: of the engine.
-        semantic, decoder: layers, as for CpuDecoder.
-        batch: slots.
-        device: of the weights.
+        programs, semantic, decoder, batch, device: as for DecoderState.
         recorder: None: CUDA graphs on a GPU; elsewhere passes run as they are.
     """
 
@@ -83,21 +80,10 @@ class GraphDecoder:
         device: torch.device,
         recorder: Recorder | None = None,
     ) -> None:
-        self.programs, self.dtype, self.device, self.batch = programs, programs.dtype, device, batch
+        super().__init__(programs, semantic, decoder, batch, device)
+        self.device, self.batch = device, batch
         self._recorder = CudaRecorder() if recorder is None and device.type == "cuda" else recorder
-        self._late = semantic[-1].out_delay if semantic else 0
-        self._latent = in_channels(decoder[0].step)
-        sizes = [Chain.state_numel(semantic), Chain.state_numel(decoder), self._late * self._latent]
-        with torch.inference_mode(False):
-            self.state = torch.zeros(batch, sum(sizes), dtype=self.dtype, device=device)
-        self._semantic = Chain(semantic, self.state[:, : sizes[0]])
-        self._decoder = Chain(decoder, self.state[:, sizes[0] : sizes[0] + sizes[1]])
-        self._waiting = self.state[:, sizes[0] + sizes[1] :]
         self._made: dict[tuple[int, int | None, bool], _Recording] = {}
-
-    def bytes(self) -> int:
-        """Return the memory of the slots' state."""
-        return self.state.numel() * self.state.element_size()
 
     def run(
         self,
@@ -110,8 +96,7 @@ class GraphDecoder:
     ) -> Tensor:
         """As `CpuDecoder.run`."""
         stages = None if semantic is None else 0 if acoustic is None else acoustic.shape[1]
-        last = self._decoder.layers[-1]
-        bounded = lengths is not None or min(starts) * last.out_rows < last.out_delay
+        bounded = lengths is not None or self.before_the_first_sample(starts)
         index = torch.tensor(slots, device=self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             made = self._recording(frames, stages, bounded)
@@ -120,8 +105,7 @@ class GraphDecoder:
                 if codes is not None:
                     made.inputs[name].zero_().index_copy_(0, index, codes.to(self.device, torch.int64))
             if bounded:
-                chains = (self._semantic, self._decoder)
-                spans = [span for chain in chains for span in chain.spans(frames, starts, lengths)]
+                spans = self.spans(frames, starts, lengths)
                 made.inputs["bounds"].index_copy_(1, index, torch.tensor(spans, device=self.device))
             made.replay()
             if not bool(made.fine):

@@ -74,11 +74,6 @@ def make_layers(
     return layers
 
 
-def delay_samples(layers: Sequence[Layer]) -> int:
-    """Return how many of the last layer's rows the stream runs behind."""
-    return layers[-1].out_delay if layers else 0
-
-
 def whole_frames(layers: Sequence[Layer]) -> int:
     """Return the delay of layers that end in samples in frames, rounded up."""
     return -(-layers[-1].out_delay // layers[-1].out_rows)

@@ -103,12 +103,8 @@ def read_audio(path: str | os.PathLike[str]) -> Audio:
     Raises:
         DualCodecError: no such file, not audio, no samples in it, or samples that are not finite.
     """
-    import numpy as np
-
     with AudioReader(path) as file:
-        blocks = list(file.blocks(_BLOCK_FRAMES))
-        samples = np.concatenate(blocks)
-        return Audio(np.ascontiguousarray(samples), file.sample_rate_hz, file.channels)
+        return Audio(file.whole(), file.sample_rate_hz, file.channels)
 
 
 def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
@@ -259,6 +255,17 @@ class AudioReader:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+    @property
+    def promised_s(self) -> float:
+        """The seconds that the header promises."""
+        return self.promised_samples / self.sample_rate_hz
+
+    def whole(self) -> Samples:
+        """Reads everything that has not been read."""
+        import numpy as np
+
+        return np.concatenate(list(self.blocks(_BLOCK_FRAMES)))
 
     def blocks(self, samples: int) -> Iterator[Samples]:
         """Yields float32 [n], n up to `samples`, until the file ends."""

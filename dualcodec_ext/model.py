@@ -292,14 +292,9 @@ class DualCodec(reference.DualCodec):
         engine = self._engine()
         if engine is None:
             return super()._encode(audio, feat, num_quantizers, sample_lengths, frame_lengths)
-        if num_quantizers == 1:
-            audio = None
-        if audio is not None and engine.engine.device.type != "cpu":
+        if num_quantizers != 1 and audio is not None and engine.engine.device.type != "cpu":
             audio, sample_lengths = self._whole_frames(audio, sample_lengths)
-        stages = None if num_quantizers is None else num_quantizers - 1
-        frames = None if frame_lengths is None else frame_lengths.cpu()
-        samples = None if audio is None or sample_lengths is None else sample_lengths.cpu()
-        return engine.encode(audio, feat, stages, frames, samples)
+        return engine.encode(*_as_engines_take(audio, feat, num_quantizers, sample_lengths, frame_lengths))
 
     def _decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
         engine = self._engine()
@@ -347,11 +342,23 @@ class DualCodec(reference.DualCodec):
         engine = self._cpu_engine()
         if engine is None:
             return super()._encode_long(audio, feat, num_quantizers, sample_lengths, frame_lengths, chunk_frames)
-        heard = None if num_quantizers == 1 else audio
-        stages = None if num_quantizers is None else num_quantizers - 1
-        frames = None if frame_lengths is None else frame_lengths.cpu()
-        samples = None if heard is None or sample_lengths is None else sample_lengths.cpu()
-        return engine.encode_clips(heard, feat, stages, frames, samples, chunk_frames)
+        taken = _as_engines_take(audio, feat, num_quantizers, sample_lengths, frame_lengths)
+        return engine.encode_clips(*taken, chunk_frames)
+
+
+def _as_engines_take(
+    audio: Tensor | None,
+    feat: Tensor,
+    num_quantizers: int | None,
+    sample_lengths: Tensor | None,
+    frame_lengths: Tensor | None,
+) -> tuple[Tensor | None, Tensor, int | None, Tensor | None, Tensor | None]:
+    """Turn what `_encode` is given into what engines take: acoustic codebooks alone, and lengths on the CPU."""
+    heard = None if num_quantizers == 1 else audio
+    stages = None if num_quantizers is None else num_quantizers - 1
+    frames = None if frame_lengths is None else frame_lengths.cpu()
+    samples = None if heard is None or sample_lengths is None else sample_lengths.cpu()
+    return heard, feat, stages, frames, samples
 
 
 def _check_fast(device: torch.device, dtype: torch.dtype) -> None:

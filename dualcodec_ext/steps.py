@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ops, reference
 from .forms import Form, unit_products, upsample_products
 from .ops import packing
-from .reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d
+from .reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d, inner_conv
 
 
 def _placeholder(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -31,13 +31,6 @@ def vector_dtype(dtype: torch.dtype) -> torch.dtype:
 def weight_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Kernels keep weights in the activations' dtype; on the CPU float16 has no products of its own."""
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
-
-
-def _inner(conv: nn.Module) -> WNConv1d:
-    """Return the convolution inside a causal wrapper, or the convolution itself."""
-    inner = conv.conv if isinstance(conv, CausalConv1d) else conv
-    assert isinstance(inner, WNConv1d)
-    return inner
 
 
 @dataclass
@@ -84,7 +77,7 @@ class ConvStep:
         alpha: Tensor | None = None,
         activation: str = "none",
     ) -> ConvStep:
-        inner = _inner(conv)
+        inner = inner_conv(conv)
         return cls.of(
             inner.folded_weight(dtype),
             inner.bias,
@@ -152,7 +145,7 @@ class UpsampleStep:
     ) -> UpsampleStep:
         inner: WNConv1d | WNConvTranspose1d
         if isinstance(conv, CausalUpsample):
-            inner, mode, padding = _inner(conv.conv), "repeat", conv.padding
+            inner, mode, padding = inner_conv(conv.conv), "repeat", conv.padding
         else:
             inner, mode, padding = conv, "transposed", conv.padding
         weight = inner.folded_weight(dtype)
@@ -216,7 +209,7 @@ class ResidualUnitStep:
     def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype, form: Form = "direct") -> ResidualUnitStep:
         snake1, conv1, snake2, conv2 = unit.block
         assert isinstance(snake1, reference.Snake1d) and isinstance(snake2, reference.Snake1d)
-        inner1, inner2 = _inner(conv1), _inner(conv2)
+        inner1, inner2 = inner_conv(conv1), inner_conv(conv2)
         weight1, weight2 = inner1.folded_weight(dtype), inner2.folded_weight(dtype)
         winograd = unit_products(form, weight1.shape[0])
         packed = packing.pack_residual_unit(weight1, weight2, winograd)

@@ -18,7 +18,7 @@ from .engine import Engine
 from .errors import DualCodecError
 from .forms import unit_products
 from .model import DualCodec
-from .reference.checks import check_codes_shape
+from .reference.checks import check_codes
 from .reference.dac import DecoderBlock
 from .reference.layers import CausalUpsample, WNConvTranspose1d
 from .stages import stage_of
@@ -90,7 +90,8 @@ class StreamingDecoder(Slots):
     Raises:
         DualCodecError: a wrong argument, or no engine for the model here.
 
-    Numerics: as the model's engine; residual units in their direct form. Not safe to share among threads.
+    Numerics: as the model's engine, but for upsamplings and for the residual units of layers of few rows, which take
+        their direct form. Not safe to share among threads.
     """
 
     name = "StreamingDecoder"
@@ -154,14 +155,12 @@ class StreamingDecoder(Slots):
             ValueError: a wrong shape, or a code out of range; no slot has then changed.
             DualCodecError: a wrong mask or out.
         """
-        self._check_codes(semantic_codes, acoustic_codes)
+        semantic_codes, acoustic_codes = self._check_codes(semantic_codes, acoustic_codes)
         slots, frames = self._taking_part(mask), semantic_codes.shape[2]
         audio = self._result(out, frames * self._hop)
         if not frames or not slots:
             self.sample_counts = [0] * self.batch_size
             return audio[..., :0]
-        if acoustic_codes is not None and not acoustic_codes.shape[1]:
-            acoustic_codes = None
         if len(slots) < self.batch_size:
             index = list(slots)
             semantic_codes = semantic_codes[index]
@@ -268,18 +267,12 @@ class StreamingDecoder(Slots):
 
     # Inside -----------------------------------------------------------------------------------------------------------
 
-    def _check_codes(self, semantic: Tensor, acoustic: Tensor | None) -> None:
+    def _check_codes(self, semantic: Tensor, acoustic: Tensor | None) -> tuple[Tensor, Tensor | None]:
         name = f"{self.name}.step"
-        check_codes_shape(name, "semantic_codes", semantic, 1, 1)
+        codes = check_codes(name, semantic, acoustic, self._stages)
         if semantic.shape[0] != self.batch_size:
             raise ValueError(f"{name}: semantic_codes must be [{self.batch_size}, 1, F], got {list(semantic.shape)}")
-        if acoustic is not None:
-            check_codes_shape(name, "acoustic_codes", acoustic, 0, self._stages)
-            if acoustic.shape[::2] != semantic.shape[::2]:
-                raise ValueError(
-                    f"{name}: acoustic_codes must have the batch and frames of semantic_codes {list(semantic.shape)},"
-                    f" got {list(acoustic.shape)}"
-                )
+        return codes
 
     def _check_range(self, what: str, codes: Tensor, entries: int, slots: Sequence[int]) -> None:
         # One pass for all slots is checked by its lookup; here a later pass or another slot would have changed.

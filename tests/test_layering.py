@@ -23,6 +23,7 @@ LAYERS = (
         "_w2v_bert",
         "_w2v_layers",
         "build",
+        "code_use",
         "codes",
         "config",
         "hub",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dualcodec_ext._cli.features import Features, features_for
-from dualcodec_ext._cli.long import finite
+from dualcodec_ext._cli.long import finite, tensors
 from dualcodec_ext._cli.options import DEFAULT_MODEL, ModelOptions
 from dualcodec_ext._files import reason
 from dualcodec_ext.audio import fit_length, resample, resampled_length
@@ -19,13 +19,11 @@ from dualcodec_ext.codes import CodeFile, is_seeded
 from dualcodec_ext.config import DualCodecConfig
 from dualcodec_ext.errors import DualCodecError
 from dualcodec_ext.hub import BUNDLED, HubName, bundled_checkpoint
+from dualcodec_ext.reference.checks import MOST_SHORT_FRAMES
 
 if TYPE_CHECKING:
     from dualcodec_ext.audio import Samples
     from dualcodec_ext.model import DualCodec
-
-# What w2v-BERT's framing can leave over: encode refuses more (DESIGN.md, section 3, "Framing").
-_MOST_MISSING_FRAMES = 2
 
 
 class Codec:
@@ -86,13 +84,26 @@ class Codec:
             sample_rate=self.config.sample_rate,
             semantic_repr=features.to(parameter),
         )
+        kept = to_uint16(semantic), None if acoustic is None else to_uint16(acoustic)
+        return self.code_file(*kept, len(samples), rate_hz, repeated)
+
+    def code_file(self, semantic: Any, acoustic: Any | None, samples: int, rate_hz: int, repeated: int) -> CodeFile:
+        """The contents of a code file.
+
+        Args:
+            semantic, acoustic: uint16 [1, F] and [Q, F] or None.
+            samples: of the recording.
+            rate_hz: sample rate of the recording.
+            repeated: frames of features that repeat the last one.
+        """
+        assert self.features is not None
         return CodeFile(
-            semantic=to_uint16(semantic),
-            acoustic=None if acoustic is None else to_uint16(acoustic),
+            semantic=semantic,
+            acoustic=acoustic,
             model=self.name,
             config=self.config,
             weights=self.weights,
-            source_samples=len(samples),
+            source_samples=samples,
             source_rate_hz=rate_hz,
             repeated_frames=repeated,
             features=self.features.name,
@@ -110,14 +121,7 @@ class Codec:
         Raises:
             DualCodecError: the model's output is not finite.
         """
-        device = next(self.model.parameters()).device
-        semantic = torch.from_numpy(codes.semantic.astype(np.int64))[None].to(device)
-        acoustic = codes.acoustic
-        wave = self.model.decode_from_codes(
-            semantic,
-            None if acoustic is None else torch.from_numpy(acoustic.astype(np.int64))[None].to(device),
-        )
-        samples = finite(wave)
+        samples = finite(self.model.decode_from_codes(*tensors(self, codes)))
         rate_hz = rate_hz or self.config.sample_rate
         samples = resample(fit_length(samples, max(1, codes.model_samples)), self.config.sample_rate, rate_hz)
         return fit_length(samples, resampled_length(codes.source_samples, codes.source_rate_hz, rate_hz)), rate_hz
@@ -147,7 +151,7 @@ def fitted(features: Tensor, frames: int) -> tuple[Tensor, int]:
     """
     features = features[..., :frames]
     missing = frames - features.shape[-1]
-    if missing > _MOST_MISSING_FRAMES or (missing and features.shape[-1] == 0):
+    if missing > MOST_SHORT_FRAMES or (missing and features.shape[-1] == 0):
         raise DualCodecError(f"{frames} more feature frames are needed, got {features.shape[-1]}")
     return torch.cat([features, features[..., -1:].expand(-1, -1, missing)], dim=-1), missing
 

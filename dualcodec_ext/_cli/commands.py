@@ -278,22 +278,16 @@ def _stem(name: str) -> str:
 
 def _short(reader: AudioReader, chunk_frames: int | None) -> Any:
     """A recording that is to be encoded whole, read; None for one that is read as it is encoded."""
-    import numpy as np
-
-    if chunk_for(reader.promised_samples / reader.sample_rate_hz, chunk_frames) is not None:
-        return None
-    return np.concatenate(list(reader.blocks(1 << 20)))
+    return reader.whole() if chunk_for(reader.promised_s, chunk_frames) is None else None
 
 
 def _encode(
     codec: Codec, reader: AudioReader, recording: Any, quantizers: int | None, chunk_frames: int | None, report: Report
 ) -> CodeFile:
-    if recording is not None:
+    chunk = chunk_for(reader.promised_s, chunk_frames)
+    if chunk is None:
         return codec.encode(recording, reader.sample_rate_hz, quantizers)
-    duration_s = reader.promised_samples / reader.sample_rate_hz
-    chunk = chunk_for(duration_s, chunk_frames)
-    assert chunk is not None
-    with report.bar("encode", duration_s) as advance:
+    with report.bar("encode", reader.promised_s) as advance:
         return encode_long(codec, reader, quantizers, chunk, advance)
 
 

@@ -101,7 +101,14 @@ class NearFeatures:
         return self._features(self._held)[..., self._next :]
 
 
-class SeededFeatures(Features):
+class LogMel(Features):
+    """Features that are made of log-mel ones, frame by frame."""
+
+    def stream(self) -> FeatureStream:
+        return NearFeatures(self, 0 if self.config.sample_rate == CODEC_RATE_HZ else 1)
+
+
+class SeededFeatures(LogMel):
     """Log-mel features through a matrix of random numbers: shaped like w2v-BERT's, with none of their meaning.
 
     Args:
@@ -121,11 +128,8 @@ class SeededFeatures(Features):
         # Not a matmul, whose sums may follow the number of frames.
         return snake_conv1d(self._mel(audio), self._matrix[..., None])
 
-    def stream(self) -> FeatureStream:
-        return NearFeatures(self, 0 if self.config.sample_rate == CODEC_RATE_HZ else 1)
 
-
-class ModelFeatures(Features):
+class ModelFeatures(LogMel):
     """The log-mel features that a model computes itself.
 
     Args:
@@ -139,9 +143,6 @@ class ModelFeatures(Features):
 
     def _compute(self, audio: Tensor) -> Tensor:
         return self._model.semantic_features(audio).cpu()
-
-    def stream(self) -> FeatureStream:
-        return NearFeatures(self, 0 if self.config.sample_rate == CODEC_RATE_HZ else 1)
 
 
 class W2vFeatures(Features):

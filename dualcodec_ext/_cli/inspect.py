@@ -16,9 +16,9 @@ from dualcodec_ext._files import reason
 from dualcodec_ext.errors import DualCodecError
 
 if TYPE_CHECKING:
-    from dualcodec_ext.codes import CodeFile
+    pass
 
-# What a weights file may say about itself in its metadata, as JSON: see `_training.scores.held_out_use`.
+# What a weights file may say about itself in its metadata, as JSON: see `python -m bench.quality --publish`.
 SCORES = ("codebook_use", "entropy_bits", "trained_steps")
 
 
@@ -125,6 +125,7 @@ def _audio_info(path: Path) -> dict[str, Any]:
 def _safetensors_info(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
+    from dualcodec_ext.code_use import codebook_use
     from dualcodec_ext.codes import is_code_file, read_codes
 
     if is_code_file(path):
@@ -139,7 +140,7 @@ def _safetensors_info(path: Path) -> dict[str, Any]:
             "frame_rate_hz": codes.config.frame_rate_hz,
             "bitrate_bps": codes.bitrate_bps,
             "duration_s": codes.duration_s,
-            **_use(codes, sizes),
+            **codebook_use([*codes.semantic, *([] if codes.acoustic is None else codes.acoustic)], sizes),
             "file_bytes": path.stat().st_size,
         }
     try:
@@ -198,19 +199,6 @@ def _model_facts(presets: Sequence[str]) -> dict[str, Any]:
             "bitrate_bps": config.frame_rate_hz * sum(math.log2(size) for size in sizes),
         }
     return {}
-
-
-def _use(codes: CodeFile, sizes: Sequence[int]) -> dict[str, Any]:
-    """Per codebook, the semantic one first: the share of entries that occur, and the entropy of the codes."""
-    import numpy as np
-
-    rows = [codes.semantic[0], *([] if codes.acoustic is None else codes.acoustic)]
-    counts = [np.unique(row, return_counts=True)[1] for row in rows]
-    shares = [count / max(1, count.sum()) for count in counts]
-    return {
-        "codebook_use": [round(len(count) / size, 4) for count, size in zip(counts, sizes, strict=True)],
-        "entropy_bits": [round(float(-(share * np.log2(share)).sum()), 2) + 0.0 for share in shares],
-    }
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -185,18 +185,7 @@ def encode_long(
     rest, repeated = fitted(rest, frames - encoder.features.end)
     encoder.features.add(rest)
     keep(encoder.finish())
-    semantic, acoustic = spool.codes()
-    return CodeFile(
-        semantic=semantic,
-        acoustic=acoustic,
-        model=codec.name,
-        config=config,
-        weights=codec.weights,
-        source_samples=reader.samples,
-        source_rate_hz=rate_hz,
-        repeated_frames=repeated,
-        features=codec.features.name,
-    )
+    return codec.code_file(*spool.codes(), reader.samples, rate_hz, repeated)
 
 
 class _Exactly:
@@ -236,7 +225,7 @@ def decode_long(
     resampler = Resampler(model_hz, rate_hz)
     decoded = _Exactly(max(1, codes.model_samples))
     written = _Exactly(resampled_length(codes.source_samples, codes.source_rate_hz, rate_hz))
-    for piece in codec.model.decode_pieces(*_tensors(codec, codes), chunk_frames):
+    for piece in codec.model.decode_pieces(*tensors(codec, codes), chunk_frames):
         samples = finite(piece)
         advance(len(samples) / model_hz)
         yield written.take(resampler.write(decoded.take(samples)))
@@ -288,7 +277,7 @@ def _model_span(codec: Codec, codes: CodeFile, begin: int, end: int) -> Samples:
         return np.zeros(end - begin, np.float32)
     first, last = model.span_frames(begin, last_sample, codes.frames)
     semantic, acoustic = codes.span(first, last)
-    audio = model.decode_from_codes(*_tensors(codec, replace(codes, semantic=semantic, acoustic=acoustic)))
+    audio = model.decode_from_codes(*tensors(codec, replace(codes, semantic=semantic, acoustic=acoustic)))
     return fit_length(finite(audio[..., begin - first * hop : last_sample - first * hop]), end - begin)
 
 
@@ -314,8 +303,8 @@ def finite(wave: Tensor) -> Samples:
     return samples
 
 
-def _tensors(codec: Codec, codes: CodeFile) -> tuple[Tensor, Tensor | None]:
-    """The codes as [1, 1, F] and [1, Q, F] on the model's device."""
+def tensors(codec: Codec, codes: CodeFile) -> tuple[Tensor, Tensor | None]:
+    """The codes as [1, 1, F] and [1, Q, F] integers on the model's device."""
     device = next(codec.model.parameters()).device
 
     def tensor(values: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..reference.dac import DecoderBlock, EncoderBlock
-from ..reference.layers import CausalConv1d, ResidualUnit, Snake1d, WNConv1d, WNConvTranspose1d
+from ..reference.layers import ResidualUnit, Snake1d, WNConv1d, WNConvTranspose1d, inner_conv
 from ..reference.quantize import VectorQuantize
 
 
@@ -165,9 +165,7 @@ def start_scales(model: reference.DualCodec, audio: Tensor) -> None:
         if isinstance(module, Snake1d):
             module.alpha.fill_(_ALPHA)
         elif isinstance(module, ResidualUnit):
-            last = module.block[3]
-            last = last.conv if isinstance(last, CausalConv1d) else last
-            assert isinstance(last, WNConv1d)
+            last = inner_conv(module.block[3])
             last.weight_g.mul_(_BRANCH)
             last.bias.zero_()
     handles = []

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import ops, reference
 from ..ops._common import asked_backend
 from ..reference.dac import pad_to_length
-from ..reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d
+from ..reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d, inner_conv
 
 WAYS = ("auto", "reference", "ops", "channels_last")
 
@@ -92,24 +92,18 @@ def _modules(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _inner(conv: nn.Module) -> WNConv1d:
-    inner = conv.conv if isinstance(conv, CausalConv1d) else conv
-    assert isinstance(inner, WNConv1d)
-    return inner
-
-
 def _ops(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     alpha: Tensor | None = None
     for module in modules:
         if isinstance(module, reference.Snake1d):
             alpha = module.alpha.reshape(-1)
         elif isinstance(module, WNConv1d | CausalConv1d):
-            c = _inner(module)
+            c = inner_conv(module)
             x = ops.snake_conv1d(x, c.weight(), c.bias, alpha, stride=c.stride, dilation=c.dilation, padding=c.padding)
             alpha = None
         elif isinstance(module, CausalUpsample):
             assert alpha is not None
-            c = _inner(module.conv)
+            c = inner_conv(module.conv)
             x = ops.snake_upsample1d(
                 x, alpha, c.weight(), c.bias, stride=module.stride, mode="repeat", padding=module.padding
             )
@@ -123,7 +117,7 @@ def _ops(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
             alpha = None
         elif isinstance(module, reference.ResidualUnit):
             snake1, conv1, snake2, conv2 = module.block
-            c1, c2 = _inner(conv1), _inner(conv2)
+            c1, c2 = inner_conv(conv1), inner_conv(conv2)
             assert isinstance(snake1, reference.Snake1d) and isinstance(snake2, reference.Snake1d)
             x = ops.residual_unit(
                 x,
@@ -157,7 +151,7 @@ def _walk(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         if isinstance(module, reference.Snake1d):
             x = _snake(x, module.alpha)
         elif isinstance(module, WNConv1d | CausalConv1d):
-            x = _conv(x, _inner(module))
+            x = _conv(x, inner_conv(module))
         elif isinstance(module, CausalUpsample):
             x = _upsample(x, module)
         elif isinstance(module, reference.ResidualUnit):
@@ -186,7 +180,7 @@ def _conv(x: Tensor, conv: WNConv1d) -> Tensor:
 
 def _upsample(x: Tensor, module: CausalUpsample) -> Tensor:
     """Repeat and convolve without the repeated signal: per output phase p, tap k falls on frame (p + k - left) // s."""
-    stride, conv = module.stride, _inner(module.conv)
+    stride, conv = module.stride, inner_conv(module.conv)
     weight = conv.weight()  # [Cout, Cin, 2s]
     frame = (torch.arange(stride)[:, None] + torch.arange(2 * stride) - module.padding[0]) // stride  # [s, 2s]
     first, last = int(frame.min()), int(frame.max())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..code_use import entropy_bits
 from ..semantic import resample
 
 _SCORE_RATE_HZ = 16000
@@ -75,15 +76,8 @@ def score(
             for name, value in speech_scores(clip[0, 0], decoded[0, 0, : clip.shape[-1]], _rate(model)).items():
                 found.setdefault(f"{name}_{count}", []).append(value)
     scores: dict[str, Any] = {name: round(float(np.mean(values)), 4) for name, values in found.items()}
-    scores["entropy_bits"] = [round(entropy_bits(torch.cat(book)), 2) for book in codes]
+    scores["entropy_bits"] = [round(entropy_bits(torch.cat(book).cpu()), 2) for book in codes]
     return scores
-
-
-def entropy_bits(codes: Tensor) -> float:
-    """Return the entropy of codes [N], in bits."""
-    share = torch.bincount(codes.flatten()).to(torch.float64)
-    share = share[share > 0] / share.sum()
-    return float(-(share * share.log2()).sum())
 
 
 def _rate(model: reference.DualCodec) -> int:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_SHORT_FRAMES = 2  # by which features may end before their audio, as w2v-BERT's framing has it
+
 
 def check_count(what: str, count: Any) -> int:
     """Return count as an int; raise one line unless it is an integer from 1."""

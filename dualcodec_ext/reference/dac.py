@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import MOST_SHORT_FRAMES
 from .layers import (
     CausalUpsample,
     ConvNeXtBlock,
@@ -210,10 +211,10 @@ class DAC(nn.Module):
     def check_framing(self, samples: int, frames: int) -> None:
         """Raise unless there are ceil(samples / hop) frames of features, or up to 2 fewer."""
         own = -(-samples // self.hop_length)
-        if frames > own or own - frames > 2:
+        if frames > own or own - frames > MOST_SHORT_FRAMES:
             raise ValueError(
                 f"DualCodec: semantic_repr must have ceil({samples} / {self.hop_length}) = {own} frames or"
-                f" up to 2 fewer, got {frames}"
+                f" up to {MOST_SHORT_FRAMES} fewer, got {frames}"
             )
 
     def _residual(self, audio: Tensor, subtracted_latent: Tensor | None) -> Tensor:  # [B, latent_dim, F]

@@ -121,6 +121,13 @@ class CausalConv1d(nn.Module):
         return self.conv.folded_weight(dtype)
 
 
+def inner_conv(conv: nn.Module) -> WNConv1d:
+    """Return the convolution inside a causal wrapper, or the convolution itself."""
+    inner = conv.conv if isinstance(conv, CausalConv1d) else conv
+    assert isinstance(inner, WNConv1d)
+    return inner
+
+
 class CausalUpsample(nn.Module):
     """Nearest-repeat by `stride`, then a convolution with k = 2 stride: T -> T stride.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .checks import check_codes, check_count, check_lengths
+from .checks import MOST_SHORT_FRAMES, check_codes, check_count, check_lengths
 from .dac import DAC, OutputDict
 from .layers import ConvNeXtBlock, WNConv1d
 from .long_clips import LongClips
@@ -197,10 +197,10 @@ class DualCodec(LongClips, nn.Module):
         if feature_lengths is None:
             return own
         check_lengths(name, feature_lengths, feat, "feature_lengths")
-        if ((own - feature_lengths < 0) | (own - feature_lengths > 2)).any():
+        if ((own - feature_lengths < 0) | (own - feature_lengths > MOST_SHORT_FRAMES)).any():
             raise ValueError(
-                f"{name}: feature_lengths must be ceil(lengths / {hop}) = {own.tolist()} or up to 2 fewer, got"
-                f" {feature_lengths.tolist()}"
+                f"{name}: feature_lengths must be ceil(lengths / {hop}) = {own.tolist()} or up to"
+                f" {MOST_SHORT_FRAMES} fewer, got {feature_lengths.tolist()}"
             )
         return feature_lengths
 
