@@ -96,8 +96,8 @@ class StreamingEncoder(Slots):
         batch_size: slots.
         max_frames: frames of one pass; None: 16 over batch_size, at least 1.
         num_quantizers: codebooks to use, the semantic one included: 1 needs no audio, None takes all.
-        front_end: computes the features from the audio, for models that were trained on it; `step` then takes audio
-            alone.
+        front_end: computes the features from the audio; `step` then takes audio alone. None: the model's own where it
+            has one (`tiny`), else `step` takes features too.
 
     Attributes:
         frame_counts: frames of each slot in what the last step or flush returned.
@@ -125,6 +125,7 @@ class StreamingEncoder(Slots):
         engine = stream_engine(self.name, model)
         if engine.device.type != "cpu":
             raise DualCodecError(f"{self.name}: the model must be on the CPU, got {engine.device}")
+        front_end = model.front_end if front_end is None else front_end
         self._hop, self._dim, self.max_frames = engine.hop_samples, model.settings["semantic_dim"], most
         if front_end is not None and (front_end.hop_samples, front_end.channels) != (self._hop, self._dim):
             raise DualCodecError(

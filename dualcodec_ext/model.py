@@ -110,6 +110,11 @@ class DualCodec(reference.DualCodec):
     # Features -------------------------------------------------------------------------------------------------------
 
     @property
+    def front_end(self) -> LogMelFeatures | None:
+        """What computes the model's semantic features where it takes log-mel ones."""
+        return self._front_end[0] if self._front_end else None
+
+    @property
     def has_front_end(self) -> bool:
         """Whether the model computes its own semantic features: it takes log-mel ones."""
         return bool(self._front_end)

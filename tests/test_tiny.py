@@ -63,6 +63,17 @@ def test_accelerated_it_codes_alone_too(model: dx.DualCodec, speech: Tensor) -> 
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
 
 
+def test_it_streams_on_audio_alone(model: dx.DualCodec, speech: Tensor) -> None:
+    encoder, decoder = dx.StreamingEncoder(model), dx.StreamingDecoder(model)
+    audio = speech[..., :20011]
+    found = [encoder.step(piece) for piece in audio.split(777, -1)] + [encoder.flush()]
+    wanted = model.encode(audio)
+    assert wanted[1] is not None and torch.equal(torch.cat([c[0] for c in found], -1), wanted[0])
+    assert torch.equal(torch.cat([c[1] for c in found if c[1] is not None], -1), wanted[1])
+    decoded = torch.cat([decoder.step(*codes) for codes in found] + [decoder.flush()], -1)
+    torch.testing.assert_close(decoded, model.decode_from_codes(*wanted), rtol=0, atol=DECODE_ROUNDING)
+
+
 def test_what_comes_back_follows_what_went_in(model: dx.DualCodec, speech: Tensor) -> None:
     semantic, acoustic = model.encode(speech)
     decoded = model.decode_from_codes(semantic, acoustic)
