@@ -127,6 +127,8 @@ class StreamingEncoder(Slots):
             raise DualCodecError(f"{self.name}: the model must be on the CPU, got {engine.device}")
         front_end = model.front_end if front_end is None else front_end
         self._hop, self._dim, self.max_frames = engine.hop_samples, model.settings["semantic_dim"], most
+        if front_end is not None and not isinstance(front_end, LogMelFeatures):
+            raise DualCodecError(f"{self.name}: front_end must be a LogMelFeatures, got {type(front_end).__name__}")
         if front_end is not None and (front_end.hop_samples, front_end.channels) != (self._hop, self._dim):
             raise DualCodecError(
                 f"{self.name}: front_end must give {self._dim} channels every {self._hop} samples, got"
@@ -217,11 +219,11 @@ class StreamingEncoder(Slots):
             self._before[b] = torch.zeros(self._hop)
 
     def _check(self, what: str, x: Tensor, channels: int, steps: str) -> None:
+        wanted = f"[{self.batch_size}, {channels}, {steps}] float"
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{self.name}.step: {what} must be {wanted}, got {type(x).__name__}")
         if x.dim() != 3 or x.shape[:2] != (self.batch_size, channels) or not x.is_floating_point():
-            raise ValueError(
-                f"{self.name}.step: {what} must be [{self.batch_size}, {channels}, {steps}] float, got"
-                f" {list(x.shape)} {x.dtype}"
-            )
+            raise ValueError(f"{self.name}.step: {what} must be {wanted}, got {list(x.shape)} {x.dtype}")
 
     def _ready(self, b: int) -> int:
         heard = self._audio[b].numel() // self._hop

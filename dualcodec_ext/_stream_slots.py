@@ -14,7 +14,7 @@ from .model import DualCodec
 def stream_engine(name: str, model: DualCodec) -> Engine:
     """Return the engine with the model's weights as they are now."""
     if not isinstance(model, DualCodec):
-        raise DualCodecError(f"{name}: model must be a dualcodec_ext.DualCodec, got {type(model).__name__}")
+        raise DualCodecError(f"{name}: model must be a dualcodec_ext.DualCodec, got {_kind(model)}")
     if model.training:
         raise DualCodecError(f"{name}: the model must be in eval mode, got training mode: call .eval()")
     graphs = model._engine()
@@ -22,6 +22,10 @@ def stream_engine(name: str, model: DualCodec) -> Engine:
         raise DualCodecError(f"{name}: the engine must be able to run here; dx.doctor() says why it is not")
     engine: Engine = graphs.engine
     return engine
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def whole_number(name: str, what: str, value: object, least: int) -> int:
@@ -40,8 +44,12 @@ class Slots:
     def _taking_part(self, mask: Tensor | Sequence[bool] | None) -> tuple[int, ...]:
         if mask is None:
             return self._all
-        flags = mask.tolist() if isinstance(mask, Tensor) else list(mask)
-        if len(flags) != self.batch_size or not all(isinstance(flag, bool) for flag in flags):
+        flags = mask.tolist() if isinstance(mask, Tensor) else mask
+        if (
+            not isinstance(flags, Sequence)
+            or len(flags) != self.batch_size
+            or not all(isinstance(flag, bool) for flag in flags)
+        ):
             raise DualCodecError(f"{self.name}: mask must be [{self.batch_size}] bool, got {mask}")
         return tuple(b for b, flag in enumerate(flags) if flag)
 

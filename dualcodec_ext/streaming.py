@@ -251,17 +251,19 @@ class StreamingDecoder(Slots):
         Raises:
             DualCodecError: the state of another version, model, dtype or look-ahead, or of another number of slots.
         """
-        slots, rows = list(self._taking_part(mask)), state.get("state")
         name = f"{self.name}.load_state_dict"
+        if not isinstance(state, Mapping):
+            raise DualCodecError(f"{name}: state must be what state_dict gave, got {type(state).__name__}")
+        slots, rows, counts = list(self._taking_part(mask)), state.get("state"), state.get("frames")
         for key, own in (("version", _STATE_VERSION), ("lookahead_frames", self.lookahead_frames)):
             if state.get(key) != own:
                 raise DualCodecError(f"{name}: {key} must be {own}, got {state.get(key)}")
         own_rows, shape = self._run.state, [len(slots), self._run.state.shape[1]]
         if not isinstance(rows, Tensor) or list(rows.shape) != shape or rows.dtype != own_rows.dtype:
-            got = f"{list(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise DualCodecError(f"{name}: state must be {shape} {own_rows.dtype}, got {got}")
-        frames = state["frames"].tolist()
-        for b, row, count in zip(slots, rows, frames, strict=True):
+            raise DualCodecError(f"{name}: state must be {shape} {own_rows.dtype}, got {_got(rows)}")
+        if not isinstance(counts, Tensor) or counts.shape != (len(slots),) or counts.dtype != torch.int64:
+            raise DualCodecError(f"{name}: frames must be [{len(slots)}] int64, got {_got(counts)}")
+        for b, row, count in zip(slots, rows, counts.tolist(), strict=True):
             own_rows[b].copy_(row)
             self._frames[b] = count
 
@@ -288,10 +290,8 @@ class StreamingDecoder(Slots):
         shape = (self.batch_size, 1, samples)
         if out is None:
             return torch.empty(shape, dtype=self._run.dtype, device=self._engine.device)
-        if out.shape != shape or out.dtype != self._run.dtype:
-            raise DualCodecError(
-                f"{self.name}.step: out must be {list(shape)} {self._run.dtype}, got {list(out.shape)} {out.dtype}"
-            )
+        if not isinstance(out, Tensor) or out.shape != shape or out.dtype != self._run.dtype:
+            raise DualCodecError(f"{self.name}.step: out must be {list(shape)} {self._run.dtype}, got {_got(out)}")
         return out
 
     def _pieces(
@@ -335,3 +335,7 @@ class StreamingDecoder(Slots):
             if count < most:
                 audio[b, :, count:most].zero_()
         return audio[..., :most]
+
+
+def _got(value: object) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

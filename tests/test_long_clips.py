@@ -188,6 +188,9 @@ def test_a_wrong_span_is_one_line() -> None:
         text = rf"decode_span: begin and end must be in \[0, \d+\] and in order, got {begin} and {end}"
         with pytest.raises(ValueError, match=text):
             made.decode_span(*pair, begin, end)
+    for wrong in (0.5, "0", True):
+        with pytest.raises(ValueError, match="decode_span: begin and end must be integers, got"):
+            made.decode_span(*pair, wrong, 20)
 
 
 def test_reach_is_tight() -> None:

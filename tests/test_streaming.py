@@ -379,10 +379,16 @@ def test_refusals() -> None:
     for call, text in (
         (lambda: decoder.step(semantic, acoustic, [True]), r"mask must be \[2\] bool"),
         (lambda: decoder.step(semantic, acoustic, torch.ones(2)), r"mask must be \[2\] bool"),
+        (lambda: decoder.step(semantic, acoustic, torch.tensor(True)), r"mask must be \[2\] bool"),
+        (lambda: decoder.step(semantic, acoustic, 1), r"mask must be \[2\] bool, got 1"),  # type: ignore[arg-type]
+        (lambda: decoder.step(semantic, acoustic, out=5), r"out must be \[2, 1, \d+\] torch.float32, got int"),  # type: ignore[arg-type]
         (lambda: dx.StreamingDecoder(model(name), 0), "batch_size must be a whole number from 1, got 0"),
         (lambda: dx.StreamingDecoder(model(name), lookahead=-1), "lookahead must be a whole number from 0"),
         (lambda: dx.StreamingDecoder(testing.seeded_model()), "model must be a dualcodec_ext.DualCodec"),  # type: ignore[arg-type]
         (lambda: decoder.load_state_dict(state, [True, False]), r"state must be \[1, "),
+        (lambda: decoder.load_state_dict(None), "state must be what state_dict gave, got NoneType"),  # type: ignore[arg-type]
+        (lambda: decoder.load_state_dict({**state, "frames": None}), r"frames must be \[2\] int64, got NoneType"),
+        (lambda: decoder.load_state_dict({**state, "frames": state["frames"][:1]}), r"frames must be \[2\] int64, got"),
         (lambda: decoder.load_state_dict({**state, "version": 0}), "version must be 1, got 0"),
         (lambda: dx.StreamingDecoder(model("tiny"), 2).load_state_dict(state), "lookahead_frames must be 16, got 0"),
     ):

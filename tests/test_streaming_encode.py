@@ -115,6 +115,7 @@ def test_refusals() -> None:
     audio, features = torch.zeros(2, 1, 30), torch.zeros(2, 20, 1)
     for call, text in (
         (lambda: encoder.step(audio[:1]), r"audio must be \[2, 1, S\] float, got \[1, 1, 30\]"),
+        (lambda: encoder.step([0.0]), r"audio must be \[2, 1, S\] float, got list"),  # type: ignore[arg-type]
         (lambda: encoder.step(audio, features[:, 1:]), r"semantic_repr must be \[2, 20, F\] float"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -127,6 +128,7 @@ def test_refusals() -> None:
     for call, text in (
         (lambda: dx.StreamingEncoder(centred), "must have causal_encoder=True and is_causal=True"),
         (lambda: dx.StreamingEncoder(made, front_end=LogMelFeatures(1)), "front_end must give 20 channels every 30"),
+        (lambda: dx.StreamingEncoder(made, front_end="mel"), "front_end must be a LogMelFeatures, got str"),  # type: ignore[arg-type]
         (lambda: dx.StreamingEncoder(made, num_quantizers=0), "num_quantizers must be a whole number from 1"),
     ):
         with pytest.raises(dx.DualCodecError, match=text):

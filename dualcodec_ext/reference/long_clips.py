@@ -95,6 +95,8 @@ class LongClips:
         name = "DualCodec.decode_span"
         codes = check_codes(name, semantic_codes, acoustic_codes, self.dac.n_codebooks)
         samples = self.output_samples(semantic_codes.shape[-1])
+        if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in (begin, end)):
+            raise ValueError(f"{name}: begin and end must be integers, got {begin!r} and {end!r}")
         if not 0 <= begin <= end <= samples:
             raise ValueError(f"{name}: begin and end must be in [0, {samples}] and in order, got {begin} and {end}")
         return spans.decode_span(self._spans(), self._decode, codes, None, begin, end)
