@@ -2,6 +2,7 @@
 // compute type (channels innermost, columns past the channels zero). Steps outside [0, valid) read as zero.
 #pragma once
 #include "bf16.h"
+#include "runtime.h"
 
 namespace dcx {
 namespace DCX_NS {
@@ -129,6 +130,12 @@ static void store_rows(const T* tile, int64_t ld, int64_t rows, int64_t channels
       for (int64_t c = c0; c < channels && c < c0 + 16; ++c)
         for (int64_t r = r0; r < rows && r < r0 + 16; ++r)
           Io::put(base + c * stride_c + r * stride_t, tile[r * ld + c]);
+}
+
+// This thread's memory at one of its places, as rows of T.
+template <class T>
+static inline T* scratch_rows(int slot, int64_t rows, int64_t width) {
+  return static_cast<T*>(thread_scratch(slot, static_cast<size_t>(rows * width) * sizeof(T)));
 }
 
 // Tile rows [first, last) hold time steps in [0, valid) when row 0 holds step `begin`.

@@ -17,26 +17,6 @@ constexpr int64_t kTileBytes = 576 * 1024;
 // Wide layers stream megabytes of weights per tile; fewer rows than this and the stream would bound them.
 constexpr int64_t kMinTileRows = 128;
 
-// add_residual and store_tile in one, where x and y have rows of this type.
-template <class T>
-void add_and_store(const ResidualUnitParams& p, const T* out, int64_t ld, int64_t rows, int64_t b, int64_t t0,
-                   int64_t shift) {
-  const T* bias = static_cast<const T*>(p.bias2);
-  const int64_t begin = t0 + shift;
-  const RowRange heard = rows_inside(begin, rows, p.in_valid(b)), told = rows_inside(t0, rows, p.out_valid(b));
-  for (int64_t r = 0; r < rows; ++r) {
-    T* y = row_of<T>(p.y, b, t0 + r);
-    if (r < told.first || r >= told.last) {
-      memset(y, 0, static_cast<size_t>(p.channels) * sizeof(T));
-      continue;
-    }
-    const bool has_x = r >= heard.first && r < heard.last;
-    const T* x = has_x ? row_of<T>(p.x, b, begin + r) : nullptr;
-    for (int64_t c = 0; c < p.channels; c += kLanes<T>)
-      vstore<T>(y + c, vload<T>(out + r * ld + c) + vload<T>(bias + c) + (has_x ? vload<T>(x + c) : Vec<T>{}));
-  }
-}
-
 // A few rows of every clip: tasks are panels of the output's columns, first of W1 with Snake behind it, then of W2. The
 // clips' input rows lie step by step, row r of clip b at r * batch + b, so that all of them are one operand.
 template <class Kind>
@@ -106,13 +86,12 @@ void run(const ResidualUnitParams& p) {
     const GemmOperand<Tile> pointwise{middle, ld, 0, 1, p.channels};
     conv_gemm<Tile>(count, pointwise, static_cast<const typename Kind::Weight*>(p.weight2), p.channels, out, ld);
     // The residual is read again, un-snaked: it is still in L2, and a copy of the tile would take its place there.
-    const int64_t shift = p.centre * p.dilation - p.pad_left;
     if (is_direct<T>(p.x, p.channels) && is_direct<T>(p.y, p.channels)) {
-      add_and_store<T>(p, out, ld, count, b, t0, shift);
+      for (int64_t r = 0; r < count; ++r) finish_row<T>(p, out + r * ld, b, t0 + r);
       return;
     }
     add_residual<T>(out, reinterpret_cast<T*>(in), ld, count, p.channels, static_cast<const T*>(p.bias2), p.x, b,
-                    t0 + shift, in_valid);
+                    t0 - p.pad_left + p.centre * p.dilation, in_valid);
     store_tile<T>(out, ld, count, p.channels, p.y, b, t0, p.out_valid(b));
   });
 }

@@ -170,9 +170,7 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared, in
   T* middle = scratch_rows<T>(kAllMiddle, p.batch * reached, ld);
   for (int64_t b = 0; b < p.batch; ++b) {
     T* tile = in + b * in_rows * ld;
-    load_tile<T>(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b));
-    const RowRange inside = rows_inside(-p.pad_left, in_rows, p.in_valid(b));
-    snake_rows(tile + inside.first * ld, ld, inside.last - inside.first, shared, shared + ld, ld);
+    load_snaked(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b), shared, shared + ld);
   }
   const int64_t panels = panel_count(p.channels), work = p.batch * rows * p.channels;
   parallel(panels, work * Shape::kInputs * Shape::kInputs, [&](int64_t panel) {
@@ -203,12 +201,6 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared, in
   finish_short<Kind>(p, middle, reached);
 }
 
-// Whether rows of a tensor are rows of T without padding, so that they need no tile.
-template <class T>
-inline bool plain_rows(const TensorView& view, int64_t channels, int64_t ld) {
-  return view.stride_c == 1 && channels == ld && view.dtype == (sizeof(T) == 8 ? DType::kF64 : DType::kF32);
-}
-
 template <class Kind, class F>
 void run(const ResidualUnitParams& p) {
   typedef typename Kind::Sum T;
@@ -235,14 +227,14 @@ void run(const ResidualUnitParams& p) {
   const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < least ? least : fitting, unit);
   const int64_t tiles = ceil_div(p.out_steps, rows);
   if (chunk_rows > rows / kWinogradOutputs) chunk_rows = rows / kWinogradOutputs;
-  const bool plain = plain_rows<T>(p.x, p.channels, ld) && plain_rows<T>(p.y, p.channels, ld);
+  const bool plain = is_direct<T>(p.x, p.channels) && is_direct<T>(p.y, p.channels);
 
   parallel(p.batch * tiles, [&](int64_t task) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     // Groups are whole: what the last one reads past the signal is zero, in whatever batch or tile the clip is.
     const int64_t group_rows = rows_of(count, d), reached = round_up(count, group);
-    const int64_t in_valid = p.in_valid(b), out_valid = p.out_valid(b);
+    const int64_t in_valid = p.in_valid(b);
     T* in = scratch_rows<T>(kInput, rows + halo, ld);
     T* transformed = scratch_rows<T>(kTransformed, Shape::kInputs * (chunk_rows + (F::kPieces - 1) * d), ld);
     T* products = scratch_rows<T>(kProducts, Shape::kInputs * chunk_rows, panel);
@@ -251,10 +243,8 @@ void run(const ResidualUnitParams& p) {
     const int64_t block = kSnakeBytes / (ld * element) + 1;
     for (int64_t r = 0; r < reached + halo; r += block) {
       const int64_t block_rows = reached + halo - r < block ? reached + halo - r : block;
-      load_tile<T>(in + r * ld, ld, block_rows, p.channels, p.x, b, t0 - p.pad_left + r, in_valid);
-      snake_rows(in + r * ld, ld, block_rows, shared, shared + ld, ld);
+      load_snaked(in + r * ld, ld, block_rows, p.channels, p.x, b, t0 - p.pad_left + r, in_valid, shared, shared + ld);
     }
-    const int64_t shift = t0 - p.pad_left + p.centre * d;  // the step of x that y's step t0 takes
     const T* bias2 = static_cast<const T*>(p.bias2);
     for (int64_t first = 0; first < group_rows; first += chunk_rows) {
       const Chunk chunk{first, group_rows - first < chunk_rows ? group_rows - first : chunk_rows, d, group};
@@ -269,15 +259,8 @@ void run(const ResidualUnitParams& p) {
           const int64_t t = chunk.step(r) + j * d;
           if (t >= count) break;
           const T* from = transformed + (j * chunk.count + r) * ld;
-          if (plain && t0 + t < out_valid && shift + t >= 0 && shift + t < in_valid) {
-            const T* residual = static_cast<const T*>(p.x.data) + b * p.x.stride_b + (shift + t) * p.x.stride_t;
-            T* y = static_cast<T*>(p.y.data) + b * p.y.stride_b + (t0 + t) * p.y.stride_t;
-            for (int64_t c = 0; c < ld; c += kLanes<T>)
-              vstore<T>(y + c, vload<T>(from + c) + vload<T>(bias2 + c) + vload<T>(residual + c));
-          } else if (plain) {
-            T* y = static_cast<T*>(p.y.data) + b * p.y.stride_b + (t0 + t) * p.y.stride_t;
-            for (int64_t c = 0; c < ld; c += kLanes<T>)
-              vstore<T>(y + c, t0 + t < out_valid ? vload<T>(from + c) + vload<T>(bias2 + c) : Vec<T>{});
+          if (plain) {
+            finish_row<T>(p, from, b, t0 + t);
           } else {
             for (int64_t c = 0; c < ld; c += kLanes<T>)
               vstore<T>(out + t * ld + c, vload<T>(from + c) + vload<T>(bias2 + c));
@@ -285,9 +268,9 @@ void run(const ResidualUnitParams& p) {
         }
     }
     if (plain) return;
-    load_tile<T>(in, ld, count, p.channels, p.x, b, shift, in_valid);
+    load_tile<T>(in, ld, count, p.channels, p.x, b, t0 - p.pad_left + p.centre * d, in_valid);
     for (int64_t i = 0; i < count * ld; i += kLanes<T>) vstore<T>(out + i, vload<T>(out + i) + vload<T>(in + i));
-    store_tile<T>(out, ld, count, p.channels, p.y, b, t0, out_valid);
+    store_tile<T>(out, ld, count, p.channels, p.y, b, t0, p.out_valid(b));
   });
 }
 

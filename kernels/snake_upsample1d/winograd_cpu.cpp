@@ -23,11 +23,6 @@ constexpr int64_t kWindow = kUpsampleOutputs + 2;  // frames under a group
 
 enum Slot { kInput = 0, kTransformed = 1, kProducts = 2, kOutput = 3, kAllInput = 4, kAllTransformed = 5, kShared = 7 };
 
-template <class T>
-T* scratch_rows(Slot slot, int64_t rows, int64_t width) {
-  return static_cast<T*>(thread_scratch(slot, static_cast<size_t>(rows * width) * sizeof(T)));
-}
-
 // Rows of the operands from a group's frames: the earlier phases multiply 0 .. 3, the later ones 3 .. 6.
 template <class T>
 inline void transform_input(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t width) {
@@ -51,7 +46,8 @@ struct Layer {
   bool plain;
 };
 
-inline Layer layer_of(const SnakeUpsample1dParams& p, DType dtype) {
+template <class T>
+inline Layer layer_of(const SnakeUpsample1dParams& p) {
   Layer layer{};
   layer.in_ld = round_up(p.in_channels, kColumnUnit);
   layer.out_ld = round_up(p.out_channels, kColumnUnit);
@@ -61,7 +57,7 @@ inline Layer layer_of(const SnakeUpsample1dParams& p, DType dtype) {
   layer.q_begin = p.first / layer.stride;
   layer.frames = ceil_div(p.out_steps, layer.stride);
   layer.groups = ceil_div(layer.frames, int64_t{kUpsampleOutputs});
-  layer.plain = p.y.stride_c == 1 && layer.out_ld == p.out_channels && p.y.dtype == dtype;
+  layer.plain = is_direct<T>(p.y, p.out_channels);
   return layer;
 }
 
@@ -86,7 +82,7 @@ void finish(const SnakeUpsample1dParams& p, const Layer& layer, int64_t phase, i
   const int64_t stride = layer.stride, frame = group * kUpsampleOutputs;
   const int64_t valid = (p.lengths != nullptr ? p.phases.output_steps(p.lengths[b]) : p.first + p.out_steps) - p.first;
   const int64_t count = minimum(rows * kUpsampleOutputs, ceil_div(p.out_steps - phase, stride) - frame);
-  T* out = layer.plain ? static_cast<T*>(p.y.data) + b * p.y.stride_b + (frame * stride + phase) * p.y.stride_t + n0
+  T* out = layer.plain ? row_of<T>(p.y, b, frame * stride + phase) + n0
                        : scratch_rows<T>(kOutput, rows * kUpsampleOutputs, width);
   const int64_t step = layer.plain ? stride * p.y.stride_t : width;
   const T* bias = static_cast<const T*>(p.bias) + n0;
@@ -119,9 +115,7 @@ template <class T>
 void load(const SnakeUpsample1dParams& p, const Layer& layer, T* tile, int64_t b, int64_t begin, int64_t rows,
           const T* shared) {
   const int64_t valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps, ld = layer.in_ld;
-  load_tile<T>(tile, ld, rows, p.in_channels, p.x, b, layer.q_begin + layer.first + begin, valid);
-  const RowRange inside = rows_inside(layer.q_begin + layer.first + begin, rows, valid);
-  snake_rows(tile + inside.first * ld, ld, inside.last - inside.first, shared, shared + ld, ld);
+  load_snaked(tile, ld, rows, p.in_channels, p.x, b, layer.q_begin + layer.first + begin, valid, shared, shared + ld);
 }
 
 template <class T>
@@ -151,8 +145,8 @@ void run_few(const SnakeUpsample1dParams& p, const Layer& layer, const T* shared
 }
 
 template <class T>
-void run(const SnakeUpsample1dParams& p, DType dtype) {
-  const Layer layer = layer_of(p, dtype);
+void run(const SnakeUpsample1dParams& p) {
+  const Layer layer = layer_of<T>(p);
   const int64_t ld = layer.in_ld;
   T* shared = scratch_rows<T>(kShared, 2, ld);
   snake_prepare<T>(shared, ld, static_cast<const T*>(p.alpha), p.in_channels);
@@ -186,9 +180,9 @@ void run(const SnakeUpsample1dParams& p, DType dtype) {
 
 void snake_upsample1d_winograd(const SnakeUpsample1dParams& p) {
   if (p.x.dtype == DType::kF64)
-    run<double>(p, DType::kF64);
+    run<double>(p);
   else
-    run<float>(p, DType::kF32);
+    run<float>(p);
 }
 
 }  // namespace DCX_NS
