@@ -141,21 +141,8 @@ class DualCodec(reference.DualCodec):
         mel = self._front_end[0].to(audio.device)
         return mel(mask_past_lengths(audio, lengths)).to(self.compute_dtype)
 
-    def encode(
-        self,
-        audio_data: Tensor,
-        num_quantizers: int | None = None,
-        sample_rate: int | None = 24000,
-        semantic_repr: Tensor | None = None,
-        lengths: Tensor | None = None,
-        feature_lengths: Tensor | None = None,
-        chunk_frames: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the reference's; a model on log-mel features computes semantic_repr itself where it is None."""
-        if semantic_repr is None and self._front_end and not self.training:
-            semantic_repr = self.semantic_features(audio_data, lengths)
-        own = lengths, feature_lengths
-        return super().encode(audio_data, num_quantizers, sample_rate, semantic_repr, *own, chunk_frames)
+    def _own_features(self, audio: Tensor, lengths: Tensor | None) -> Tensor | None:
+        return self.semantic_features(audio, lengths) if self._front_end else None
 
     # Engine ---------------------------------------------------------------------------------------------------------
 

@@ -154,7 +154,7 @@ class DualCodec(LongClips, nn.Module):
                 not look at the audio), None or more than there are gives all.
             sample_rate: Hz of audio_data, which must be the model's (None: taken to be).
             semantic_repr: [B, semantic_dim, F] float; F is ceil(S / hop) or up to 2 fewer, and rules the
-                output.
+                output. None: a `DualCodec` on log-mel features computes its own.
             lengths: [B] int64, valid samples per item: it is coded as if alone, with the first ceil(length /
                 hop) of the frames in semantic_repr; codes past those are 0.
             feature_lengths: [B] int64, with `lengths`: valid frames of semantic_repr per item, up to 2 fewer than that.
@@ -175,6 +175,8 @@ class DualCodec(LongClips, nn.Module):
             num_quantizers = check_count(f"{name}: num_quantizers", num_quantizers)
         if chunk_frames is not None:
             chunk_frames = check_count(f"{name}: chunk_frames", chunk_frames)
+        if semantic_repr is None:
+            semantic_repr = self._own_features(audio_data, lengths)
         feat = self._check_features(name, semantic_repr)
         frame_lengths = None
         if num_quantizers != 1 or lengths is not None:
@@ -190,6 +192,9 @@ class DualCodec(LongClips, nn.Module):
         if chunk_frames is None or chunk_frames >= feat.shape[-1]:
             return self._encode(audio_data, feat, num_quantizers, lengths, frame_lengths)
         return self._encode_long(audio_data, feat, num_quantizers, lengths, frame_lengths, chunk_frames)
+
+    def _own_features(self, audio: Tensor, lengths: Tensor | None) -> Tensor | None:
+        return None  # the plain modules have no front end
 
     def _frame_lengths(self, name: str, lengths: Tensor, feature_lengths: Tensor | None, feat: Tensor) -> Tensor:
         hop, frames = self.dac.hop_length, feat.shape[-1]
