@@ -103,6 +103,7 @@ class LogMelFeatures(nn.Module):
 
     channels = 160
     _WINDOW, _HOP, _STACK, _FFT = 600, 240, 2, 1024
+    _STRETCH = 1000  # windows that are worked on at a time, of all items together
     # The power of white noise near -80 dBFS: what lies lower is the recording's silence, not speech.
     _FLOOR = 1e-5
 
@@ -171,9 +172,17 @@ class LogMelFeatures(nn.Module):
         frames = -(-samples // self.hop_samples)
         if batch * frames == 0:
             return self.mean.new_zeros(batch, self.channels, frames)
-        # All of the window's overhang is on the left: the last one ends where its frame ends.
-        padding = (self._WINDOW - self._HOP, frames * self.hop_samples - samples)
-        x = F.pad(audio[:, 0].to(torch.float32), padding)
+        # A stretch at a time: windows overlap, so a whole recording's would take many times its own memory.
+        count = max(1, self._STRETCH // (batch * self._STACK * self.downsample_factor))
+        pieces = [self._of_frames(audio[:, 0], f, min(f + count, frames)) for f in range(0, frames, count)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+    def _of_frames(self, audio: Tensor, first: int, last: int) -> Tensor:
+        """Features [B, 160, last - first] of audio [B, S]'s frames from first to last."""
+        # All of a window's overhang is on the left: the last one ends where its frame ends.
+        begin, end = first * self.hop_samples - (self._WINDOW - self._HOP), last * self.hop_samples
+        x = audio[:, max(begin, 0) : end].to(torch.float32)
+        x = F.pad(x, (max(-begin, 0), max(end - audio.shape[1], 0)))
         windows = x.unfold(-1, self._WINDOW, self._HOP) * self._window  # [B, 100 Hz frames, 600]
         spectrum = torch.fft.rfft(windows, n=self._FFT)
         power = spectrum.real.square() + spectrum.imag.square()
@@ -182,7 +191,7 @@ class LogMelFeatures(nn.Module):
         mel = power[self._bins[0]] * self._weights[0][:, None, None]
         for bins, weights in zip(self._bins[1:], self._weights[1:], strict=True):
             mel += power[bins] * weights[:, None, None]
-        stacked = (mel.movedim(0, -1) + self._FLOOR).log().reshape(batch, -1, self.channels)
+        stacked = (mel.movedim(0, -1) + self._FLOOR).log().reshape(len(audio), -1, self.channels)
         stacked = (stacked - self.mean) / self.variance.sqrt()
         return F.avg_pool1d(stacked.transpose(1, 2).contiguous(), self.downsample_factor, self.downsample_factor)
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from w2v_bert import STATISTICS_FILE, save_w2v_bert, upstream_features
 
 from dualcodec_ext.errors import DualCodecError, MissingExtraError
@@ -141,6 +142,33 @@ def test_log_mel_bits_in_a_batch_and_any_layout():
     assert torch.equal(features(audio.double()), whole)
     assert features(audio[:0]).shape == (0, 160, 16)
     assert features(audio[..., :0]).shape == (3, 160, 0)
+
+
+class _Largest(TorchDispatchMode):
+    """Keeps the most bytes that a result has had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.most = max(self.most, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_log_mel_of_a_long_clip_works_on_a_stretch_at_a_time(factor, monkeypatch):
+    features = LogMelFeatures(factor)
+    audio = make_speech(24000 * 60 + 77)
+    with _Largest() as largest:
+        whole = features(audio)
+    assert largest.most <= 8 << 20, "neither windows nor spectra of the whole clip"
+    clips = make_speech(24000 * 3, batch=2)
+    together = features(clips)
+    for stretch in (1, 6, 123):
+        monkeypatch.setattr(LogMelFeatures, "_STRETCH", stretch)
+        assert torch.equal(features(clips), together)
+    assert torch.equal(features(audio[..., : 24000 * 2]), whole[..., : 100 // factor])
 
 
 def test_log_mel_statistics_are_fixed():
