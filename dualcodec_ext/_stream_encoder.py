@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,15 @@ from torch.nn import functional as F
 
 from ._stream_cpu import Call, Chain, Kept, Memory
 from ._stream_plan import Layer, make_layers
-from ._stream_slots import Slots, stream_engine, whole_number
+from ._stream_slots import Slots, check_rows, stream_engine, whole_number
 from .errors import DualCodecError
 from .model import DualCodec
 from .reference.checks import MOST_SHORT_FRAMES
 from .semantic import LogMelFeatures
 from .steps import Step
 from .tiles import Programs
+
+_STATE_VERSION = 1
 
 
 def _causal(name: str, steps: Sequence[Step], in_rows: int) -> list[Layer]:
@@ -217,6 +220,60 @@ class StreamingEncoder(Slots):
             self._passes.state[b].zero_()
             self._audio[b], self._features[b] = self._audio[b][:0], self._features[b][:, :0]
             self._before[b] = torch.zeros(self._hop)
+
+    def state_dict(self, mask: Tensor | Sequence[bool] | None = None) -> dict[str, Any]:
+        """Return where streams stand: another encoder of the same model and codebooks goes on from there.
+
+        Args:
+            mask: [B] bool, the slots that are taken; None: all.
+
+        Returns:
+            Copies, in the slots' order: `state` [n, ..] of the layers, `before` [n, hop] of the front end; of each slot
+            `audio` [s] and `features` [semantic_dim, f] that wait; and what has to agree.
+        """
+        slots = list(self._taking_part(mask))
+        return {
+            "state": self._passes.state[slots],
+            "before": torch.stack([self._before[b] for b in slots]) if slots else torch.zeros(0, self._hop),
+            "audio": [self._audio[b].clone() for b in slots],
+            "features": [self._features[b].clone() for b in slots],
+            **self._kind(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], mask: Tensor | Sequence[bool] | None = None) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            state: of an encoder of the same model, codebooks and kind of front end, of any batch size.
+            mask: [B] bool, as many slots as the state holds, which take them in order; None: all slots.
+
+        Raises:
+            DualCodecError: the state of another version, model, dtype, or of another number of slots or codebooks; no
+                slot has then changed.
+        """
+        name = self._agreeing(state, self._kind())
+        slots, own_rows = list(self._taking_part(mask)), self._passes.state
+        n, float32 = len(slots), torch.float32
+        rows = check_rows(name, "state", state.get("state"), (n, own_rows.shape[1]), own_rows.dtype)
+        before = check_rows(name, "before", state.get("before"), (n, self._hop), float32)
+        waiting: list[list[Tensor]] = []
+        for what, shape in (("audio", (None,)), ("features", (self._dim, None))):
+            given = state.get(what)
+            if not isinstance(given, Sequence) or len(given) != n:
+                came = len(given) if isinstance(given, Sequence) else type(given).__name__
+                raise DualCodecError(f"{name}: {what} must hold a tensor per slot, {n}, got {came}")
+            waiting.append([check_rows(name, what, x, shape, float32).clone() for x in given])
+        for i, b in enumerate(slots):
+            own_rows[b].copy_(rows[i])
+            self._before[b], self._audio[b], self._features[b] = before[i].clone(), waiting[0][i], waiting[1][i]
+
+    def _kind(self) -> dict[str, object]:
+        """What a state has to agree with, beside the shapes of its rows."""
+        return {
+            "version": _STATE_VERSION,
+            "acoustic_codebooks": self._passes.stages,
+            "front_end": self._front_end is not None,
+        }
 
     def _check(self, what: str, x: Tensor, channels: int, steps: str) -> None:
         wanted = f"[{self.batch_size}, {channels}, {steps}] float"

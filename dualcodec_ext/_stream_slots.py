@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .engine import Engine
@@ -35,6 +37,11 @@ def whole_number(name: str, what: str, value: object, least: int) -> int:
     return value
 
 
+def got(value: object) -> str:
+    """Say what came instead of a tensor that was asked for."""
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
 class Slots:
     """`batch_size` slots, each with a stream of its own."""
 
@@ -56,3 +63,26 @@ class Slots:
     def _set_batch(self, batch_size: int) -> None:
         self.batch_size = whole_number(self.name, "batch_size", batch_size, 1)
         self._all = tuple(range(batch_size))
+
+    def _agreeing(self, state: Mapping[str, Any], own: Mapping[str, object]) -> str:
+        """Return the name of what takes a state, once it is one and agrees with what is our own."""
+        name = f"{self.name}.load_state_dict"
+        if not isinstance(state, Mapping):
+            raise DualCodecError(f"{name}: state must be what state_dict gave, got {type(state).__name__}")
+        for key, value in own.items():
+            if state.get(key) != value:
+                raise DualCodecError(f"{name}: {key} must be {value}, got {state.get(key)}")
+        return name
+
+
+def check_rows(name: str, what: str, rows: object, shape: Sequence[int | None], dtype: torch.dtype) -> Tensor:
+    """Return rows of a state, if they have the shape, None of any size, and the dtype."""
+    if (
+        isinstance(rows, Tensor)
+        and rows.dtype == dtype
+        and rows.dim() == len(shape)
+        and all(wanted in (None, n) for n, wanted in zip(rows.shape, shape, strict=True))
+    ):
+        return rows
+    wanted = ", ".join("n" if n is None else str(n) for n in shape)
+    raise DualCodecError(f"{name}: {what} must be [{wanted}] {dtype}, got {got(rows)}")

@@ -13,7 +13,7 @@ from ._stream_cpu import CpuDecoder, span_of
 from ._stream_encoder import StreamingEncoder
 from ._stream_graph import GraphDecoder
 from ._stream_plan import cuts_for, make_layers, totals, whole_frames
-from ._stream_slots import Slots, stream_engine, whole_number
+from ._stream_slots import Slots, check_rows, got, stream_engine, whole_number
 from .engine import Engine
 from .errors import DualCodecError
 from .forms import unit_products
@@ -251,18 +251,10 @@ class StreamingDecoder(Slots):
         Raises:
             DualCodecError: the state of another version, model, dtype or look-ahead, or of another number of slots.
         """
-        name = f"{self.name}.load_state_dict"
-        if not isinstance(state, Mapping):
-            raise DualCodecError(f"{name}: state must be what state_dict gave, got {type(state).__name__}")
-        slots, rows, counts = list(self._taking_part(mask)), state.get("state"), state.get("frames")
-        for key, own in (("version", _STATE_VERSION), ("lookahead_frames", self.lookahead_frames)):
-            if state.get(key) != own:
-                raise DualCodecError(f"{name}: {key} must be {own}, got {state.get(key)}")
-        own_rows, shape = self._run.state, [len(slots), self._run.state.shape[1]]
-        if not isinstance(rows, Tensor) or list(rows.shape) != shape or rows.dtype != own_rows.dtype:
-            raise DualCodecError(f"{name}: state must be {shape} {own_rows.dtype}, got {_got(rows)}")
-        if not isinstance(counts, Tensor) or counts.shape != (len(slots),) or counts.dtype != torch.int64:
-            raise DualCodecError(f"{name}: frames must be [{len(slots)}] int64, got {_got(counts)}")
+        name = self._agreeing(state, {"version": _STATE_VERSION, "lookahead_frames": self.lookahead_frames})
+        slots, own_rows = list(self._taking_part(mask)), self._run.state
+        rows = check_rows(name, "state", state.get("state"), (len(slots), own_rows.shape[1]), own_rows.dtype)
+        counts = check_rows(name, "frames", state.get("frames"), (len(slots),), torch.int64)
         for b, row, count in zip(slots, rows, counts.tolist(), strict=True):
             own_rows[b].copy_(row)
             self._frames[b] = count
@@ -291,7 +283,7 @@ class StreamingDecoder(Slots):
         if out is None:
             return torch.empty(shape, dtype=self._run.dtype, device=self._engine.device)
         if not isinstance(out, Tensor) or out.shape != shape or out.dtype != self._run.dtype:
-            raise DualCodecError(f"{self.name}.step: out must be {list(shape)} {self._run.dtype}, got {_got(out)}")
+            raise DualCodecError(f"{self.name}.step: out must be {list(shape)} {self._run.dtype}, got {got(out)}")
         return out
 
     def _pieces(
@@ -335,7 +327,3 @@ class StreamingDecoder(Slots):
             if count < most:
                 audio[b, :, count:most].zero_()
         return audio[..., :most]
-
-
-def _got(value: object) -> str:
-    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

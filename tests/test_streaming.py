@@ -387,8 +387,11 @@ def test_refusals() -> None:
         (lambda: dx.StreamingDecoder(testing.seeded_model()), "model must be a dualcodec_ext.DualCodec"),  # type: ignore[arg-type]
         (lambda: decoder.load_state_dict(state, [True, False]), r"state must be \[1, "),
         (lambda: decoder.load_state_dict(None), "state must be what state_dict gave, got NoneType"),  # type: ignore[arg-type]
-        (lambda: decoder.load_state_dict({**state, "frames": None}), r"frames must be \[2\] int64, got NoneType"),
-        (lambda: decoder.load_state_dict({**state, "frames": state["frames"][:1]}), r"frames must be \[2\] int64, got"),
+        (lambda: decoder.load_state_dict({**state, "frames": None}), r"frames must be \[2\] torch.int64, got NoneType"),
+        (
+            lambda: decoder.load_state_dict({**state, "frames": state["frames"][:1]}),
+            r"frames must be \[2\] torch.int64, got",
+        ),
         (lambda: decoder.load_state_dict({**state, "version": 0}), "version must be 1, got 0"),
         (lambda: dx.StreamingDecoder(model("tiny"), 2).load_state_dict(state), "lookahead_frames must be 16, got 0"),
     ):

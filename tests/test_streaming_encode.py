@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from typing import Any
 
 import pytest
@@ -107,6 +108,57 @@ def test_a_frame_comes_with_its_last_sample() -> None:
     assert encoder.step(audio[..., hop:])[0].shape[2] == 1
     encoder.reset()
     assert torch.equal(encoder.step(audio, features)[0], made.encode(audio, semantic_repr=features)[0])
+
+
+@pytest.mark.parametrize("name", ["causal everywhere", "log-mel"])
+def test_a_stream_moves_to_another_encoder(name: str) -> None:
+    made = model(name)
+    front_end = LogMelFeatures(1) if name == "log-mel" else None
+    hop, dim = made.dac.hop_length, made.settings["semantic_dim"]
+    audio = testing.make_speech(9 * hop, 1)
+    features = testing.make_features(9, 1, dim) if front_end is None else front_end(audio)
+    first = dx.StreamingEncoder(made, front_end=front_end)
+    second = dx.StreamingEncoder(made, 3, max_frames=2, front_end=front_end)
+    cut, seen = 4 * hop + hop // 2 + 1, 6  # part of a frame waits, and features ahead of their audio
+    parts = [first.step(audio[..., :cut], None if front_end is not None else features[..., :seen])]
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    first.reset()
+    mask = [False, False, True]
+    second.step(testing.make_speech(hop + 3, 3), None if front_end is not None else features[..., :1].expand(3, -1, -1))
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue())), mask)
+    rest = None if front_end is not None else features[..., seen:].expand(3, -1, -1)
+    for found in (second.step(audio[..., cut:].expand(3, -1, -1), rest, mask), second.flush(mask)):
+        parts.append(tuple(None if c is None else c[2:] for c in found))  # type: ignore[arg-type]
+    wanted = made.encode(audio, semantic_repr=features)
+    for i in (0, 1):
+        assert torch.equal(torch.cat([part[i] for part in parts], -1), wanted[i])  # type: ignore[misc]
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    made = model("causal everywhere")
+    encoder = dx.StreamingEncoder(made, 2)
+    encoder.step(torch.ones(2, 1, 45), torch.ones(2, 20, 2))
+    state = encoder.state_dict()
+    one = encoder.state_dict([True, False])
+    for other, text in (
+        (5, "state must be what state_dict gave, got int"),
+        ({**state, "version": 0}, "version must be 1, got 0"),
+        ({**state, "front_end": True}, "front_end must be False, got True"),
+        (dx.StreamingEncoder(made, 2, num_quantizers=1).state_dict(), r"acoustic_codebooks must be \d+, got 0"),
+        (one, r"state must be \[2, \d+\] torch.float32, got \[1, \d+\]"),
+        ({**state, "before": None}, r"before must be \[2, \d+\] torch.float32, got NoneType"),
+        ({**state, "audio": state["audio"][:1]}, "audio must hold a tensor per slot, 2, got 1"),
+        ({**state, "features": [torch.ones(3, 1)] * 2}, r"features must be \[20, n\] torch.float32, got \[3, 1\]"),
+    ):
+        with pytest.raises(dx.DualCodecError, match=text):
+            encoder.load_state_dict(other)  # type: ignore[arg-type]
+    after = encoder.state_dict()
+    for what in ("state", "before"):
+        assert torch.equal(after[what], state[what])
+    for what in ("audio", "features"):
+        assert all(map(torch.equal, after[what], state[what]))
+    assert [x.shape[-1] for x in state["audio"]] == [45 % made.dac.hop_length] * 2, "copies, of what still waits"
 
 
 def test_refusals() -> None:
