@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 import dualcodec_ext as dx
+from dualcodec_ext import reference, testing
 from dualcodec_ext._training.data import load_voices, stretches
 from dualcodec_ext._training.scores import speech_scores
 from dualcodec_ext.audio import read_audio, resample
@@ -50,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"clips": {name: round(clip.numel() / 24000, 2) for name, clip in clips.items()}}
     results["scores"] = scores(model, clips)
     results |= use(model, options.data / "validation")
+    results["against_float64"] = parity(model, clips.values())
     step = trained_steps(options.weights / "model.safetensors" if options.weights else BUNDLED["tiny"])
     results["trained_steps"] = step
     print("| codebooks | STOI | PESQ (wide band) |\n|---|---|---|")
@@ -117,6 +120,40 @@ def use(model: dx.DualCodec, folder: Path) -> dict[str, Any]:
         rows.append(torch.cat([semantic, acoustic], 1)[0])
     codes = torch.cat(rows, 1)
     return {**codebook_use(codes, sizes), "frames": codes.shape[1]}
+
+
+@torch.no_grad()
+def against_float64(model: dx.DualCodec, audio: Tensor) -> Iterator[tuple[testing.CodeReport, Tensor]]:
+    """Search again in float64 what [B, 1, S] is coded as: how the codes compare, and whose margins are unclear.
+
+    Unclear are those that the rounding of a float32 latent may turn, with 2**-16 of its size for the latent's error.
+    The semantic codes come first.
+    """
+    exact = reference.DualCodec(**model.settings).eval()
+    exact.load_state_dict(model.state_dict())
+    exact = exact.double()
+    semantic, acoustic = model.encode(audio)
+    assert acoustic is not None
+    subtracted = exact.convnext_decoder(exact.semantic_vq.from_codes(semantic)[0])
+    latent = exact.dac.encoder(exact.dac.preprocess(audio.double(), None)) - subtracted
+    features = model.semantic_features(audio).double()
+    for codes, z, rvq in (
+        (semantic, exact.convnext_encoder(features), exact.semantic_vq),
+        (acoustic, latent, exact.dac.quantizer),
+    ):
+        tensors = rvq.op_tensors(torch.float64)
+        expected, _, margins = reference.rvq_search_ref(z, **tensors, return_margin=True)
+        bound = testing.rvq_margin_bound(z, **tensors, relative_error=2.0**-16)
+        yield testing.compare_codes(codes, expected, margins, bound), margins < bound
+
+
+def parity(model: dx.DualCodec, clips: Iterable[Tensor]) -> dict[str, Any]:
+    """Codes of clips beside float64's: how many there are, are equal, and lie below the margin that decides them."""
+    codes = equal = unclear = 0
+    for clip in clips:
+        for report, below in against_float64(model, clip):
+            codes, equal, unclear = codes + report.total, equal + report.equal, unclear + int(below.sum())
+    return {"codes": codes, "equal": equal, "below_margin_bound": unclear}
 
 
 def trained_steps(path: Path) -> int:

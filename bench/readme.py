@@ -112,6 +112,13 @@ def heard(results: Mapping[str, Any]) -> str:
     lines += _table(["codebooks", "STOI", "PESQ, wide band"], rows)
     shares = ", ".join(f"{100 * share:.0f}" for share in results["codebook_use"])
     lines += ["", f"Of each codebook's entries {shares} % occur in {results['frames']} frames of held-out speech."]
+    parity = results["against_float64"]
+    unclear = parity["below_margin_bound"]
+    lines += [
+        f"Of {parity['codes']} codes of these clips {parity['equal']} are the whole float64 model's; the margins of"
+        f" {unclear} ({100 * unclear / parity['codes']:.2f} %) are so small that the rounding of a float32 encoder might"
+        " turn them."
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import dualcodec_ext as dx
+from bench.quality import against_float64
 from dualcodec_ext import cli, reference, testing
 from dualcodec_ext._cli.voice import vowels
 from dualcodec_ext.audio import read_audio, write_audio
@@ -110,24 +111,13 @@ def test_parity_on_trained_codebooks(model: dx.DualCodec, speech: Tensor, record
     exact = reference.DualCodec(**dx.DualCodecConfig.preset("tiny").to_dict()).eval()
     exact.load_state_dict(model.state_dict())
     plain, exact = copy.deepcopy(exact), exact.double()
-    feat = model.semantic_features(speech)
-    semantic, acoustic = model.encode(speech)
-    assert acoustic is not None
-    subtracted = exact.convnext_decoder(exact.semantic_vq.from_codes(semantic)[0])
-    pairs = (
-        (semantic, exact.convnext_encoder(feat.double()), exact.semantic_vq),
-        (acoustic, exact.dac.encoder(speech.double()) - subtracted, exact.dac.quantizer),
-    )
     unclear = total = 0
-    for codes, z, rvq in pairs:
-        tensors = rvq.op_tensors(torch.float64)
-        expected, _, margins = reference.rvq_search_ref(z, **tensors, return_margin=True)
-        bound = testing.rvq_margin_bound(z, **tensors, relative_error=2.0**-16)
-        report = testing.compare_codes(codes, expected, margins, bound)
+    for report, below in against_float64(model, speech):
         assert report.equal >= 0.98 * report.total, str(report)
-        unclear, total = unclear + int((margins < bound).sum()), total + margins.numel()
+        unclear, total = unclear + int(below.sum()), total + below.numel()
     record_property("share_of_codes_below_the_margin_bound", unclear / total)
     print(f"{unclear} of {total} codes are below the margin bound")
+    semantic, acoustic = model.encode(speech)
     with torch.no_grad():
         wanted, baseline = (m.decode_from_codes(semantic, acoustic) for m in (exact, plain))
     testing.assert_close_to_f64(model.decode_from_codes(semantic, acoustic), wanted, baseline, fewest=90_000)
