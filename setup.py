@@ -303,7 +303,7 @@ def main():
         packages=[*find_packages(include=["dualcodec_ext", "dualcodec_ext.*"]), *kernels],
         package_dir=kernels,
         package_data={
-            "dualcodec_ext": ["py.typed", "recipes/*.json", "weights/*"],
+            "dualcodec_ext": ["py.typed", "recipes/*.json", "weights/*", "_serving/static/*"],
             **{name: ["*.h", "*.cuh", "README.md"] for name in kernels},
         },
         include_package_data=False,

@@ -152,6 +152,86 @@ def decode(
 
 
 @app.command()
+def stream(
+    source: Annotated[
+        str,
+        typer.Option("--in", metavar="FILE|-", help="Audio file, or raw mono PCM at the model's rate: - or FILE.raw."),
+    ],
+    target: Annotated[
+        str, typer.Option("--out", metavar="FILE|-", help="Raw PCM goes to - and to FILE.raw, audio to FILE.wav, ...")
+    ],
+    model: opt.Model = opt.DEFAULT_MODEL,
+    weights: opt.Weights = None,
+    quantizers: opt.Codebooks = None,
+    sample_format: opt.PcmFormat = opt.Pcm.s16le,
+    piece_ms: Annotated[float, typer.Option("--piece-ms", help="Audio that is taken in at a time.")] = 20.0,
+    paced: Annotated[bool, typer.Option("--paced", help="Take it in as fast as it was spoken, not faster.")] = False,
+    lookahead: opt.Lookahead = None,
+    dtype: opt.DtypeOption = opt.Dtype.float32,
+    threads: opt.Threads = None,
+    seed: opt.Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, on stderr too.")] = False,
+) -> None:
+    """Send audio through encoder and decoder piece by piece as it comes, and say how long each frame took.
+
+    Needs a model with a causal encoder and features of its own, such as tiny. The latency of a frame is the time from its
+    last sample in to its last sample out; percentiles are printed on stderr at the end.
+    """
+    from dualcodec_ext._cli.live import run_stream
+
+    settings = opt.ModelOptions(model, weights, None, dtype.value, "cpu", threads, seed)
+    how = (quantizers, sample_format.value, piece_ms, paced, lookahead, as_json)
+    raise typer.Exit(run_stream(source, target, settings, *how))
+
+
+@app.command()
+def serve(
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 127.0.0.1 is reached from this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8765,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    weights: opt.Weights = None,
+    streams: Annotated[
+        int, typer.Option("--streams", min=1, max=1024, help="At a time; further ones are refused.")
+    ] = 32,
+    message_bytes: Annotated[
+        int, typer.Option("--message-bytes", min=16, max=1 << 30, help="The longest message that a client may send.")
+    ] = 1 << 20,
+    ahead_s: Annotated[
+        float, typer.Option("--ahead-s", help="Seconds of audio in a stream's queues; who sends faster waits.")
+    ] = 10.0,
+    idle_s: Annotated[
+        float, typer.Option("--idle-s", help="A client that sends nothing for so long is dropped.")
+    ] = 60.0,
+    stall_s: Annotated[
+        float, typer.Option("--stall-s", help="A client that reads nothing for so long is dropped.")
+    ] = 10.0,
+    origins: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", help="Pages of this site, https://example.org, may open streams too."),
+    ] = None,
+    lookahead: opt.Lookahead = None,
+    dtype: opt.DtypeOption = opt.Dtype.float32,
+    fast: opt.Fast = False,
+    device: opt.Device = "cpu",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of each direction's steps.")] = 1,
+    seed: opt.Seed = 0,
+) -> None:
+    """Serve streams over WebSockets: audio in and codes out, codes in and audio out, or both.
+
+    A page to try it is at /, metrics are at /metrics; docs/serving.md describes the protocol. SIGTERM and Ctrl-C let what
+    clients have sent leave, and tell them.
+    """
+    from dualcodec_ext._cli.live import run_serve
+    from dualcodec_ext.serving import ServeOptions
+
+    limits = {"message_bytes": message_bytes, "ahead_s": ahead_s, "idle_s": idle_s, "stall_s": stall_s}
+    options = ServeOptions(host, port, streams, lookahead=lookahead, origins=tuple(origins or ()), **limits)
+    raise typer.Exit(run_serve(opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed, fast), options))
+
+
+@app.command()
 def info(
     file: Annotated[
         Path | None,

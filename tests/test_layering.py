@@ -53,6 +53,7 @@ LAYERS = (
         "_training",
         "training",
     ),
+    ("_serving", "serving"),
     ("__init__",),
     ("__main__", "_cli", "cli", "demo", "verify"),
 )

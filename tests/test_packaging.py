@@ -135,7 +135,7 @@ def test_wheel_content(wheel: Path) -> None:
         record = json.loads(archive.read("dualcodec_ext/_build_record.json"))
         licence = archive.read(info.replace("METADATA", "licenses/LICENSE")).decode()
     package = {name for name in written("dualcodec_ext") if name.endswith((".py", "py.typed"))}
-    package |= written("dualcodec_ext/weights", "dualcodec_ext/recipes")
+    package |= written("dualcodec_ext/weights", "dualcodec_ext/recipes", "dualcodec_ext/_serving/static")
     kernels = {
         f"dualcodec_ext/{name}" for name in written("kernels") if name.endswith((".py", ".h", ".cuh", "README.md"))
     }

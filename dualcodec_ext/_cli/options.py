@@ -21,6 +21,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Pcm(StrEnum):
+    """Raw samples, one channel, little-endian: 16-bit integers, or floats of full scale 1."""
+
+    s16le = "s16le"
+    f32le = "f32le"
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model runs, and how.
@@ -78,6 +85,20 @@ W2v = Annotated[
 Quantizers = Annotated[
     int | None,
     typer.Option("--quantizers", "-q", min=1, help="Codebooks to use, the semantic one among them. [default: all]"),
+]
+Codebooks = Annotated[
+    int | None,
+    typer.Option("--codebooks", "-q", min=1, help="Codebooks to use, the semantic one among them. [default: all]"),
+]
+PcmFormat = Annotated[Pcm, typer.Option("--format", "-f", help="Of raw PCM, in and out: 16-bit integers or floats.")]
+Lookahead = Annotated[
+    int | None,
+    typer.Option(
+        "--lookahead",
+        min=0,
+        help="Frames that the output may run behind; fewer than the model needs is an approximation. "
+        "[default: as many as it needs]",
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the model.")]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, ...")]

@@ -1,0 +1,1 @@
+"""`dualcodec-ext serve` in parts: messages, slots that step together, metrics, connections."""

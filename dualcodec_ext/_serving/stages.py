@@ -1,0 +1,144 @@
+"""Encoder and decoder as a worker sees them: the same number of frames of some slots in, numpy arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DualCodecError
+from ..streaming import StreamingDecoder, StreamingEncoder
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ..model import DualCodec
+
+    Array = npt.NDArray[Any]
+
+MOST_FRAMES = 4  # of one pass: a stream with a backlog then holds others up no longer than that takes
+
+
+class Stage(Protocol):
+    """One direction of the codec; `unit` entries of a part are a frame."""
+
+    name: str
+    unit: int
+
+    def run(self, slots: Sequence[int], parts: Sequence[Array], frames: int) -> list[Array]:
+        """Steps slots by as many frames, and returns what each gets."""
+        ...
+
+    def end(self, slots: Sequence[int]) -> list[Array]:
+        """Ends the slots' clips, and returns what is left of each."""
+        ...
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """Forgets the slots' clips."""
+        ...
+
+
+def _mask(batch: int, slots: Sequence[int]) -> list[bool]:
+    taking_part = set(slots)
+    return [b in taking_part for b in range(batch)]
+
+
+class EncodeStage:
+    """Samples float32 [F * hop] in, codes int64 [F, codebooks] out, all codebooks of them.
+
+    Args:
+        model: with a causal encoder and features of its own.
+        slots: streams side by side.
+    """
+
+    name = "encode"
+
+    def __init__(self, model: DualCodec, slots: int) -> None:
+        self._encoder = StreamingEncoder(model, slots, MOST_FRAMES)
+        self.unit = int(model.dac.hop_length)
+
+    def run(self, slots: Sequence[int], parts: Sequence[Array], frames: int) -> list[Array]:
+        audio = torch.zeros(self._encoder.batch_size, 1, frames * self.unit)
+        for b, part in zip(slots, parts, strict=True):
+            audio[b, 0] = torch.from_numpy(part)
+        semantic, acoustic = self._encoder.step(audio, mask=_mask(self._encoder.batch_size, slots))
+        codes = semantic if acoustic is None else torch.cat([semantic, acoustic], 1)
+        return [codes[b].T.numpy() for b in slots]
+
+    def end(self, slots: Sequence[int]) -> list[Array]:
+        self.reset(slots)  # a clip's last frame comes filled with zeros, so nothing is left
+        return [np.zeros((0, 1), np.int64)] * len(slots)
+
+    def reset(self, slots: Sequence[int]) -> None:
+        self._encoder.reset(_mask(self._encoder.batch_size, slots))
+
+
+class DecodeStage:
+    """Codes int64 [F, codebooks] in, samples float32 out.
+
+    Args:
+        model: any.
+        slots: streams side by side.
+        lookahead: as for StreamingDecoder.
+    """
+
+    name = "decode"
+    unit = 1
+
+    def __init__(self, model: DualCodec, slots: int, lookahead: int | None) -> None:
+        most = MOST_FRAMES if lookahead is None else None
+        self._decoder = StreamingDecoder(model, slots, most, lookahead)
+        self._device = next(model.parameters()).device
+        self.lookahead_frames = self._decoder.lookahead_frames
+
+    def run(self, slots: Sequence[int], parts: Sequence[Array], frames: int) -> list[Array]:
+        codebooks = parts[0].shape[1]
+        codes = torch.zeros(self._decoder.batch_size, codebooks, frames, dtype=torch.int64)
+        for b, part in zip(slots, parts, strict=True):
+            codes[b] = torch.from_numpy(part).T
+        codes = codes.to(self._device)
+        acoustic = codes[:, 1:] if codebooks > 1 else None
+        mask = _mask(self._decoder.batch_size, slots)
+        return self._of(self._decoder.step(codes[:, :1], acoustic, mask), slots)
+
+    def end(self, slots: Sequence[int]) -> list[Array]:
+        return self._of(self._decoder.flush(_mask(self._decoder.batch_size, slots)), slots)
+
+    def reset(self, slots: Sequence[int]) -> None:
+        self._decoder.reset_slots(slots)
+
+    def _of(self, audio: Tensor, slots: Sequence[int]) -> list[Array]:
+        samples, counts = audio[:, 0].float().cpu().numpy(), self._decoder.sample_counts
+        found = [samples[b, : counts[b]] for b in slots]
+        if not all(np.isfinite(part).all() for part in found):
+            raise DualCodecError("the model's output is not finite")
+        return found
+
+
+def make_stages(
+    model: DualCodec, slots: int, lookahead: int | None
+) -> tuple[EncodeStage | None, DecodeStage | None, dict[str, str]]:
+    """Makes the stages that a model has.
+
+    Args:
+        model: in eval mode.
+        slots: streams side by side.
+        lookahead: frames that decoded audio may run behind; None: as many as the model needs.
+    Returns:
+        The encoder, the decoder, and for each task that lacks one of them why.
+    Raises:
+        DualCodecError: the model can't stream at all.
+    """
+    decoder = DecodeStage(model, slots, lookahead)
+    why = None
+    if model.front_end is None:
+        why = "the model computes no features of its own: those of w2v-BERT depend on the whole clip"
+    else:
+        try:
+            return EncodeStage(model, slots), decoder, {}
+        except DualCodecError as error:
+            why = str(error)
+    return None, decoder, {task: why for task in ("roundtrip", "encode")}

@@ -1,0 +1,241 @@
+"""A thread that steps every slot that has something to do, together as far as their frames allow."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .stages import MOST_FRAMES, Stage
+
+if TYPE_CHECKING:
+    from .stages import Array
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Clip:
+    """What has come of a clip and was not worked on: parts along their first axis."""
+
+    parts: deque[Array] = field(default_factory=deque)
+    count: int = 0
+    ended: bool = False
+
+    def take(self, count: int) -> Array:
+        """Up to `count` entries from the front, which go."""
+        taken = []
+        while count and self.parts:
+            part = self.parts.popleft()
+            if len(part) > count:
+                self.parts.appendleft(part[count:])
+                part = part[:count]
+            taken.append(part)
+            count -= len(part)
+            self.count -= len(part)
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+
+class Lane:
+    """One stream's way through one worker.
+
+    Args:
+        owner: whom the results are for.
+        slot: of the stage.
+        codebooks: of its frames; lanes with different ones don't step together where they are an input.
+    """
+
+    def __init__(self, owner: Any, slot: int, codebooks: int) -> None:
+        self.owner, self.slot, self.codebooks = owner, slot, codebooks
+        self.clips = deque([Clip()])
+        self.fresh = True  # the slot may hold what another stream left there
+        self.paused = False
+        self.fed_s = float("-inf")
+
+    def add(self, part: Array, ended: bool) -> None:
+        clip = self.clips[-1]
+        if len(part):
+            clip.parts.append(part)
+            clip.count += len(part)
+        if ended:
+            clip.ended = True
+            self.clips.append(Clip())
+
+
+@dataclass
+class Job:
+    """Frames of one lane, or no frames where its clip ends."""
+
+    lane: Lane
+    part: Array | None
+    frames: int
+    ends: bool
+
+
+@dataclass
+class Result:
+    """What came of a job."""
+
+    lane: Lane
+    given: Array | None  # the job's part
+    found: Array | None
+    frames: int
+    ended: bool
+    failure: str | None = None
+
+
+class Worker:
+    """Steps one stage's slots in a thread of its own.
+
+    A step takes every lane that has a frame. Lanes that are due are waited for as long as the last step took at most: the
+    more there is to do, the more of them step together.
+
+    Args:
+        stage: what does the work; nobody else touches it.
+        slots: it has.
+        frame_s: the length of a frame.
+        done: is given the results of each step, in the worker's thread.
+        observe: is told of every pass: its slots, frames and seconds.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        slots: int,
+        frame_s: float,
+        done: Callable[[Sequence[Result]], None],
+        observe: Callable[[int, int, float], None],
+    ) -> None:
+        self.stage = stage
+        self._frame_s, self._done, self._observe = frame_s, done, observe
+        self._lanes: list[Lane | None] = [None] * slots
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._patience_s = 0.0  # until when lanes that are due are waited for
+        self._thread = threading.Thread(target=self._run, name=f"dualcodec-{stage.name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step in progress, and wait for that."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def open(self, owner: Any, codebooks: int) -> Lane | None:
+        """Takes a free slot; None where there is none."""
+        with self._changed:
+            for slot, lane in enumerate(self._lanes):
+                if lane is None:
+                    self._lanes[slot] = lane = Lane(owner, slot, codebooks)
+                    return lane
+        return None
+
+    def close(self, lane: Lane) -> None:
+        """Frees a lane's slot; what it still had to do is forgotten."""
+        with self._changed:
+            if self._lanes[lane.slot] is lane:
+                self._lanes[lane.slot] = None
+                self._changed.notify()
+
+    def put(self, parts: Sequence[tuple[Lane, Array, bool]]) -> None:
+        """Gives lanes more to do.
+
+        Args:
+            parts: lane, samples [n] or codes [F, codebooks], and whether the clip ends behind them.
+        """
+        now = time.monotonic()
+        with self._changed:
+            for lane, part, ended in parts:
+                lane.add(part, ended)
+                lane.fed_s = now
+            self._changed.notify()
+
+    def pause(self, lane: Lane, paused: bool) -> None:
+        """Leaves a lane out for a while."""
+        with self._changed:
+            lane.paused = paused
+            self._changed.notify()
+
+    # In the thread ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (jobs := self._collect()) is not None:
+            begun = time.monotonic()
+            groups: defaultdict[tuple[int, int], list[Job]] = defaultdict(list)
+            for job in jobs:
+                groups[job.frames, job.lane.codebooks if self.stage.unit == 1 else 0].append(job)
+            for (frames, _), group in sorted(groups.items()):
+                self._done(self._work(group, frames))
+            now = time.monotonic()
+            self._patience_s = now + min(now - begun, self._frame_s)
+
+    def _collect(self) -> list[Job] | None:
+        """Waits for something to do; None: no more."""
+        with self._changed:
+            while not self._stopped:
+                now = time.monotonic()
+                ready, due = [], False
+                for lane in self._lanes:
+                    if lane is None or lane.paused:
+                        continue
+                    clip = lane.clips[0]
+                    if clip.ended or clip.count >= self.stage.unit:
+                        ready.append(lane)
+                    else:
+                        due |= now - lane.fed_s < 2 * self._frame_s
+                hurry = any(lane.clips[0].count >= MOST_FRAMES * self.stage.unit for lane in ready)
+                if ready and (hurry or not due or now >= self._patience_s):
+                    return [self._take(lane) for lane in ready]
+                self._changed.wait(self._patience_s - now if ready else None)
+        return None
+
+    def _take(self, lane: Lane) -> Job:
+        clip, unit = lane.clips[0], self.stage.unit
+        whole = clip.count // unit
+        if whole:
+            frames = min(MOST_FRAMES, 1 << (whole.bit_length() - 1))
+            part = clip.take(frames * unit)
+        elif clip.count:  # a clip's last samples, and zeros
+            last = clip.take(clip.count)
+            frames, part = 1, np.pad(last, (0, unit - len(last)))
+        else:
+            frames, part = 0, None
+        ends = clip.ended and not clip.count
+        if ends:
+            lane.clips.popleft()
+        return Job(lane, part, frames, ends)
+
+    def _work(self, group: Sequence[Job], frames: int) -> list[Result]:
+        slots = [job.lane.slot for job in group]
+        begun = time.perf_counter()
+        try:
+            found: list[Array | None] = [None] * len(group)
+            if fresh := [job.lane.slot for job in group if job.lane.fresh]:
+                self.stage.reset(fresh)
+                for job in group:
+                    job.lane.fresh = False
+            if frames:
+                found = list(self.stage.run(slots, [job.part for job in group if job.part is not None], frames))
+                self._observe(len(slots), frames, time.perf_counter() - begun)
+            if ending := [i for i, job in enumerate(group) if job.ends]:
+                for i, rest in zip(ending, self.stage.end([slots[i] for i in ending]), strict=True):
+                    if len(rest):
+                        before = found[i]
+                        found[i] = rest if before is None else np.concatenate([before, rest])
+        except Exception as error:
+            log.exception("a step failed")
+            self.stage.reset(slots)
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            return [Result(job.lane, None, None, 0, True, text) for job in group]
+        return [Result(job.lane, job.part, x, frames, job.ends) for job, x in zip(group, found, strict=True)]
