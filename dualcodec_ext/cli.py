@@ -168,14 +168,14 @@ def stream(
     paced: Annotated[bool, typer.Option("--paced", help="Take it in as fast as it was spoken, not faster.")] = False,
     lookahead: opt.Lookahead = None,
     dtype: opt.DtypeOption = opt.Dtype.float32,
-    threads: opt.Threads = None,
+    threads: opt.LiveThreads = 1,
     seed: opt.Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, on stderr too.")] = False,
 ) -> None:
     """Send audio through encoder and decoder piece by piece as it comes, and say how long each frame took.
 
-    Needs a model with a causal encoder and features of its own, such as tiny. The latency of a frame is the time from its
-    last sample in to its last sample out; percentiles are printed on stderr at the end.
+    Needs a model with a causal encoder and features of its own, such as tiny. The latency of a frame is the time from
+    its last sample in to its last sample out; percentiles are printed on stderr at the end.
     """
     from dualcodec_ext._cli.live import run_stream
 
@@ -215,20 +215,30 @@ def serve(
     dtype: opt.DtypeOption = opt.Dtype.float32,
     fast: opt.Fast = False,
     device: opt.Device = "cpu",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of each direction's steps.")] = 1,
+    threads: opt.LiveThreads = 1,
     seed: opt.Seed = 0,
 ) -> None:
     """Serve streams over WebSockets: audio in and codes out, codes in and audio out, or both.
 
-    A page to try it is at /, metrics are at /metrics; docs/serving.md describes the protocol. SIGTERM and Ctrl-C let what
-    clients have sent leave, and tell them.
+    A page to try it is at /, metrics are at /metrics; docs/serving.md describes the protocol. On SIGTERM and Ctrl-C
+    what clients have sent is still served, and they are told.
     """
     from dualcodec_ext._cli.live import run_serve
     from dualcodec_ext.serving import ServeOptions
 
-    limits = {"message_bytes": message_bytes, "ahead_s": ahead_s, "idle_s": idle_s, "stall_s": stall_s}
-    options = ServeOptions(host, port, streams, lookahead=lookahead, origins=tuple(origins or ()), **limits)
-    raise typer.Exit(run_serve(opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed, fast), options))
+    limits = ServeOptions(
+        host=host,
+        port=port,
+        streams=streams,
+        message_bytes=message_bytes,
+        ahead_s=ahead_s,
+        idle_s=idle_s,
+        stall_s=stall_s,
+        lookahead=lookahead,
+        origins=tuple(origins or ()),
+    )
+    settings = opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed, fast)
+    raise typer.Exit(run_serve(settings, limits))
 
 
 @app.command()

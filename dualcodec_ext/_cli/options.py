@@ -124,6 +124,8 @@ WholeFeatures = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]")]
+# Steps of few frames are short, and threads that wait for each other lose more than they win on a busy machine.
+LiveThreads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step of the model.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights where --weights is not given.")]
 DecodeSeed = Annotated[
     int | None,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-from collections.abc import Coroutine
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 STATIC = Path(__file__).with_name("static")
 _SPARE_CONNECTIONS = 64  # beyond the streams: those that are told that the server is full, and those yet to say hello
 _CLOSE_S = 2.0  # for a client to answer the end of its stream
-_READ_S = 0.2  # for a client to read why its message broke the protocol, before the socket closes on what it still sends
+_READ_S = 0.2  # for a client to read why its message broke the protocol, before the socket closes on what it sends
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; "
     "img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -151,7 +150,8 @@ class _Connection:
         """Waits for the first message; None: the client has gone."""
         if self._service.stopping.is_set():
             raise Drop("shutdown", "the server stops")
-        text = await self._receive(self._options.hello_s, f"the first message must come within {self._options.hello_s:g} s")
+        limit_s = self._options.hello_s
+        text = await self._receive(limit_s, f"the first message must come within {limit_s:g} s")
         if text is None:
             return None
         if not isinstance(text, str):
@@ -179,15 +179,16 @@ class _Connection:
         return None
 
     async def _serve(self, stream: Stream) -> None:
-        reader, sender = self._read(stream), self._send(stream)
-        stopping = self._service.stopping.wait()
-        tasks = [asyncio.ensure_future(work) for work in (reader, sender, stopping)]
+        reader, sender = asyncio.create_task(self._read(stream)), asyncio.create_task(self._send(stream))
+        stopping = asyncio.create_task(self._service.stopping.wait())
+        tasks = [reader, sender, stopping]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks[:2]:
+            for task in (reader, sender):
                 if task.done():
-                    return task.result()
-            tasks[0].cancel()
+                    task.result()
+                    return
+            reader.cancel()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._options.grace_s):
                     await stream.drained()
@@ -243,7 +244,7 @@ class _Connection:
 _EMPTY = (b"P\0", b"C\0")
 
 
-async def _cancel(tasks: list[asyncio.Future[Any]]) -> None:
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

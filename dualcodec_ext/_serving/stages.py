@@ -120,7 +120,7 @@ class DecodeStage:
 
 def make_stages(
     model: DualCodec, slots: int, lookahead: int | None
-) -> tuple[EncodeStage | None, DecodeStage | None, dict[str, str]]:
+) -> tuple[EncodeStage | None, DecodeStage, dict[str, str]]:
     """Makes the stages that a model has.
 
     Args:
@@ -133,7 +133,6 @@ def make_stages(
         DualCodecError: the model can't stream at all.
     """
     decoder = DecodeStage(model, slots, lookahead)
-    why = None
     if model.front_end is None:
         why = "the model computes no features of its own: those of w2v-BERT depend on the whole clip"
     else:
@@ -141,4 +140,4 @@ def make_stages(
             return EncodeStage(model, slots), decoder, {}
         except DualCodecError as error:
             why = str(error)
-    return None, decoder, {task: why for task in ("roundtrip", "encode")}
+    return None, decoder, dict.fromkeys(("roundtrip", "encode"), why)

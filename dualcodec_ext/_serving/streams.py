@@ -33,9 +33,7 @@ class Stream:
         metrics: where the time to first audio goes.
     """
 
-    def __init__(
-        self, hello: Hello, model: ModelInfo, lanes: Sequence[tuple[Worker, Lane]], metrics: Metrics
-    ) -> None:
+    def __init__(self, hello: Hello, model: ModelInfo, lanes: Sequence[tuple[Worker, Lane]], metrics: Metrics) -> None:
         self.hello, self.lanes, self.closed = hello, list(lanes), False
         self._model, self._metrics = model, metrics
         self._unit = 1 if hello.task == "decode" else model.hop_samples

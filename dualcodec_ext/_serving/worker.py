@@ -93,8 +93,8 @@ class Result:
 class Worker:
     """Steps one stage's slots in a thread of its own.
 
-    A step takes every lane that has a frame. Lanes that are due are waited for as long as the last step took at most: the
-    more there is to do, the more of them step together.
+    A step takes every lane that has a frame. Lanes that are due are waited for, as long as the last step took at most:
+    the more there is to do, the more of them step together.
 
     Args:
         stage: what does the work; nobody else touches it.
@@ -167,7 +167,7 @@ class Worker:
             lane.paused = paused
             self._changed.notify()
 
-    # In the thread ------------------------------------------------------------------------------------------------------
+    # In the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while (jobs := self._collect()) is not None:
