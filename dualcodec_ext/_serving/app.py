@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -132,7 +132,7 @@ class _Connection:
     async def run(self) -> None:
         stream: Stream | None = None
         try:
-            stream = await self._open()
+            stream = await self._unless_stopping(self._open())
             if stream is None:
                 return
             await self._serve(stream)
@@ -146,10 +146,18 @@ class _Connection:
             if stream is not None:
                 self._service.streams.close(stream)
 
+    async def _unless_stopping(self, opening: Coroutine[Any, Any, Stream | None]) -> Stream | None:
+        first, stopping = asyncio.create_task(opening), asyncio.create_task(self._service.stopping.wait())
+        try:
+            await asyncio.wait((first, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if first.done():
+                return first.result()
+            raise Drop("shutdown", "the server stops")
+        finally:
+            await _cancel((first, stopping))
+
     async def _open(self) -> Stream | None:
         """Waits for the first message; None: the client has gone."""
-        if self._service.stopping.is_set():
-            raise Drop("shutdown", "the server stops")
         limit_s = self._options.hello_s
         text = await self._receive(limit_s, f"the first message must come within {limit_s:g} s")
         if text is None:

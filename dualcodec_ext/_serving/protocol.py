@@ -181,9 +181,7 @@ def parse_data(data: bytes, hello: Hello, sizes: Sequence[int]) -> npt.NDArray[A
     if len(data) < 2:
         raise Drop("malformed", f"a binary message must begin with 2 bytes of header, got {len(data)}")
     if kind != wanted:
-        raise Drop(
-            "malformed", f"binary messages of task {hello.task} must begin with {_hex(wanted)}, got {_hex(kind)}"
-        )
+        raise Drop("malformed", f"data of task {hello.task} must begin with {_hex(wanted)}, got {_hex(kind)}")
     if len(data) % 2:
         raise Drop("malformed", f"a payload must be of 16-bit numbers, got {len(data) - 2} bytes")
     if wanted == PCM:

@@ -112,10 +112,7 @@ class DecodeStage:
 
     def _of(self, audio: Tensor, slots: Sequence[int]) -> list[Array]:
         samples, counts = audio[:, 0].float().cpu().numpy(), self._decoder.sample_counts
-        found = [samples[b, : counts[b]] for b in slots]
-        if not all(np.isfinite(part).all() for part in found):
-            raise DualCodecError("the model's output is not finite")
-        return found
+        return [samples[b, : counts[b]] for b in slots]
 
 
 def make_stages(

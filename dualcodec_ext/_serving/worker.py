@@ -238,4 +238,9 @@ class Worker:
             self.stage.reset(slots)
             text = " ".join(f"{type(error).__name__}: {error}".split())
             return [Result(job.lane, None, None, 0, True, text) for job in group]
-        return [Result(job.lane, job.part, x, frames, job.ends) for job, x in zip(group, found, strict=True)]
+        return [self._result(job, x) for job, x in zip(group, found, strict=True)]
+
+    def _result(self, job: Job, found: Array | None) -> Result:
+        if found is not None and not np.isfinite(found).all():
+            return Result(job.lane, None, None, 0, True, "the model's output is not finite")
+        return Result(job.lane, job.part, found, job.frames, job.ends)
