@@ -16,6 +16,7 @@ from .chart import label_of
 
 _ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
+SERVED = "<!-- served: python -m bench.readme -->", "<!-- end of served -->"
 HEARD = "<!-- heard: python -m bench.readme -->", "<!-- end of heard -->"
 
 
@@ -122,6 +123,34 @@ def heard(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def served(run: Mapping[str, Any]) -> str:
+    """What `bench.serve` found with many clients."""
+    machine, commit = run["machine"], (run["commit"] or "?")[:9]
+    lines = [
+        f"Clients in real time, messages of {run['piece_ms']:.0f} ms, clips of {run['clip_s']:g} s, a playback that begins"
+        f" with {run['preroll_ms']:g} ms in its buffer; server and clients share {machine['cores']} cores of an"
+        f" {machine['cpu']}, commit {commit}:",
+        "",
+    ]
+    rows = []
+    for case in run["cases"]:
+        first, latency = (
+            " / ".join(f"{1e3 * case[key][p]:.0f}" for p in ("p50", "p95", "p99")) for key in ("first_s", "latency_s")
+        )
+        rows.append(
+            [
+                case["task"],
+                str(case["clients"]),
+                first,
+                latency,
+                f"{case['underruns']} of {case['clips']} clips" if case["underruns"] else "none",
+                f"{100 * case['server_cpus']:.0f} %",
+            ]
+        )
+    titles = ["tiny", "clients", "first audio, ms: p50 / p95 / p99", "latency, ms", "underruns", "server, of one core"]
+    return "\n".join([*lines, *_table(titles, rows)]) + "\n"
+
+
 def replaced(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """A page with another text between its markers."""
     if page.count(begin) != 1 or page.count(end) != 1:
@@ -141,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = replaced(page, section(load(Path(args.results))))
     quality = json.loads((Path(args.results) / "quality_tiny.json").read_text(encoding="utf-8"))
     wanted = replaced(wanted, heard(quality), *HEARD)
+    live = json.loads((Path(args.results) / "serve-tiny.json").read_text(encoding="utf-8"))
+    wanted = replaced(wanted, served(live), *SERVED)
     if args.check:
         return 0 if page == wanted else 1
     readme.write_text(wanted, encoding="utf-8")

@@ -18,7 +18,7 @@ import torch
 
 from dualcodec_ext import testing
 
-from . import long, lookahead, machine, probes, registry, report, stream, windows
+from . import long, lookahead, machine, probes, registry, report, serve, stream, windows
 from .correctness import CodesCheck, WaveCheck
 from .measure import Case, Side, Timing, describe, measure_case
 from .ours import codec_call, missing_module, require_module
@@ -243,7 +243,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 where a side of ours was wrong, failed, or could not run. A wrong argument exits with 2.
     """
     argv = sys.argv[1:] if argv is None else argv
-    apart = {"stream": stream.main, "long": long.main, "lookahead": lookahead.main, "windows": windows.main}
+    apart = {
+        "stream": stream.main,
+        "serve": serve.main,
+        "long": long.main,
+        "lookahead": lookahead.main,
+        "windows": windows.main,
+    }
     if argv[:1] and argv[0] in apart:
         return apart[argv[0]](argv[1:])
     args = parse(argv)
