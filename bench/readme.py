@@ -127,8 +127,8 @@ def served(run: Mapping[str, Any]) -> str:
     """What `bench.serve` found with many clients."""
     machine, commit = run["machine"], (run["commit"] or "?")[:9]
     lines = [
-        f"Clients in real time, messages of {run['piece_ms']:.0f} ms, clips of {run['clip_s']:g} s, a playback that begins"
-        f" with {run['preroll_ms']:g} ms in its buffer; server and clients share {machine['cores']} cores of an"
+        f"Clients in real time, messages of {run['piece_ms']:.0f} ms, clips of {run['clip_s']:g} s, a playback that"
+        f" begins with {run['preroll_ms']:g} ms in its buffer; server and clients share {machine['cores']} cores of an"
         f" {machine['cpu']}, commit {commit}:",
         "",
     ]
