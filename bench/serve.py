@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -236,6 +237,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     hop, rate_hz = model.dac.hop_length, model.settings["sample_rate"]
     messages, piece, codes = make_clips(args, model)
     cases = []
+    gc.collect()
+    gc.freeze()  # or full collections would look through all of torch, and clients would seem to wait
     with served(max(args.clients), args.threads) as (process, page):
         url = f"{page}v1/stream"
         asyncio.run(check(url, messages, codes))

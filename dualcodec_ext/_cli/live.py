@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 import time
@@ -107,6 +108,7 @@ def run_stream(
         decoder = StreamingDecoder(codec.model, lookahead=lookahead)
         sink = stack.enter_context(open_sink(target, sample_format, config.sample_rate))
         latency = Latency(config.hop_length)
+        gc.freeze()  # or a full collection, which looks through all of torch, would hold a frame up
         begun_s = time.perf_counter()
         _flow(opened, sink, encoder, decoder, latency, piece, config.sample_rate if paced else None)
         elapsed_s = time.perf_counter() - begun_s
