@@ -24,7 +24,7 @@ from .tiles import Programs
 Call = Callable[[], object]
 Span = tuple[int, int]
 
-_PASSES = 64  # kept, one for each set of slots, number of frames and number of codebooks
+_PASSES = 64  # kept, one for each number of slots, of frames and of codebooks
 
 
 def in_channels(step: Step) -> int:
@@ -54,6 +54,28 @@ class Memory:
 
     def bytes(self) -> int:
         return sum(memory.numel() * memory.element_size() for memory in self._places)
+
+
+class Taking:
+    """The slots that take part in a pass which was put together for any slots, as many of them."""
+
+    def __init__(self) -> None:
+        self.slots: tuple[int, ...] = ()
+        self._rows: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def rows(self, kept: Tensor) -> tuple[Tensor, ...]:
+        """The rows of kept [B, numel], a part of the slots' state that always lies there."""
+        return self._rows.setdefault((kept.data_ptr(), kept.shape[1]), kept.unbind(0))
+
+    def of(self, slots: tuple[int, ...], batch: int) -> tuple[int, ...] | Taking:
+        """Who takes part: all slots by name, whose rows lie side by side, any others as they are set here."""
+        if len(slots) == batch:
+            return slots
+        self.slots = slots
+        return self
 
 
 class Chain:
@@ -112,7 +134,7 @@ class Chain:
         self,
         memory: Memory,
         place: int,
-        slots: Sequence[int],
+        slots: Sequence[int] | Taking,
         frames: int,
         outlet: Tensor,
         spans: Sequence[Sequence[Span]] | None = None,
@@ -122,7 +144,7 @@ class Chain:
         Args:
             memory: places 0 and 1 are used.
             place: of the inlet.
-            slots: that take part.
+            slots: that take part; of a Taking those that are set when the calls are made.
             frames: of the pass.
             outlet: [n, C, frames * out_rows] of the last layer.
             spans: the rows within each slot's clip, others become zeros; None: all.
@@ -171,15 +193,24 @@ class Chain:
 
 
 def keep(
-    state: Tensor, whole: Tensor, slots: Sequence[int], offset: int, context: int, first: int, into_state: bool
+    state: Tensor, whole: Tensor, slots: Sequence[int] | Taking, offset: int, context: int, first: int, into_state: bool
 ) -> Iterator[Call]:
     """Yield the copies between `context` rows of whole [n, C, count], from row `first` on, and the slots' state."""
     channels, count = whole.shape[1:]
     numel = context * channels
     flat = whole.as_strided((whole.shape[0], numel), (count * channels, 1), whole.storage_offset() + first * channels)
+    if isinstance(slots, Taking):
+        rows, beside, taking = slots.rows(state[:, offset : offset + numel]), flat.unbind(0), slots
+
+        def copy() -> None:
+            theirs = [rows[b] for b in taking.slots]
+            torch._foreach_copy_(*((theirs, beside) if into_state else (beside, theirs)))
+
+        yield copy
+        return
     for begin, run in runs_of(slots):
-        kept, rows = state[run, offset : offset + numel], flat[begin : begin + run.stop - run.start]
-        yield partial(kept.copy_, rows) if into_state else partial(rows.copy_, kept)
+        kept, part = state[run, offset : offset + numel], flat[begin : begin + run.stop - run.start]
+        yield partial(kept.copy_, part) if into_state else partial(part.copy_, kept)
 
 
 def frame_by_frame(x: Tensor, y: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -296,6 +327,7 @@ class CpuDecoder(DecoderState):
         audio = batch * max_frames * decoder[-1].out_rows
         self._memory = Memory(self.dtype, (widest, widest, acoustic, audio))
         self._made: Kept[Pass] = Kept()
+        self._taking = Taking()
 
     def bytes(self) -> int:
         return super().bytes() + self._memory.bytes()
@@ -330,10 +362,11 @@ class CpuDecoder(DecoderState):
         if spans is not None:
             with torch.inference_mode(False):
                 return self._pass(slots, frames, stages, spans)
-        return self._made.get((slots, frames, stages), lambda: self._pass(slots, frames, stages, None))
+        n, taking = len(slots), self._taking.of(slots, self.state.shape[0])
+        return self._made.get((n, frames, stages), lambda: self._pass(taking, frames, stages, None))
 
     def _pass(
-        self, slots: tuple[int, ...], frames: int, stages: int | None, spans: Sequence[Sequence[Span]] | None
+        self, slots: tuple[int, ...] | Taking, frames: int, stages: int | None, spans: Sequence[Sequence[Span]] | None
     ) -> Pass:
         """Put a pass together; stages: acoustic codebooks, None: there are no codes at all."""
         n, memory, late = len(slots), self._memory, self._late

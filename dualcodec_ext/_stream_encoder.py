@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._stream_cpu import Call, Chain, Kept, Memory
+from ._stream_cpu import Call, Chain, Kept, Memory, Taking
 from ._stream_plan import Layer, make_layers
 from ._stream_slots import Slots, check_rows, stream_engine, whole_number
 from .errors import DualCodecError
@@ -55,6 +55,7 @@ class _Passes:
         rows = batch * max_frames * channels
         self._memory = Memory(programs.dtype, (widest, widest, rows, rows))
         self._made: Kept[tuple[Tensor, list[Call]]] = Kept()
+        self._taking = Taking()
 
     def _through(self, i: int, slots: tuple[int, ...], frames: int, x: Tensor, place: int, channels: int) -> Tensor:
         """Run x through chain i, to rows [n, channels, frames] at a place."""
@@ -63,9 +64,10 @@ class _Passes:
 
         def make() -> tuple[Tensor, list[Call]]:
             inlet = chain.inlet(self._memory, 0, n, frames)
-            return inlet, list(chain.calls(self._memory, 0, slots, frames, outlet))
+            return inlet, list(chain.calls(self._memory, 0, taking, frames, outlet))
 
-        inlet, calls = self._made.get((i, slots, frames), make)
+        taking = self._taking.of(slots, self.state.shape[0])
+        inlet, calls = self._made.get((i, n, frames), make)
         inlet.copy_(x)
         for call in calls:
             call()
