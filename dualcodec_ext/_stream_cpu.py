@@ -24,7 +24,7 @@ from .tiles import Programs
 Call = Callable[[], object]
 Span = tuple[int, int]
 
-_PASSES = 64  # kept, one for each number of slots, of frames and of codebooks
+_PASSES = 320  # kept, one for each number of slots, of frames and of codebooks
 
 
 def in_channels(step: Step) -> int:
@@ -61,14 +61,18 @@ class Taking:
 
     def __init__(self) -> None:
         self.slots: tuple[int, ...] = ()
-        self._rows: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._rows: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
     def __len__(self) -> int:
         return len(self.slots)
 
-    def rows(self, kept: Tensor) -> tuple[Tensor, ...]:
-        """The rows of kept [B, numel], a part of the slots' state that always lies there."""
-        return self._rows.setdefault((kept.data_ptr(), kept.shape[1]), kept.unbind(0))
+    def rows(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """The rows of matrix [n, numel], or more of them, in memory that always lies there."""
+        key = matrix.data_ptr(), matrix.stride(0), matrix.shape[1]
+        found = self._rows.get(key, ())
+        if len(found) < matrix.shape[0]:
+            found = self._rows[key] = matrix.unbind(0)
+        return found
 
     def of(self, slots: tuple[int, ...], batch: int) -> tuple[int, ...] | Taking:
         """Who takes part: all slots by name, whose rows lie side by side, any others as they are set here."""
@@ -200,7 +204,8 @@ def keep(
     numel = context * channels
     flat = whole.as_strided((whole.shape[0], numel), (count * channels, 1), whole.storage_offset() + first * channels)
     if isinstance(slots, Taking):
-        rows, beside, taking = slots.rows(state[:, offset : offset + numel]), flat.unbind(0), slots
+        rows, taking = slots.rows(state[:, offset : offset + numel]), slots
+        beside = slots.rows(flat)[: len(slots)]
 
         def copy() -> None:
             theirs = [rows[b] for b in taking.slots]

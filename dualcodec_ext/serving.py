@@ -41,11 +41,14 @@ class Server:
         for package in ("aiohttp", "prometheus_client"):
             need_extra(package, "serve", "serve")
         from ._serving.protocol import ModelInfo
-        from ._serving.stages import make_stages
+        from ._serving.stages import make_stages, warm_up
         from ._serving.streams import Streams
 
         self.options = options or ServeOptions()
         encoder, decoder, unsupported = make_stages(model, self.options.streams, self.options.lookahead)
+        for stage in (encoder, decoder):
+            if stage is not None:
+                warm_up(stage, self.options.streams)
         settings = model.settings
         acoustic = (settings["codebook_size"],) * settings["n_codebooks"]
         self.info = ModelInfo(

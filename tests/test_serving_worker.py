@@ -29,6 +29,9 @@ class Doubler:
         self.gate = threading.Event()
         self.gate.set()
 
+    def silence(self, frames: int) -> Any:
+        return np.zeros(frames * UNIT, np.int64)
+
     def run(self, slots: Sequence[int], parts: Sequence[Any], frames: int) -> list[Any]:
         self.gate.wait()
         assert len(set(slots)) == len(slots) == len(parts) and all(len(part) == frames * UNIT for part in parts)

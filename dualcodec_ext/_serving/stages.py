@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
+_WARM_UP_S = 2.0  # at most: with hundreds of slots it would take minutes
 MOST_FRAMES = 4  # of one pass: a stream with a backlog then holds others up no longer than that takes
 
 
@@ -27,6 +29,10 @@ class Stage(Protocol):
 
     name: str
     unit: int
+
+    def silence(self, frames: int) -> Array:
+        """A part of so many frames."""
+        ...
 
     def run(self, slots: Sequence[int], parts: Sequence[Array], frames: int) -> list[Array]:
         """Steps slots by as many frames, and returns what each gets."""
@@ -60,6 +66,9 @@ class EncodeStage:
         self._encoder = StreamingEncoder(model, slots, MOST_FRAMES)
         self.unit = int(model.dac.hop_length)
 
+    def silence(self, frames: int) -> Array:
+        return np.zeros(frames * self.unit, np.float32)
+
     def run(self, slots: Sequence[int], parts: Sequence[Array], frames: int) -> list[Array]:
         audio = torch.zeros(self._encoder.batch_size, 1, frames * self.unit)
         for b, part in zip(slots, parts, strict=True):
@@ -92,7 +101,11 @@ class DecodeStage:
         most = MOST_FRAMES if lookahead is None else None
         self._decoder = StreamingDecoder(model, slots, most, lookahead)
         self._device = next(model.parameters()).device
+        self._codebooks = 1 + int(model.settings["n_codebooks"])
         self.lookahead_frames = self._decoder.lookahead_frames
+
+    def silence(self, frames: int) -> Array:
+        return np.zeros((frames, self._codebooks), np.int64)
 
     def run(self, slots: Sequence[int], parts: Sequence[Array], frames: int) -> list[Array]:
         codebooks = parts[0].shape[1]
@@ -113,6 +126,17 @@ class DecodeStage:
     def _of(self, audio: Tensor, slots: Sequence[int]) -> list[Array]:
         samples, counts = audio[:, 0].float().cpu().numpy(), self._decoder.sample_counts
         return [samples[b, : counts[b]] for b in slots]
+
+
+def warm_up(stage: Stage, slots: int) -> None:
+    """Makes steps of as many slots as will often step together, because the first one of each number takes longer."""
+    begun = time.monotonic()
+    for n in range(1, slots + 1):
+        for frames in (1, 2):
+            stage.run(range(n), [stage.silence(frames)] * n, frames)
+        if time.monotonic() - begun > _WARM_UP_S:
+            break
+    stage.reset(range(slots))
 
 
 def make_stages(
