@@ -148,7 +148,13 @@ def served(run: Mapping[str, Any]) -> str:
             ]
         )
     titles = ["tiny", "clients", "first audio, ms: p50 / p95 / p99", "latency, ms", "underruns", "server, of one core"]
-    return "\n".join([*lines, *_table(titles, rows)]) + "\n"
+    most = {}
+    for task in dict.fromkeys(case["task"] for case in run["cases"]):
+        cases = [case for case in run["cases"] if case["task"] == task]
+        dry = [case["clients"] for case in cases if case["underruns"]]
+        most[task] = max((case["clients"] for case in cases if case["clients"] < min(dry, default=1 << 30)), default=0)
+    enough = ", ".join(f"{clients} in {task}" for task, clients in most.items())
+    return "\n".join([*lines, *_table(titles, rows), "", f"The most clients without an underrun: {enough}."]) + "\n"
 
 
 def replaced(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:

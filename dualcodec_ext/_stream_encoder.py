@@ -301,10 +301,17 @@ class StreamingEncoder(Slots):
             frames = min(self.max_frames, *(ready[b] - done[b] for b in waiting))
             audio, features = self._take(waiting, frames)
             found = self._passes.run(waiting, features, audio if stages else None, frames)
-            for i, b in enumerate(waiting):
-                semantic[b, :, done[b] : done[b] + frames] = found[0][i]
-                if acoustic is not None and found[1] is not None:
-                    acoustic[b, :, done[b] : done[b] + frames] = found[1][i]
+            at = done[waiting[0]]
+            together, rows = all(done[b] == at for b in waiting), list(waiting)
+            for codes, given in ((semantic, found[0]), (acoustic, found[1])):
+                if codes is None or given is None:
+                    continue
+                if together:
+                    codes[rows, :, at : at + frames] = given
+                    continue
+                for i, b in enumerate(waiting):
+                    codes[b, :, done[b] : done[b] + frames] = given[i]
+            for b in waiting:
                 done[b] += frames
         self.frame_counts = done
         return semantic, acoustic
@@ -321,9 +328,10 @@ class StreamingEncoder(Slots):
             features = self._front_end(torch.cat([before, audio], 2))[:, :, 1:]
         else:
             features = torch.stack([self._features[b][:, :frames] for b in slots])
-        for i, b in enumerate(slots):
-            if audio is not None:
-                self._before[b] = audio[i, 0, samples - self._hop :].clone()
-            self._audio[b] = self._audio[b][samples:]
-            self._features[b] = self._features[b][:, frames:]
+        if audio is not None:
+            for b, last in zip(slots, audio[:, 0, samples - self._hop :].clone().unbind(0), strict=True):
+                self._before[b], self._audio[b] = last, self._audio[b][samples:]
+        if self._front_end is None:
+            for b in slots:
+                self._features[b] = self._features[b][:, frames:]
         return audio, features

@@ -70,12 +70,13 @@ class EncodeStage:
         return np.zeros(frames * self.unit, np.float32)
 
     def run(self, slots: Sequence[int], parts: Sequence[Array], frames: int) -> list[Array]:
-        audio = torch.zeros(self._encoder.batch_size, 1, frames * self.unit)
+        audio = np.zeros((self._encoder.batch_size, 1, frames * self.unit), np.float32)
         for b, part in zip(slots, parts, strict=True):
-            audio[b, 0] = torch.from_numpy(part)
-        semantic, acoustic = self._encoder.step(audio, mask=_mask(self._encoder.batch_size, slots))
-        codes = semantic if acoustic is None else torch.cat([semantic, acoustic], 1)
-        return [codes[b].T.numpy() for b in slots]
+            audio[b, 0] = part
+        mask = _mask(self._encoder.batch_size, slots)
+        semantic, acoustic = self._encoder.step(torch.from_numpy(audio), mask=mask)
+        codes = (semantic if acoustic is None else torch.cat([semantic, acoustic], 1)).numpy()
+        return [codes[b].T for b in slots]
 
     def end(self, slots: Sequence[int]) -> list[Array]:
         self.reset(slots)  # a clip's last frame comes filled with zeros, so nothing is left
@@ -109,10 +110,10 @@ class DecodeStage:
 
     def run(self, slots: Sequence[int], parts: Sequence[Array], frames: int) -> list[Array]:
         codebooks = parts[0].shape[1]
-        codes = torch.zeros(self._decoder.batch_size, codebooks, frames, dtype=torch.int64)
+        rows = np.zeros((self._decoder.batch_size, codebooks, frames), np.int64)
         for b, part in zip(slots, parts, strict=True):
-            codes[b] = torch.from_numpy(part).T
-        codes = codes.to(self._device)
+            rows[b] = part.T
+        codes = torch.from_numpy(rows).to(self._device)
         acoustic = codes[:, 1:] if codebooks > 1 else None
         mask = _mask(self._decoder.batch_size, slots)
         return self._of(self._decoder.step(codes[:, :1], acoustic, mask), slots)
