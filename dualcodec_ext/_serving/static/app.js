@@ -1,0 +1,320 @@
+// The page: what is chosen, in which state it is, and what it shows.
+
+import { codesBinary, codesJson, save, wav } from "./files.js";
+import { Codes, Track } from "./history.js";
+import { Player } from "./player.js";
+import { Microphone, openMicrophone, readFile, Recording } from "./sources.js";
+import { Stream, StreamError } from "./stream.js";
+import { Views } from "./views.js";
+
+const $ = (id) => document.getElementById(id);
+const FIGURES_EVERY_MS = 200;
+const still = window.matchMedia("(prefers-reduced-motion: reduce)");
+
+// What an error's code means here; the server's own line follows.
+const MEANINGS = {
+  full: "The server is full",
+  bad_request: "The server refused the request",
+  too_slow: "This page read too slowly, and the server dropped it",
+  silent: "The server heard nothing for too long",
+  too_large: "The server refused a message as too large",
+  malformed: "The server could not read a message",
+  unsupported: "The server’s model cannot do this",
+  internal: "The server failed",
+  shutdown: "The server is shutting down",
+  no_server: "No server",
+  closed: "The connection was lost",
+  protocol: "The server does not speak this page’s protocol",
+  microphone: "No microphone",
+  file: "No recording",
+  audio: "No audio device",
+};
+
+class App {
+  constructor() {
+    this.views = new Views();
+    this.model = null;
+    this.clip = null; // of the stream that runs, or of the last one
+    this.run = null; // what belongs to one press of Start
+    this.follow = true;
+    this.mutedByHand = false;
+    this.drawnAt = 0;
+    this.figuresAt = 0;
+    this.setState("idle", "Ready.");
+    $("controls").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.press();
+    });
+    for (const radio of document.querySelectorAll('input[name="source"]')) {
+      radio.addEventListener("change", () => this.sourceChanged());
+    }
+    $("codebooks").addEventListener("input", () => this.showCodebooks());
+    $("mute").addEventListener("change", () => {
+      this.mutedByHand = true;
+      this.run?.player?.mute($("mute").checked);
+    });
+    $("position").addEventListener("input", () => {
+      this.follow = Number($("position").value) >= Number($("position").max);
+    });
+    this.wireDownloads();
+    this.sourceChanged();
+    this.askModel();
+    requestAnimationFrame((now) => this.tick(now));
+  }
+
+  get source() {
+    return document.querySelector('input[name="source"]:checked').value;
+  }
+
+  // What the server runs ---------------------------------------------------------------------------------------------
+
+  async askModel() {
+    try {
+      const answer = await fetch(new URL("v1/info", location.href));
+      if (!answer.ok) throw new Error(`status ${answer.status}`);
+      this.adopt(await answer.json());
+    } catch {
+      $("model").textContent = `no answer from ${location.host} yet`;
+    }
+  }
+
+  adopt(model) {
+    const first = this.model === null;
+    this.model = model;
+    const { name, sample_rate: rate, frame_rate: frames, codebook_sizes: sizes, latency_ms: latency } = model;
+    const ahead = latency ? `looks ${Math.round(latency)} ms ahead` : "no look-ahead";
+    $("model").textContent =
+      `${name} · ${rate / 1000} kHz · ${round(frames, 2)} frames/s · ${sizes.length} codebooks · ${ahead}`;
+    $("codebooks").max = sizes.length;
+    if (first) $("codebooks").value = sizes.length;
+    this.showCodebooks();
+  }
+
+  showCodebooks() {
+    if (!this.model) return;
+    const { codebook_sizes: sizes, sample_rate: rate } = this.model;
+    const count = Number($("codebooks").value);
+    const kbps = this.bitrate(count);
+    const times = Math.round((16 * rate) / 1000 / kbps);
+    $("codebooks-say").textContent = `${count} of ${sizes.length} · ${kbps.toFixed(2)} kbit/s, 1/${times} of PCM`;
+    if (!this.run) $("bitrate").textContent = kbps.toFixed(2);
+  }
+
+  bitrate(count) {
+    const { codebook_sizes: sizes, frame_rate: frames } = this.model;
+    return (frames * sizes.slice(0, count).reduce((bits, size) => bits + Math.log2(size), 0)) / 1000;
+  }
+
+  sourceChanged() {
+    const microphone = this.source === "microphone";
+    document.querySelector(".for-microphone").hidden = !microphone;
+    document.querySelector(".for-file").hidden = microphone;
+    $("mute-why").hidden = !microphone;
+    if (!this.mutedByHand) $("mute").checked = microphone;
+  }
+
+  // States -----------------------------------------------------------------------------------------------------------
+
+  setState(state, status) {
+    document.body.dataset.state = state;
+    const running = state === "connecting" || state === "live";
+    $("start").textContent = running ? "Stop" : state === "idle" ? "Start" : "Start again";
+    for (const id of ["sources", "codec", "preroll"]) $(id).disabled = running;
+    $("status").textContent = status;
+    if (state !== "error") $("error").hidden = true;
+  }
+
+  press() {
+    const { run } = this;
+    if (!run) this.start();
+    else if (document.body.dataset.state === "live" && !run.stopping) {
+      run.stopping = true;
+      run.source.stop();
+      $("status").textContent = "Stopping: the rest of the result comes in. Press again not to wait for it.";
+    } else this.finish(run, "ended", "Stopped.");
+  }
+
+  async start() {
+    const run = (this.run = { stopping: false });
+    this.setState("connecting", "Connecting …");
+    $("results").hidden = true;
+    this.lastPlayer?.close();
+    this.clip = null;
+    this.follow = true;
+    try {
+      await this.stream(run);
+    } catch (error) {
+      if (this.run !== run) return; // stopped meanwhile
+      const known = error instanceof StreamError;
+      if (!known) console.error(error);
+      this.finish(run, "error", "Stopped by an error.", known ? error : new StreamError("page", error.message));
+    }
+  }
+
+  async stream(run) {
+    const live = this.source === "microphone";
+    if (!this.model) await this.askModel();
+    if (!this.model) throw new StreamError("no_server", `no answer from ${location.host}`);
+    const { sample_rate: rate } = this.model;
+    // The audio device first: it needs the press of the button, and the server should not wait for it.
+    run.context = new AudioContext({ sampleRate: rate, latencyHint: "interactive" });
+    run.player = this.lastPlayer = new Player(run.context);
+    if (live) run.source = new Microphone((run.media = await openMicrophone($("echo").checked)));
+    else {
+      const [file] = $("file").files;
+      if (!file) throw new StreamError("file", "choose a recording first");
+      $("status").textContent = `Reading ${file.name} …`;
+      const paced = document.querySelector('input[name="pace"]:checked').value === "paced";
+      run.source = new Recording(await readFile(file, rate), paced);
+    }
+    if (this.run !== run) return;
+    await run.player.start(Number($("preroll").value), $("mute").checked, live);
+    run.context.resume();
+
+    const failed = new Promise((_, reject) => {
+      run.stream = new Stream(streamUrl(), {
+        codes: (codes) => run.clip.codes.add(codes),
+        audio: (samples) => {
+          run.clip.out.add(samples);
+          run.player.play(samples);
+        },
+        failed: reject,
+      });
+    });
+    failed.catch(() => {}); // heard below, but maybe later than it comes
+    if (this.run !== run) return;
+    $("status").textContent = "Connecting …";
+    const ready = await run.stream.open(Number($("codebooks").value));
+    if (this.run !== run) return;
+    if (ready.model.sample_rate !== rate) throw new StreamError("protocol", "another model runs now: load the page again");
+    this.adopt(ready.model);
+    this.clip = run.clip = this.newClip(run, ready);
+    this.setState("live", live ? "Live: speak." : "Live: the recording goes out and comes back.");
+
+    const sent = (samples) => run.clip.in.add(samples);
+    await Promise.race([run.source.run(run.context, run.stream, ready.model, sent), failed]);
+    if (this.run !== run) return;
+    const flushed = await run.stream.flush();
+    if (this.run !== run) return;
+    const { frames, samples } = flushed;
+    if (frames !== run.clip.codes.frames || samples !== run.clip.out.samples) {
+      throw new StreamError("protocol", `${frames} frames and ${samples} samples were sent, others came`);
+    }
+    this.finish(run, "ended", `Ended after ${run.clip.out.seconds.toFixed(1)} s.`);
+  }
+
+  newClip(run, { model, codebooks }) {
+    return {
+      model,
+      in: new Track(model.sample_rate),
+      out: new Track(model.sample_rate),
+      codes: new Codes(codebooks, model.frame_rate),
+      frameSeconds: 1 / model.frame_rate,
+      meter: run.stream.meter,
+      bitrate: this.bitrate(codebooks),
+      source: run.source,
+      player: run.player,
+      get playedSeconds() {
+        return (run.player.status.played + run.player.status.skipped) / model.sample_rate;
+      },
+    };
+  }
+
+  finish(run, state, status, error) {
+    this.run = null;
+    run.source?.stop();
+    for (const track of run.media?.getTracks() ?? []) track.stop();
+    run.stream?.close();
+    // What has come is played to its end, unless nothing has.
+    if (run.clip?.out.samples) run.player.end();
+    else run.player?.close();
+    this.setState(state, status);
+    if (error) {
+      const meaning = MEANINGS[error.code] ?? "This page failed";
+      $("error").textContent = `${meaning}: ${error.message}${/[.!?]$/.test(error.message) ? "" : "."}`;
+      $("error").dataset.code = error.code;
+      $("error").hidden = false;
+    }
+    this.showFigures();
+    if (run.clip?.codes.frames) this.showResults();
+  }
+
+  // Pictures and figures -----------------------------------------------------------------------------------------------
+
+  tick(now) {
+    requestAnimationFrame((next) => this.tick(next));
+    if (now - this.drawnAt < (still.matches ? 500 : 30)) return;
+    this.drawnAt = now;
+    const { clip, views } = this;
+    const total = clip ? Math.max(clip.in.seconds, clip.out.seconds) : 0;
+    const last = Math.max(0, total - views.span);
+    const position = $("position");
+    position.disabled = last === 0;
+    position.max = last.toFixed(1);
+    if (this.follow) position.value = this.followed(last);
+    views.draw(clip, this.follow ? this.followed(last) : Number(position.value));
+    if (now - this.figuresAt > FIGURES_EVERY_MS) {
+      this.figuresAt = now;
+      this.showFigures();
+    }
+  }
+
+  // The newest samples, or once all of them are here what is being played.
+  followed(last) {
+    const { clip, run } = this;
+    if (run || !clip || clip.player.status.over) return last;
+    return Math.max(0, Math.min(last, clip.playedSeconds - this.views.span / 2));
+  }
+
+  showFigures() {
+    const { clip } = this;
+    if (!clip) return;
+    const latency = clip.meter.summary();
+    $("latency").textContent = milliseconds(latency?.now);
+    $("latency-median").textContent = milliseconds(latency?.median);
+    $("latency-p95").textContent = milliseconds(latency?.p95);
+    $("bitrate").textContent = clip.bitrate.toFixed(2);
+    $("frames").textContent = clip.codes.frames;
+    $("dropped").textContent = clip.source.dropped;
+    const { queued, underruns } = clip.player.status;
+    $("underruns").textContent = underruns;
+    $("queued").textContent = Math.round((1000 * queued) / clip.model.sample_rate);
+  }
+
+  // What stays -----------------------------------------------------------------------------------------------------------
+
+  showResults() {
+    const { clip } = this;
+    for (const [side, id] of [["in", "listen-in"], ["out", "listen-out"]]) {
+      URL.revokeObjectURL($(id).src);
+      $(id).src = URL.createObjectURL(wav(clip[side].chunks, clip.model.sample_rate));
+    }
+    const cut = clip.in.kept < clip.in.samples || clip.out.kept < clip.out.samples;
+    $("kept").textContent = cut ? "Audio is kept for the first 20 minutes alone; the codes are all here." : "";
+    $("results").hidden = false;
+  }
+
+  wireDownloads() {
+    const parts = {
+      "save-out": ["result.wav", (clip) => wav(clip.out.chunks, clip.model.sample_rate)],
+      "save-in": ["sent.wav", (clip) => wav(clip.in.chunks, clip.model.sample_rate)],
+      "save-json": ["codes.json", (clip) => codesJson(clip.codes, clip.model, clip.in.samples)],
+      "save-binary": ["codes.bin", (clip) => codesBinary(clip.codes)],
+    };
+    for (const [id, [name, make]] of Object.entries(parts)) {
+      $(id).addEventListener("click", () => save(make(this.clip), `dualcodec-${name}`));
+    }
+  }
+}
+
+function streamUrl() {
+  const url = new URL("v1/stream", location.href);
+  url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
+  url.search = url.hash = "";
+  return url.href;
+}
+
+const round = (x, digits) => Number(x.toFixed(digits));
+const milliseconds = (x) => (x === undefined ? "–" : x < 10 ? x.toFixed(1) : x.toFixed(0));
+
+new App();
