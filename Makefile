@@ -25,7 +25,7 @@ CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp tests/si
 extra = $(BIN)/python -c "import sys, tomllib; \
   print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]], sep='\n')" $(1)
 
-.PHONY: build demo test pytest ctest cuda cuda-archs gpu-check neon bench bench-cpu lint wheel sdist peers clean
+.PHONY: build demo test pytest ctest browser cuda cuda-archs gpu-check neon bench bench-cpu lint wheel sdist peers clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -64,6 +64,15 @@ neon:
 	mkdir -p build/neon
 	for name in test_runtime test_kernels; do $(ARM) tests/cpp/$$name.cpp $(UNITS) -o build/neon/$$name -lpthread \
 	  && qemu-aarch64 build/neon/$$name || exit 1; done
+
+# Debian's browser and its driver, for the test of the web page; without them that test is skipped, and says so.
+BROWSER := chromium chromium-driver
+browser:
+	@if [ -x /usr/bin/chromium ] && [ -x /usr/bin/chromedriver ]; then :; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	  echo "$(BROWSER): root installs them with apt; until then the test of the web page is not run"; \
+	else { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BROWSER); } \
+	  >/dev/null || echo "$(BROWSER) could not be installed: the test of the web page is not run"; fi
 
 bench: $(VENV)/.built
 	$(BIN)/python -m bench decode

@@ -1,9 +1,9 @@
 // The page: what is chosen, in which state it is, and what it shows.
 
-import { codesBinary, codesJson, save, wav } from "./files.js";
+import { codesBinary, codesJson, readCodes, save, wav } from "./files.js";
 import { Codes, Track } from "./history.js";
 import { Player } from "./player.js";
-import { Microphone, openMicrophone, readFile, Recording } from "./sources.js";
+import { Microphone, openMicrophone, readFile, Stored } from "./sources.js";
 import { Stream, StreamError } from "./stream.js";
 import { Views } from "./views.js";
 
@@ -27,6 +27,7 @@ const MEANINGS = {
   protocol: "The server does not speak this page’s protocol",
   microphone: "No microphone",
   file: "No recording",
+  codes: "No codes",
   audio: "No audio device",
 };
 
@@ -82,9 +83,15 @@ class App {
     const first = this.model === null;
     this.model = model;
     const { name, sample_rate: rate, frame_rate: frames, codebook_sizes: sizes, latency_ms: latency } = model;
+    const { tasks = ["roundtrip"] } = model;
     const ahead = latency ? `looks ${Math.round(latency)} ms ahead` : "no look-ahead";
     $("model").textContent =
-      `${name} · ${rate / 1000} kHz · ${round(frames, 2)} frames/s · ${sizes.length} codebooks · ${ahead}`;
+      `${name} · ${rate / 1000} kHz · ${round(frames, 2)} frames/s · ${sizes.length} codebooks · ${ahead}` +
+      (tasks.includes("roundtrip") ? "" : " · decodes codes alone");
+    if (first && !tasks.includes("roundtrip")) {
+      document.querySelector('input[name="source"][value="codes"]').checked = true;
+      this.sourceChanged();
+    }
     $("codebooks").max = sizes.length;
     if (first) $("codebooks").value = sizes.length;
     this.showCodebooks();
@@ -106,9 +113,12 @@ class App {
   }
 
   sourceChanged() {
-    const microphone = this.source === "microphone";
-    document.querySelector(".for-microphone").hidden = !microphone;
-    document.querySelector(".for-file").hidden = microphone;
+    const { source } = this;
+    const microphone = source === "microphone";
+    for (const name of ["microphone", "file", "codes"]) {
+      document.querySelector(`.for-${name}`).hidden = source !== name;
+    }
+    document.querySelector(".for-stored").hidden = microphone;
     $("mute-why").hidden = !microphone;
     if (!this.mutedByHand) $("mute").checked = microphone;
   }
@@ -152,23 +162,22 @@ class App {
   }
 
   async stream(run) {
-    const live = this.source === "microphone";
     if (!this.model) await this.askModel();
     if (!this.model) throw new StreamError("no_server", `no answer from ${location.host}`);
     const { sample_rate: rate } = this.model;
+    const live = this.source === "microphone";
+    const task = this.source === "codes" ? "decode" : "roundtrip";
     // The audio device first: it needs the press of the button, and the server should not wait for it.
     run.context = new AudioContext({ sampleRate: rate, latencyHint: "interactive" });
     run.player = this.lastPlayer = new Player(run.context);
-    if (live) run.source = new Microphone((run.media = await openMicrophone($("echo").checked)));
-    else {
-      const [file] = $("file").files;
-      if (!file) throw new StreamError("file", "choose a recording first");
-      $("status").textContent = `Reading ${file.name} …`;
-      const paced = document.querySelector('input[name="pace"]:checked').value === "paced";
-      run.source = new Recording(await readFile(file, rate), paced);
+    run.codebooks = Number($("codebooks").value);
+    run.source = await this.openSource(run);
+    if (this.run !== run) {
+      run.source.stop();
+      return;
     }
-    if (this.run !== run) return;
     await run.player.start(Number($("preroll").value), $("mute").checked, live);
+    if (this.run !== run) return;
     run.context.resume();
 
     const failed = new Promise((_, reject) => {
@@ -182,25 +191,49 @@ class App {
       });
     });
     failed.catch(() => {}); // heard below, but maybe later than it comes
-    if (this.run !== run) return;
     $("status").textContent = "Connecting …";
-    const ready = await run.stream.open(Number($("codebooks").value));
+    const ready = await run.stream.open(task, run.codebooks);
     if (this.run !== run) return;
-    if (ready.model.sample_rate !== rate) throw new StreamError("protocol", "another model runs now: load the page again");
+    if (ready.model.sample_rate !== rate) {
+      throw new StreamError("protocol", "another model runs now: load the page again");
+    }
     this.adopt(ready.model);
     this.clip = run.clip = this.newClip(run, ready);
-    this.setState("live", live ? "Live: speak." : "Live: the recording goes out and comes back.");
+    const what = { microphone: "speak", file: "a recording goes out and comes back", codes: "codes go, audio comes" };
+    this.setState("live", `Live: ${what[this.source]}.`);
 
-    const sent = (samples) => run.clip.in.add(samples);
-    await Promise.race([run.source.run(run.context, run.stream, ready.model, sent), failed]);
+    const send = {
+      roundtrip: (samples) => {
+        run.stream.sendAudio(samples);
+        run.clip.in.add(samples);
+      },
+      decode: (codes) => {
+        run.stream.sendCodes(codes, run.codebooks);
+        run.clip.codes.add(codes);
+      },
+    };
+    await Promise.race([run.source.run(run.context, run.stream, ready.model, send[task]), failed]);
     if (this.run !== run) return;
-    const flushed = await run.stream.flush();
+    const { frames, samples } = await run.stream.flush();
     if (this.run !== run) return;
-    const { frames, samples } = flushed;
     if (frames !== run.clip.codes.frames || samples !== run.clip.out.samples) {
       throw new StreamError("protocol", `${frames} frames and ${samples} samples were sent, others came`);
     }
     this.finish(run, "ended", `Ended after ${run.clip.out.seconds.toFixed(1)} s.`);
+  }
+
+  // What the choice says, ready to be sent; a code file may have fewer codebooks than chosen.
+  async openSource(run) {
+    const { source, model } = this;
+    if (source === "microphone") return new Microphone(await openMicrophone($("echo").checked));
+    const [file] = $(source === "file" ? "file" : "codes-file").files;
+    if (!file) throw new StreamError(source, "choose a file first");
+    $("status").textContent = `Reading ${file.name} …`;
+    const paced = document.querySelector('input[name="pace"]:checked').value === "paced";
+    if (source === "file") return new Stored(await readFile(file, model.sample_rate), model.hop_samples, paced);
+    const { codes, codebooks } = await readCodes(file, model, run.codebooks);
+    run.codebooks = codebooks;
+    return new Stored(codes, codebooks, paced);
   }
 
   newClip(run, { model, codebooks }) {
@@ -223,7 +256,6 @@ class App {
   finish(run, state, status, error) {
     this.run = null;
     run.source?.stop();
-    for (const track of run.media?.getTracks() ?? []) track.stop();
     run.stream?.close();
     // What has come is played to its end, unless nothing has.
     if (run.clip?.out.samples) run.player.end();
@@ -239,7 +271,7 @@ class App {
     if (run.clip?.codes.frames) this.showResults();
   }
 
-  // Pictures and figures -----------------------------------------------------------------------------------------------
+  // Pictures and figures ---------------------------------------------------------------------------------------------
 
   tick(now) {
     requestAnimationFrame((next) => this.tick(next));
@@ -281,10 +313,12 @@ class App {
     $("queued").textContent = Math.round((1000 * queued) / clip.model.sample_rate);
   }
 
-  // What stays -----------------------------------------------------------------------------------------------------------
+  // What stays -------------------------------------------------------------------------------------------------------
 
   showResults() {
     const { clip } = this;
+    // Codes that were sent have no samples.
+    $("save-in").hidden = $("listen-in").parentElement.hidden = !clip.in.samples;
     for (const [side, id] of [["in", "listen-in"], ["out", "listen-out"]]) {
       URL.revokeObjectURL($(id).src);
       $(id).src = URL.createObjectURL(wav(clip[side].chunks, clip.model.sample_rate));

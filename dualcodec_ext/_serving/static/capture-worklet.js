@@ -18,7 +18,8 @@ class Capture extends AudioWorkletProcessor {
     if (!this.on) return false;
     // Without a connected source there is no channel.
     for (const x of input[0] ?? []) {
-      this.piece[this.filled++] = Math.max(-32768, Math.min(32767, Math.round(x * 32768)));
+      // As toInt16 in sources.js.
+      this.piece[this.filled++] = Math.max(-32768, Math.min(32767, Math.round(x * (x < 0 ? 32768 : 32767))));
       if (this.filled === this.size) {
         this.port.postMessage({ piece: this.piece, last: false }, [this.piece.buffer]);
         this.piece = new Int16Array(this.size);

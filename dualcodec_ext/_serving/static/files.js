@@ -1,4 +1,8 @@
-// What the page gives to keep: WAV, and codes as JSON or plain numbers.
+// What the page gives to keep: WAV, and codes as JSON or plain numbers. And what codes it takes.
+
+import { StreamError } from "./stream.js";
+
+const FORMAT = "dualcodec-ext live codes";
 
 /** 16-bit mono WAV of chunks of Int16Array. */
 export function wav(chunks, rate) {
@@ -26,7 +30,7 @@ export function codesJson(codes, model, samplesSent) {
   const { data } = codes.values;
   const row = (q) => Array.from({ length: frames }, (_, f) => data[f * codebooks + q]);
   const value = {
-    format: "dualcodec-ext live codes",
+    format: FORMAT,
     version: 1,
     model,
     samples_sent: samplesSent,
@@ -41,6 +45,57 @@ export function codesJson(codes, model, samplesSent) {
 export function codesBinary(codes) {
   const { data, length } = codes.values;
   return new Blob([data.slice(0, length)], { type: "application/octet-stream" });
+}
+
+// The rows [codebooks][frames] of a safetensors code file, the semantic one first, and the model's name.
+function fromSafetensors(buffer) {
+  const size = Number(new DataView(buffer).getBigUint64(0, true));
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
+  const { model } = JSON.parse(header.__metadata__.dualcodec_ext);
+  const rows = [];
+  for (const name of ["semantic", "acoustic"]) {
+    if (!header[name]) continue;
+    const { dtype, shape, data_offsets: [from] } = header[name];
+    if (dtype !== "U16") throw new Error("codes are U16");
+    for (let q = 0; q < shape[0]; q++) {
+      // A copy, since a view would have to begin at an even place.
+      const at = 8 + size + from + 2 * q * shape[1];
+      rows.push(new Uint16Array(buffer.slice(at, at + 2 * shape[1])));
+    }
+  }
+  return { model, rows };
+}
+
+/** Reads a code file or this page's JSON: codes [frames * codebooks], at most so many codebooks, and how many. */
+export async function readCodes(file, model, most) {
+  const buffer = await file.arrayBuffer();
+  let found;
+  try {
+    if (file.name.endsWith(".json")) {
+      const value = JSON.parse(new TextDecoder().decode(buffer));
+      if (value.format !== FORMAT) throw new Error("another format");
+      found = { model: value.model.name, rows: value.codes };
+    } else found = fromSafetensors(buffer);
+  } catch {
+    throw new StreamError("codes", `${file.name} is no code file, nor JSON of this page`);
+  }
+  const { rows } = found;
+  if (found.model !== model.name) {
+    throw new StreamError("codes", `${file.name} is of the model ${found.model}, the server runs ${model.name}`);
+  }
+  const codebooks = Math.min(rows.length, most);
+  const frames = rows[0]?.length ?? 0;
+  const codes = new Uint16Array(frames * codebooks);
+  for (let q = 0; q < codebooks; q++) {
+    for (let f = 0; f < frames; f++) {
+      const code = rows[q][f];
+      if (!(code >= 0 && code < model.codebook_sizes[q])) {
+        throw new StreamError("codes", `${file.name} has a code out of range at codebook ${q + 1}, frame ${f + 1}`);
+      }
+      codes[f * codebooks + q] = code;
+    }
+  }
+  return { codes, codebooks };
 }
 
 /** Hands a blob to the browser's downloads. */

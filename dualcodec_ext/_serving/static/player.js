@@ -1,5 +1,7 @@
 // The result, played while it arrives.
 
+import { loadWorklet } from "./stream.js";
+
 const LATE_S = 0.5; // a live queue longer than the pre-roll by this much is cut
 
 export class Player {
@@ -12,7 +14,7 @@ export class Player {
   async start(prerollMs, muted, live) {
     const { context } = this;
     const prerollSamples = Math.round((prerollMs / 1000) * context.sampleRate);
-    await context.audioWorklet.addModule(new URL("playback-worklet.js", import.meta.url));
+    await loadWorklet(context, "playback-worklet.js");
     this.node = new AudioWorkletNode(context, "playback", {
       numberOfInputs: 0,
       outputChannelCount: [1],

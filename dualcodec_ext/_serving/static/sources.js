@@ -1,6 +1,6 @@
-// Where samples come from: the microphone, or a file.
+// Where samples and codes come from: the microphone, or a file.
 
-import { StreamError } from "./stream.js";
+import { loadWorklet, StreamError } from "./stream.js";
 
 const BACKLOG_BYTES = 64 * 1024; // a file waits when the network holds this much
 const LIVE_BACKLOG_S = 1; // a microphone can't wait: its pieces are dropped then
@@ -9,10 +9,12 @@ const FAST_PIECE_S = 0.2;
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** 16-bit samples, as the wire has them: the inverse of x / 32768. */
+/** 16-bit samples, as the wire has them: what Chromium made floats of, 1 for 32767 and -1 for -32768, comes back. */
 export function toInt16(x) {
   const samples = new Int16Array(x.length);
-  for (let i = 0; i < x.length; i++) samples[i] = Math.max(-32768, Math.min(32767, Math.round(x[i] * 32768)));
+  for (let i = 0; i < x.length; i++) {
+    samples[i] = Math.max(-32768, Math.min(32767, Math.round(x[i] * (x[i] < 0 ? 32768 : 32767))));
+  }
   return samples;
 }
 
@@ -40,18 +42,20 @@ export class Microphone {
   constructor(media) {
     this.media = media;
     this.dropped = 0; // frames that the network did not take in time
+    this.stopped = false;
   }
 
-  /** Starts; gives a promise that settles when the last piece has been sent. */
-  async run(context, stream, model, sent) {
+  /** Starts, and gives each piece to send(); settles after the last one. */
+  async run(context, stream, model, send) {
     const { hop_samples: hop, sample_rate: rate } = model;
     let source;
     try {
       source = context.createMediaStreamSource(this.media);
     } catch {
-      throw new StreamError("microphone", `this browser cannot bring it to ${rate} Hz; another one can, or send a file`);
+      throw new StreamError("microphone", `this browser cannot bring it to ${rate} Hz: take another one, or a file`);
     }
-    await context.audioWorklet.addModule(new URL("capture-worklet.js", import.meta.url));
+    await loadWorklet(context, "capture-worklet.js");
+    if (this.stopped) return;
     this.node = new AudioWorkletNode(context, "capture", {
       numberOfOutputs: 0,
       channelCount: 1,
@@ -61,10 +65,7 @@ export class Microphone {
     const done = new Promise((resolve) => {
       this.node.port.onmessage = ({ data: { piece, last } }) => {
         if (stream.backlog > LIVE_BACKLOG_S * rate * 2) this.dropped += piece.length === hop ? 1 : 0;
-        else if (piece.length) {
-          stream.send(piece);
-          sent(piece);
-        }
+        else if (piece.length) send(piece);
         if (last) resolve();
       };
     });
@@ -75,6 +76,8 @@ export class Microphone {
   }
 
   stop() {
+    if (this.stopped) return; // the worklet would give its last piece again
+    this.stopped = true;
     this.node?.port.postMessage("stop");
     for (const track of this.media.getTracks()) track.stop();
   }
@@ -95,29 +98,29 @@ export async function readFile(file, rate) {
   return toInt16(mono);
 }
 
-/** Sends a recording in real time, or as fast as network and server take it. */
-export class Recording {
-  constructor(samples, paced) {
-    this.samples = samples;
+/** Sends what is stored, samples or codes, in real time or as fast as network and server take it. */
+export class Stored {
+  constructor(values, perFrame, paced) {
+    this.values = values;
+    this.perFrame = perFrame;
     this.paced = paced;
     this.dropped = 0; // a file waits instead
     this.stopped = false;
   }
 
-  async run(context, stream, model, sent) {
-    const { hop_samples: hop, sample_rate: rate, latency_ms: lookaheadMs } = model;
-    const size = this.paced ? hop : hop * Math.max(1, Math.round((FAST_PIECE_S * rate) / hop));
-    const ahead = rate * (AHEAD_S + lookaheadMs / 1000) + size;
+  async run(context, stream, model, send) {
+    const { sample_rate: rate, frame_rate: frameRate, latency_ms: lookaheadMs } = model;
+    const frames = this.paced ? 1 : Math.max(1, Math.round(FAST_PIECE_S * frameRate));
+    const ahead = rate * (AHEAD_S + lookaheadMs / 1000 + frames / frameRate);
+    const size = frames * this.perFrame;
     const start = performance.now();
-    for (let at = 0; at < this.samples.length; at += size) {
+    for (let at = 0; at < this.values.length; at += size) {
       // A piece is there once its last sample has been spoken.
-      const due = start + ((at + size) * 1000) / rate;
+      const due = start + ((at + size) / this.perFrame) * (1000 / frameRate);
       if (this.paced && due > performance.now()) await sleep(due - performance.now());
       while (!this.stopped && !stream.over && this.mustWait(stream, ahead)) await sleep(5);
       if (this.stopped || stream.over) return;
-      const piece = this.samples.subarray(at, at + size);
-      stream.send(piece);
-      sent(piece);
+      send(this.values.subarray(at, at + size));
     }
   }
 

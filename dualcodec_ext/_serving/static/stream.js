@@ -14,6 +14,15 @@ export class StreamError extends Error {
   }
 }
 
+/** Loads a worklet that lies beside this file. */
+export async function loadWorklet(context, name) {
+  try {
+    await context.audioWorklet.addModule(new URL(name, import.meta.url));
+  } catch {
+    throw new StreamError("no_server", `no answer from ${location.host}`);
+  }
+}
+
 /** Tells when frames went out and when their audio came back. */
 export class Meter {
   constructor(hopSamples) {
@@ -53,7 +62,7 @@ export class Meter {
 /**
  * A WebSocket to /v1/stream that speaks the protocol.
  *
- * `handlers`: codes(Uint16Array), audio(Int16Array), failed(StreamError); failed comes at most once, and nothing after it.
+ * `handlers`: codes(Uint16Array), audio(Int16Array), failed(StreamError), once at most and then nothing more.
  */
 export class Stream {
   constructor(url, handlers) {
@@ -64,8 +73,8 @@ export class Stream {
     this.waiting = null; // { resolve, reject, type, timer } of the answer that is awaited
   }
 
-  /** Connects and asks for a round trip; gives the server's `ready`. */
-  open(codebooks) {
+  /** Connects and asks for a task; gives the server's `ready`. */
+  open(task, codebooks) {
     const answer = this.await_("ready", READY_WITHIN_MS, "the server did not answer");
     let socket;
     try {
@@ -78,7 +87,7 @@ export class Stream {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       opened = true;
-      socket.send(JSON.stringify({ task: "roundtrip", codebooks }));
+      socket.send(JSON.stringify({ task, codebooks }));
     };
     socket.onmessage = ({ data }) => this.take(data);
     socket.onclose = ({ code, reason }) => {
@@ -93,13 +102,23 @@ export class Stream {
     return this.socket.bufferedAmount;
   }
 
-  send(samples) {
+  sendAudio(samples) {
+    this.send(PCM, samples, samples.length);
+  }
+
+  /** Sends codes, `codebooks` of each frame. */
+  sendCodes(codes, codebooks) {
+    this.send(CODES, codes, (codes.length / codebooks) * this.meter.hop);
+  }
+
+  // `samples`: that the values stand for.
+  send(kind, values, samples) {
     if (this.over) return;
-    const message = new Uint8Array(2 + samples.byteLength);
-    message[0] = PCM;
-    message.set(new Uint8Array(samples.buffer, samples.byteOffset, samples.byteLength), 2);
+    const message = new Uint8Array(2 + values.byteLength);
+    message[0] = kind;
+    message.set(new Uint8Array(values.buffer, values.byteOffset, values.byteLength), 2);
     this.socket.send(message);
-    this.meter.sentSamples(samples.length, performance.now());
+    this.meter.sentSamples(samples, performance.now());
   }
 
   /** Ends the clip; gives the server's count once all of it is here. */
