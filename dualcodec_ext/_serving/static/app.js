@@ -35,7 +35,7 @@ class App {
   constructor() {
     this.views = new Views();
     this.model = null;
-    this.clip = null; // of the stream that runs, or of the last one
+    this.clip = null; // of the stream that runs, or of the last one that did
     this.run = null; // what belongs to one press of Start
     this.follow = true;
     this.mutedByHand = false;
@@ -149,7 +149,6 @@ class App {
     this.setState("connecting", "Connecting …");
     $("results").hidden = true;
     this.lastPlayer?.close();
-    this.clip = null;
     this.follow = true;
     try {
       await this.stream(run);
@@ -199,6 +198,8 @@ class App {
     }
     this.adopt(ready.model);
     this.clip = run.clip = this.newClip(run, ready);
+    document.body.dataset.task = task;
+    this.showFigures();
     const what = { microphone: "speak", file: "a recording goes out and comes back", codes: "codes go, audio comes" };
     this.setState("live", `Live: ${what[this.source]}.`);
 
@@ -268,7 +269,7 @@ class App {
       $("error").hidden = false;
     }
     this.showFigures();
-    if (run.clip?.codes.frames) this.showResults();
+    if (this.clip?.codes.frames) this.showResults();
   }
 
   // Pictures and figures ---------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ export class Player {
   }
 
   close() {
+    if (this.node) this.node.port.onmessage = null; // a report may still be on its way
+    this.status = { ...this.status, queued: 0, over: true };
     if (this.context.state !== "closed") this.context.close();
   }
 }
