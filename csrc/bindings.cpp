@@ -28,6 +28,14 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   define_with_out(m, "causal_dwconv1d",
                   "Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, float "
                   "eps, Tensor? lengths");
+  // What lies between a Conformer's linear layers, on the CPU alone: `_w2v_layers.py` runs on them.
+  m.def("conformer_attention(Tensor projected, Tensor distances, int heads, int left, Tensor? valid) -> Tensor");
+  m.def(
+      "conformer_convolution(Tensor x, Tensor weight, Tensor ln_weight, Tensor ln_bias, float eps, Tensor? valid) -> "
+      "Tensor");
+  m.def(
+      "conformer_norm(Tensor(a!) x, Tensor? addend, float alpha, Tensor weight, Tensor bias, float eps, ScalarType "
+      "dtype) -> Tensor");
   m.def("pack_conv1d(Tensor weight, int stride=1, int dilation=1) -> Tensor");
   m.def("pack_residual_unit(Tensor weight1, Tensor weight2, int winograd=0) -> Tensor");
   m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");

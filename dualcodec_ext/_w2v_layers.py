@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .build import load_module
+
 _ROWS = 512  # that oneDNN is told to expect when it packs a weight; any number of rows is then right
 
 
@@ -59,67 +61,101 @@ class _Norm:
 
 
 class _FeedForward:
-    def __init__(self, norm: nn.LayerNorm, module: Any, dtype: torch.dtype) -> None:
-        self.norm = _Norm(norm)
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
         inner, outer = module.intermediate_dense, module.output_dense
         self.inner = _Linear(inner.weight, inner.bias, dtype, swish=True)
         self.outer = _Linear(outer.weight, outer.bias, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.add(x, self.outer(self.inner(self.norm(x))), alpha=0.5)
+        return self.outer(self.inner(x))
 
 
 class _Attention:
-    def __init__(self, norm: nn.LayerNorm, module: Any, dtype: torch.dtype) -> None:
-        self.norm = _Norm(norm)
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
         parts = (module.linear_q, module.linear_k, module.linear_v)
         weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
         self.project = _Linear(weight, bias, dtype)
         self.out = _Linear(module.linear_out.weight, module.linear_out.bias, dtype)
         self.heads, self.size = module.num_heads, module.head_size
-        self.distances = (module.distance_embedding.weight.detach() * self.size**-0.5).to(dtype).t().contiguous()
+        self.left = module.left_max_position_embeddings
+        self.distances = module.distance_embedding.weight.detach().to(dtype).contiguous()  # [left + 1 + right, D]
 
-    def __call__(self, x: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
-        batch, steps, _ = x.shape
-        q, k, v = self.project(self.norm(x)).view(batch, steps, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
-        bias = torch.matmul(q, self.distances).gather(3, places.expand(batch, self.heads, steps, steps))
-        if mask is not None:
-            bias = bias.masked_fill(mask, torch.finfo(bias.dtype).min)  # finite: a clip of no frames has no key
-        flat = (batch * self.heads, steps, -1)
-        scores = torch.baddbmm(bias.view(flat), q.reshape(flat), k.reshape(flat).mT, alpha=self.size**-0.5)
-        heard = torch.bmm(scores.softmax(-1), v.reshape(flat)).view(batch, self.heads, steps, self.size)
-        return x + self.out(heard.transpose(1, 2).reshape(batch, steps, -1))
+    def __call__(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        attend = _kernel("conformer_attention") or _attend
+        return self.out(attend(self.project(x), self.distances, self.heads, self.left, valid))
+
+
+def _attend(projected: Tensor, distances: Tensor, heads: int, left: int, valid: Tensor | None) -> Tensor:
+    batch, steps, width = projected.shape
+    size = width // 3 // heads
+    q, k, v = projected.view(batch, steps, 3, heads, size).permute(2, 0, 3, 1, 4)
+    at = torch.arange(steps)
+    places = (at - at[:, None]).clamp(-left, len(distances) - 1 - left) + left
+    bias = torch.matmul(q, distances.t() * size**-0.5).gather(3, places.expand(batch, heads, steps, steps))
+    if valid is not None:  # finite: a clip of no frames has no key
+        bias = bias.masked_fill(~valid[:, None, None, :], torch.finfo(bias.dtype).min)
+    flat = (batch * heads, steps, -1)
+    scores = torch.baddbmm(bias.view(flat), q.reshape(flat), k.reshape(flat).mT, alpha=size**-0.5)
+    heard = torch.bmm(scores.softmax(-1), v.reshape(flat)).view(batch, heads, steps, size)
+    return heard.transpose(1, 2).reshape(batch, steps, -1)
 
 
 class _Convolution:
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
-        self.norm, self.inner_norm = _Norm(module.layer_norm), _Norm(module.depthwise_layer_norm)
+        self.norm = _Norm(module.depthwise_layer_norm)
         self.expand = _Linear(module.pointwise_conv1.weight[:, :, 0], None, dtype)
         self.contract = _Linear(module.pointwise_conv2.weight[:, :, 0], None, dtype)
-        self.depthwise = module.depthwise_conv.weight.detach().to(dtype)  # [C, 1, K]
+        self.depthwise = module.depthwise_conv.weight.detach()[:, 0].t().contiguous()  # [K, C]
 
-    def __call__(self, x: Tensor, outside: Tensor | None) -> Tensor:
-        hidden = self.norm(x)
-        if outside is not None:
-            hidden = hidden.masked_fill(outside, 0.0)
-        hidden = F.glu(self.expand(hidden), dim=-1)
-        hidden = F.pad(hidden.transpose(1, 2), (self.depthwise.shape[2] - 1, 0))
-        hidden = F.conv1d(hidden, self.depthwise, groups=hidden.shape[1])
-        hidden = self.inner_norm(hidden.transpose(1, 2).to(torch.float32))
-        return x + self.contract(F.silu(hidden))
+    def __call__(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        convolve = _kernel("conformer_convolution") or _convolve
+        norm = self.norm
+        return self.contract(convolve(self.expand(x), self.depthwise, norm.weight, norm.bias, norm.eps, valid))
+
+
+def _convolve(x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, valid: Tensor | None) -> Tensor:
+    hidden = F.glu(x, dim=-1)
+    if valid is not None:
+        hidden = hidden.masked_fill(~valid[:, :, None], 0.0)
+    hidden = F.pad(hidden.transpose(1, 2), (weight.shape[0] - 1, 0))
+    hidden = F.conv1d(hidden, weight.t()[:, None].to(x.dtype), groups=weight.shape[1])
+    hidden = F.layer_norm(hidden.transpose(1, 2).float(), ln_weight.shape, ln_weight, ln_bias, eps)
+    return F.silu(hidden).to(x.dtype)
 
 
 class _Layer:
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
-        self.first = _FeedForward(layer.ffn1_layer_norm, layer.ffn1, dtype)
-        self.attention = _Attention(layer.self_attn_layer_norm, layer.self_attn, dtype)
+        self.dtype = dtype
+        self.first, self.last = _FeedForward(layer.ffn1, dtype), _FeedForward(layer.ffn2, dtype)
+        self.attention = _Attention(layer.self_attn, dtype)
         self.convolution = _Convolution(layer.conv_module, dtype)
-        self.last = _FeedForward(layer.ffn2_layer_norm, layer.ffn2, dtype)
+        before = (layer.ffn1_layer_norm, layer.self_attn_layer_norm, layer.conv_module.layer_norm, layer.ffn2_layer_norm)
+        self.norms = [_Norm(norm) for norm in before]
         self.norm = _Norm(layer.final_layer_norm)
 
-    def __call__(self, x: Tensor, places: Tensor, mask: Tensor | None, outside: Tensor | None) -> Tensor:
-        x = self.attention(self.first(x), places, mask)
-        return self.norm(self.last(self.convolution(x, outside)))
+    def __call__(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Compute the layer; x [B, T, C] float32 is overwritten."""
+        norms = self.norms
+        y = self.first(_add_norm(x, None, 1.0, norms[0], self.dtype))
+        y = self.attention(_add_norm(x, y, 0.5, norms[1], self.dtype), valid)
+        y = self.convolution(_add_norm(x, y, 1.0, norms[2], self.dtype), valid)
+        y = self.last(_add_norm(x, y, 1.0, norms[3], self.dtype))
+        return _add_norm(x, y, 0.5, self.norm, torch.float32)
+
+
+def _add_norm(x: Tensor, addend: Tensor | None, alpha: float, norm: _Norm, dtype: torch.dtype) -> Tensor:
+    """Add alpha * addend to x, in place, and return x normed, in `dtype`."""
+    if (kernel := _kernel("conformer_norm")) is not None:
+        y: Tensor = kernel(x, addend, alpha, norm.weight, norm.bias, norm.eps, dtype)
+        return y
+    if addend is not None:
+        x.add_(addend, alpha=alpha)
+    return norm(x).to(dtype)
+
+
+def _kernel(name: str) -> Any:
+    """One of the ops of csrc/conformer.cpp; None without the compiled module."""
+    return None if load_module() is None else getattr(torch.ops.dualcodec_ext, name)
 
 
 class PackedLayers:
@@ -131,10 +167,9 @@ class PackedLayers:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        config, projection = model.config, model.feature_projection
+        projection = model.feature_projection
         self.norm = _Norm(projection.layer_norm)
         self.project = _Linear(projection.projection.weight, projection.projection.bias, dtype)
-        self.reach = config.left_max_position_embeddings, config.right_max_position_embeddings
         self.layers = [_Layer(layer, dtype) for layer in model.encoder.layers]
 
     @staticmethod
@@ -146,13 +181,10 @@ class PackedLayers:
         """Compute [B, T, C] float32 from features [B, T, 160] and a mask [B, T], 1 where they are valid."""
         x = self.project(self.norm(input_features.to(torch.float32))).to(torch.float32)
         valid = attention_mask.bool()
-        mask = outside = None
-        if not bool(valid.all()):
-            mask, outside = ~valid[:, None, None, :], ~valid[:, :, None]
-            x = x.masked_fill(outside, 0.0)
-        at = torch.arange(x.shape[1])
-        left, right = self.reach
-        places = (at - at[:, None]).clamp(-left, right) + left
+        if bool(valid.all()):
+            valid = None
+        else:
+            x = x.masked_fill(~valid[:, :, None], 0.0)
         for layer in self.layers:
-            x = layer(x, places, mask, outside)
+            x = layer(x, valid)
         return x

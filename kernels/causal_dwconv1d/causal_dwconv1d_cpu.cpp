@@ -4,10 +4,9 @@
 #include "params.h"
 
 #include "../common/conv_shape.h"
+#include "../common/layer_norm.h"
 #include "../common/runtime.h"
 #include "../common/tile_io.h"
-
-#include <math.h>
 
 namespace dcx {
 namespace DCX_NS {
@@ -17,33 +16,6 @@ namespace {
 constexpr int64_t kTileBytes = 256 * 1024;
 
 enum Slot { kInput = 0, kOutput = 1 };
-
-inline float root(float x) { return sqrtf(x); }
-inline double root(double x) { return sqrt(x); }
-
-template <class T>
-void layer_norm_row(T* row, int64_t channels, int64_t ld, const T* weight, const T* bias, T eps) {
-  // Columns past the channels hold zeros: they add nothing to the mean, and are left out of the variance.
-  Vec<T> sum{};
-  for (int64_t c = 0; c < ld; c += kLanes<T>) sum = sum + vload<T>(row + c);
-  const T mean = vsum<T>(sum) / static_cast<T>(channels);
-  Vec<T> squares{};
-  int64_t c = 0;
-  for (; c + kLanes<T> <= channels; c += kLanes<T>) {
-    const Vec<T> d = vload<T>(row + c) - vset1(mean);
-    squares = vfma(d, d, squares);
-  }
-  if (c < channels) {
-    T rest[kLanes<T>] = {};
-    for (int64_t i = c; i < channels; ++i) rest[i - c] = row[i] - mean;
-    const Vec<T> d = vload<T>(rest);
-    squares = vfma(d, d, squares);
-  }
-  const T scale = T(1) / root(vsum<T>(squares) / static_cast<T>(channels) + eps);
-  for (c = 0; c < ld; c += kLanes<T>)
-    vstore<T>(row + c,
-              vfma((vload<T>(row + c) - vset1(mean)) * vset1(scale), vload<T>(weight + c), vload<T>(bias + c)));
-}
 
 template <class T>
 void run(const CausalDwconv1dParams& p) {

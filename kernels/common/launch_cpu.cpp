@@ -1,5 +1,6 @@
 // launch_<op>_cpu: the kernel of the active instruction set.
 #include "../causal_dwconv1d/params.h"
+#include "../conformer/params.h"
 #include "../residual_unit/params.h"
 #include "../rvq_lookup/params.h"
 #include "../rvq_search/params.h"
@@ -49,6 +50,9 @@
   }
 
 DCX_LAUNCH_CPU(causal_dwconv1d, CausalDwconv1dParams)
+DCX_LAUNCH_CPU(conformer_attention, ConformerAttentionParams)
+DCX_LAUNCH_CPU(conformer_convolution, ConformerConvolutionParams)
+DCX_LAUNCH_CPU(conformer_norm, ConformerNormParams)
 DCX_LAUNCH_CPU(residual_unit, ResidualUnitParams)
 DCX_LAUNCH_CPU(rvq_lookup, RvqLookupParams)
 DCX_LAUNCH_CPU(rvq_search, RvqSearchParams)

@@ -1,0 +1,49 @@
+#pragma once
+#include "../common/dtype.h"
+
+namespace dcx {
+
+// A Conformer layer between its linear layers, as w2v-BERT has it. Signals are [B, C, T] with stride 1 on C, float32 or
+// bfloat16; what is computed on the way is float32.
+
+// softmax over j of scale * (q_i . k_j + q_i . distances[clamp(j - i, -left, right) + left]), times v_j.
+struct ConformerAttentionParams {
+  TensorView q, k, v;     // [B, H * D, T]
+  TensorView y;           // [B, H * D, T], of their dtype
+  TensorView distances;   // [1, D, left + 1 + right], of their dtype
+  const uint8_t* valid;   // [B][T], 0: a step that nothing attends to; null: every step is valid
+  int64_t batch, steps, heads, size, left, right;
+  float scale;
+};
+
+// x += alpha * addend; y = LayerNorm over c of x.
+struct ConformerNormParams {
+  float* x;            // [rows][C]
+  TensorView addend;   // [1, C, rows]; data null: none
+  TensorView y;        // [1, C, rows]
+  const float* weight;  // [round_up(C, 16)], padded with zeros, as bias is
+  const float* bias;
+  int64_t rows, channels;
+  float alpha, eps;
+};
+
+// Channels that the convolution takes at a time: its vectors and rows of weights are padded with zeros to their multiple.
+constexpr int64_t kConformerChannels = 64;
+
+// h = x[c] * sigmoid(x[C + c]), zero at invalid steps; y = swish(LayerNorm over c of sum_k weight[k][c] h[t - K + 1 + k]).
+struct ConformerConvolutionParams {
+  TensorView x;           // [B, 2 * C, T]
+  TensorView y;           // [B, C, T], of its dtype
+  const float* weight;    // [K][round_up(C, 64)]
+  const float* ln_weight;
+  const float* ln_bias;
+  const uint8_t* valid;  // [B][T]; null: every step is valid
+  int64_t batch, steps, channels, taps;
+  float eps;
+};
+
+void launch_conformer_attention_cpu(const ConformerAttentionParams& params);
+void launch_conformer_norm_cpu(const ConformerNormParams& params);
+void launch_conformer_convolution_cpu(const ConformerConvolutionParams& params);
+
+}  // namespace dcx
