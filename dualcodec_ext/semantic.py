@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._w2v_bert import autocast_dtype, load_statistics, load_w2v_bert, ready
+from ._w2v_fbank import fbank
+from ._w2v_fbank import takes as takes_extractor
 from ._w2v_layers import PackedLayers
 from .errors import DualCodecError, need_extra
 from .hub import find_directory, find_file
@@ -369,6 +371,8 @@ def _extract(extractor: Any, clip: Tensor) -> tuple[Tensor, Tensor]:
     at_16k = resample_24k_to_16k(clip.to(torch.float32))[0]
     if at_16k.numel() < _W2V_FEWEST_SAMPLES:
         return torch.zeros(0, extractor.feature_size * extractor.stride), torch.zeros(0, dtype=torch.int64)
+    if takes_extractor(extractor):
+        return fbank(extractor, at_16k)
     inputs = extractor(at_16k.numpy(), sampling_rate=_W2V_RATE_HZ, return_tensors="pt")
     return inputs["input_features"][0], inputs["attention_mask"][0].to(torch.int64)
 

@@ -21,6 +21,7 @@ LAYERS = (
         "_files",
         "audio",
         "_w2v_bert",
+        "_w2v_fbank",
         "_w2v_layers",
         "build",
         "code_use",
