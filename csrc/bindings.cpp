@@ -35,7 +35,7 @@ TORCH_LIBRARY(dualcodec_ext, m) {
       "Tensor");
   m.def(
       "conformer_norm(Tensor(a!) x, Tensor? addend, float alpha, Tensor weight, Tensor bias, float eps, ScalarType "
-      "dtype) -> Tensor");
+      "dtype, Tensor? next_weight=None, Tensor? next_bias=None) -> Tensor");
   m.def("pack_conv1d(Tensor weight, int stride=1, int dilation=1) -> Tensor");
   m.def("pack_residual_unit(Tensor weight1, Tensor weight2, int winograd=0) -> Tensor");
   m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");

@@ -74,12 +74,15 @@ at::Tensor conformer_attention(const at::Tensor& projected,  // [B, T, 3 * H * D
   return y;
 }
 
+// With next_weight and next_bias x becomes its norm, and what is returned is that one's norm by them.
 at::Tensor conformer_norm(at::Tensor& x,                 // [B, T, C] f32, contiguous; alpha * addend is added to it
                           const OptionalTensor& addend,  // [B, T, C] f32|bf16
                           double alpha,
                           const at::Tensor& weight,  // [C] f32
                           const at::Tensor& bias,    // [C] f32
-                          double eps, at::ScalarType dtype) {
+                          double eps, at::ScalarType dtype,
+                          const OptionalTensor& next_weight,  // [C] f32
+                          const OptionalTensor& next_bias) {  // [C] f32
   const char* op = "conformer_norm";
   check_steps(op, "x", x);
   DCX_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.size(2) > 0, op,
@@ -92,6 +95,14 @@ at::Tensor conformer_norm(at::Tensor& x,                 // [B, T, C] f32, conti
   p.eps = static_cast<float>(eps);
   const at::Tensor weight_values = padded_vector(op, "weight", weight, p.channels, kColumnUnit);
   const at::Tensor bias_values = padded_vector(op, "bias", bias, p.channels, kColumnUnit);
+  at::Tensor next_weight_values, next_bias_values;
+  const bool has_next = next_weight.has_value() && next_weight->defined();
+  DCX_CHECK(has_next == (next_bias.has_value() && next_bias->defined()), op,
+            ": next_weight and next_bias must come together, got one of them");
+  if (has_next) {
+    next_weight_values = padded_vector(op, "next_weight", *next_weight, p.channels, kColumnUnit);
+    next_bias_values = padded_vector(op, "next_bias", *next_bias, p.channels, kColumnUnit);
+  }
   at::Tensor added;
   if (addend.has_value() && addend->defined()) {
     check_steps(op, "addend", *addend);
@@ -106,6 +117,8 @@ at::Tensor conformer_norm(at::Tensor& x,                 // [B, T, C] f32, conti
   p.y = steps_view(y.view({1, p.rows, p.channels}));
   p.weight = weight_values.const_data_ptr<float>();
   p.bias = bias_values.const_data_ptr<float>();
+  p.next_weight = data_or_null<float>(next_weight_values);
+  p.next_bias = data_or_null<float>(next_bias_values);
   launch_conformer_norm_cpu(p);
   return y;
 }

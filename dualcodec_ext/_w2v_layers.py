@@ -119,7 +119,7 @@ def _convolve(x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps
         hidden = hidden.masked_fill(~valid[:, :, None], 0.0)
     hidden = F.pad(hidden.transpose(1, 2), (weight.shape[0] - 1, 0))
     hidden = F.conv1d(hidden, weight.t()[:, None].to(x.dtype), groups=weight.shape[1])
-    hidden = F.layer_norm(hidden.transpose(1, 2).float(), ln_weight.shape, ln_weight, ln_bias, eps)
+    hidden = F.layer_norm(hidden.transpose(1, 2).to(ln_weight.dtype), ln_weight.shape, ln_weight, ln_bias, eps)
     return F.silu(hidden).to(x.dtype)
 
 
@@ -133,23 +133,40 @@ class _Layer:
         self.norms = [_Norm(norm) for norm in before]
         self.norm = _Norm(layer.final_layer_norm)
 
-    def __call__(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Compute the layer; x [B, T, C] float32 is overwritten."""
-        norms = self.norms
-        y = self.first(_add_norm(x, None, 1.0, norms[0], self.dtype))
-        y = self.attention(_add_norm(x, y, 0.5, norms[1], self.dtype), valid)
-        y = self.convolution(_add_norm(x, y, 1.0, norms[2], self.dtype), valid)
-        y = self.last(_add_norm(x, y, 1.0, norms[3], self.dtype))
-        return _add_norm(x, y, 0.5, self.norm, torch.float32)
+    def __call__(self, x: Tensor, y: Tensor, valid: Tensor | None, following: _Norm | None) -> Tensor:
+        """Compute the layer.
+
+        Args:
+            x: its input, [B, T, C] float32, overwritten with its output where a layer follows.
+            y: x after the layer's first norm, in the weights' dtype.
+            valid: [B, T] bool; None: every step is.
+            following: the first norm of the next layer.
+
+        Returns:
+            The output after the norm that follows, in the weights' dtype; without one the output itself, in float32.
+        """
+        norms, dtype = self.norms, self.dtype
+        y = _add_norm(x, self.first(y), 0.5, norms[1], dtype)
+        y = _add_norm(x, self.attention(y, valid), 1.0, norms[2], dtype)
+        y = _add_norm(x, self.convolution(y, valid), 1.0, norms[3], dtype)
+        return _add_norm(x, self.last(y), 0.5, self.norm, dtype if following else torch.float32, following)
 
 
-def _add_norm(x: Tensor, addend: Tensor | None, alpha: float, norm: _Norm, dtype: torch.dtype) -> Tensor:
-    """Add alpha * addend to x, in place, and return x normed, in `dtype`."""
+def _add_norm(
+    x: Tensor, addend: Tensor | None, alpha: float, norm: _Norm, dtype: torch.dtype, following: _Norm | None = None
+) -> Tensor:
+    """Add alpha * addend to x, in place, and return x normed, in `dtype`.
+
+    With `following`, which has the same eps, x becomes its norm and what is returned is that one's norm.
+    """
     if (kernel := _kernel("conformer_norm")) is not None:
-        y: Tensor = kernel(x, addend, alpha, norm.weight, norm.bias, norm.eps, dtype)
+        more = (None, None) if following is None else (following.weight, following.bias)
+        y: Tensor = kernel(x, addend, alpha, norm.weight, norm.bias, norm.eps, dtype, *more)
         return y
     if addend is not None:
         x.add_(addend, alpha=alpha)
+    if following is not None:
+        norm, _ = following, x.copy_(norm(x))
     return norm(x).to(dtype)
 
 
@@ -185,6 +202,8 @@ class PackedLayers:
             valid = None
         else:
             x = x.masked_fill(~valid[:, :, None], 0.0)
-        for layer in self.layers:
-            x = layer(x, valid)
-        return x
+        following = [layer.norms[0] for layer in self.layers]
+        y = _add_norm(x, None, 1.0, following[0], self.layers[0].dtype)
+        for layer, norm in zip(self.layers, [*following[1:], None], strict=True):
+            y = layer(x, y, valid, norm)
+        return y

@@ -28,9 +28,12 @@ void conformer_norm(const ConformerNormParams& p) {
         load_tile<float>(addend, ld, 1, p.channels, p.addend, 0, r, p.rows);
         for (int64_t c = 0; c < ld; c += kLanes<float>)
           vstore<float>(row + c, vfma(vload<float>(addend + c), vset1(p.alpha), vload<float>(row + c)));
-        memcpy(x, row, static_cast<size_t>(p.channels) * sizeof(float));
       }
-      layer_norm_row<float>(row, p.channels, ld, p.weight, p.bias, p.eps);
+      if (p.next_weight != nullptr) layer_norm_row<float>(row, p.channels, ld, p.weight, p.bias, p.eps);
+      if (p.next_weight != nullptr || p.addend.data != nullptr)
+        memcpy(x, row, static_cast<size_t>(p.channels) * sizeof(float));
+      layer_norm_row<float>(row, p.channels, ld, p.next_weight != nullptr ? p.next_weight : p.weight,
+                            p.next_weight != nullptr ? p.next_bias : p.bias, p.eps);
       store_tile<float>(row, ld, 1, p.channels, p.y, 0, r, p.rows);
     }
   });

@@ -16,13 +16,16 @@ struct ConformerAttentionParams {
   float scale;
 };
 
-// x += alpha * addend; y = LayerNorm over c of x.
+// x += alpha * addend; y = LayerNorm over c of x. With next_weight x becomes that row, and y its LayerNorm by the next
+// vectors.
 struct ConformerNormParams {
   float* x;            // [rows][C]
   TensorView addend;   // [1, C, rows]; data null: none
   TensorView y;        // [1, C, rows]
   const float* weight;  // [round_up(C, 16)], padded with zeros, as bias is
   const float* bias;
+  const float* next_weight;  // null: none
+  const float* next_bias;
   int64_t rows, channels;
   float alpha, eps;
 };
