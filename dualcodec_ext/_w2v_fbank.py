@@ -23,8 +23,8 @@ def takes(extractor: Any) -> bool:
     return (
         kind.__name__ == "SeamlessM4TFeatureExtractor"
         and kind.__module__.startswith("transformers.")
-        and np.shape(getattr(extractor, "window", None)) == (_WINDOW,)
-        and np.shape(getattr(extractor, "mel_filters", None)) == (_FFT // 2 + 1, extractor.feature_size)
+        and np.shape(getattr(extractor, "window", ())) == (_WINDOW,)
+        and np.shape(getattr(extractor, "mel_filters", ())) == (_FFT // 2 + 1, extractor.feature_size)
         and getattr(extractor, "padding_side", None) == "right"
     )
 

@@ -2,10 +2,9 @@
 
 A layer of the released model is a feed-forward, self-attention with learned biases per clipped distance, a convolution
 and another feed-forward, each behind a LayerNorm and added to what it was given. Against transformers' own forward:
-the distances' products, 73 per query, are looked up, where it multiplies each query with a vector per key; the three
-projections of attention's input are one; weights lie as oneDNN reads them. LayerNorms, their inputs and the sums are
-float32. On one 10 s clip (2 threads of an AMD EPYC, Zen 4, bfloat16) the distances of a layer took 33 ms there and take
-2.7 ms, its linear layers 70 and 60 ms; torch's fused attention took 8.9 ms where two products and a softmax take 4.9.
+the three projections of attention's input are one, weights lie as oneDNN reads them, and what is between the linear
+layers are the kernels of kernels/conformer, which has their numbers; without the compiled module it is plain torch, and
+their definition. LayerNorms, the sums and attention's scores are float32.
 """
 
 from __future__ import annotations
@@ -113,7 +112,9 @@ class _Convolution:
         return self.contract(convolve(self.expand(x), self.depthwise, norm.weight, norm.bias, norm.eps, valid))
 
 
-def _convolve(x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, valid: Tensor | None) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, valid: Tensor | None
+) -> Tensor:
     hidden = F.glu(x, dim=-1)
     if valid is not None:
         hidden = hidden.masked_fill(~valid[:, :, None], 0.0)
@@ -129,7 +130,12 @@ class _Layer:
         self.first, self.last = _FeedForward(layer.ffn1, dtype), _FeedForward(layer.ffn2, dtype)
         self.attention = _Attention(layer.self_attn, dtype)
         self.convolution = _Convolution(layer.conv_module, dtype)
-        before = (layer.ffn1_layer_norm, layer.self_attn_layer_norm, layer.conv_module.layer_norm, layer.ffn2_layer_norm)
+        before = (
+            layer.ffn1_layer_norm,
+            layer.self_attn_layer_norm,
+            layer.conv_module.layer_norm,
+            layer.ffn2_layer_norm,
+        )
         self.norms = [_Norm(norm) for norm in before]
         self.norm = _Norm(layer.final_layer_norm)
 
@@ -197,10 +203,9 @@ class PackedLayers:
     def __call__(self, input_features: Tensor, attention_mask: Tensor) -> Tensor:
         """Compute [B, T, C] float32 from features [B, T, 160] and a mask [B, T], 1 where they are valid."""
         x = self.project(self.norm(input_features.to(torch.float32))).to(torch.float32)
-        valid = attention_mask.bool()
-        if bool(valid.all()):
-            valid = None
-        else:
+        mask = attention_mask.bool()
+        valid = None if bool(mask.all()) else mask
+        if valid is not None:
             x = x.masked_fill(~valid[:, :, None], 0.0)
         following = [layer.norms[0] for layer in self.layers]
         y = _add_norm(x, None, 1.0, following[0], self.layers[0].dtype)

@@ -233,7 +233,7 @@ class W2vBertFeatures:
         meanvar_fname: name of the statistics file, a dict of `mean` and `var`, [C] each.
         window_s: clips past one minute are computed in windows of so many seconds, one after the other, clip by clip:
             an approximation, in memory that does not grow with them (30 is a good choice). None: whole, as upstream
-            does; attention's memory grows with the square of the length.
+            does; attention's time grows with the square of the length, and on a GPU its memory.
         overlap_s: of two windows.
 
     Numerics: normalising and averaging in float32. A CPU without float16 arithmetic emulates it: of 5 s of

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tolerances import BF16, F32, F64, TOLERANCE
 from torch import Tensor
 from torch.nn import functional as F
 
 from dualcodec_ext import _w2v_layers as layers
 from dualcodec_ext import build, testing
-from tolerances import BF16, F32, F64, TOLERANCE
 
 DTYPES = (F32, BF16)
 CONFORMER = torch.ops.dualcodec_ext
@@ -53,7 +53,13 @@ def compare(actual: Tensor, expected: Tensor, name: str, dtype: torch.dtype) -> 
 
 
 # [B, T, heads, D, left, right]: w2v-BERT's own, then edges: one step, odd sizes, distances that reach past the clip.
-ATTENTION = [(1, 499, 16, 64, 64, 8), (2, 1, 2, 16, 64, 8), (3, 37, 3, 12, 5, 0), (2, 140, 2, 17, 0, 3), (1, 16, 1, 64, 64, 8)]
+ATTENTION = [
+    (1, 499, 16, 64, 64, 8),
+    (2, 1, 2, 16, 64, 8),
+    (3, 37, 3, 12, 5, 0),
+    (2, 140, 2, 17, 0, 3),
+    (1, 16, 1, 64, 64, 8),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +101,9 @@ def test_attention_keeps_a_nan_where_it_is_heard() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("batch", "steps", "channels", "taps"), [(1, 499, 1024, 31), (2, 1, 64, 31), (3, 37, 36, 5), (2, 130, 100, 1)])
+@pytest.mark.parametrize(
+    ("batch", "steps", "channels", "taps"), [(1, 499, 1024, 31), (2, 1, 64, 31), (3, 37, 36, 5), (2, 130, 100, 1)]
+)
 def test_convolution(
     isa: str, batch: int, steps: int, channels: int, taps: int, masked: bool, dtype: torch.dtype
 ) -> None:
@@ -185,15 +193,26 @@ def test_a_wrong_call_is_one_line() -> None:
         with pytest.raises(ValueError, match=match):
             call(*args)
 
-    fails(r"^conformer_attention: projected must be \[B, T, C\], got \[4, 24\]", attention, x[0], made(3, 8), 1, 1, None)
-    fails(r"projected must be float32 or bfloat16, got Double", attention, x.double(), made(3, 8), 1, 1, None)
-    fails(r"must have 3 \* D channels for each of 5 heads, got \[1, 4, 24\]", attention, x, made(3, 8), 5, 1, None)
-    fails(r"distances must be \[more than 3, D\] = \[.., 8\] Float, got \[3, 8\]", attention, x, made(3, 8), 1, 3, None)
-    fails(r"valid must be \[B, T\] = \[1, 4\] bool, got \[1, 3\]", attention, x, made(3, 8), 1, 1, torch.ones(1, 3).bool())
-    fails(r"^conformer_convolution: x must have 2 \* C channels, got \[1, 4, 3\]", convolution, x[..., :3], vector, vector, vector, EPS, None)
-    fails(r"weight must be \[K, C\] = \[K, 12\] float32, got \[3, 8\]", convolution, x, made(3, 8), vector, vector, EPS, None)
-    fails(r"ln_weight must be \[C\] = \[12\] float32, got \[8\]", convolution, x, made(3, 12), vector, vector, EPS, None)
-    fails(r"^conformer_norm: x must be contiguous float32", norm, row.bfloat16(), None, 1.0, vector, vector, EPS, F32)
-    fails(r"dtype must be float32 or bfloat16, got Double", norm, row, None, 1.0, vector, vector, EPS, F64)
-    fails(r"addend must be x's shape \[1, 4, 8\], got \[1, 4, 24\]", norm, row, x, 1.0, vector, vector, EPS, F32)
-    fails(r"next_weight and next_bias must come together", norm, row, None, 1.0, vector, vector, EPS, F32, vector)
+    def attend(x: Tensor, distances: Tensor, heads: int, left: int, valid: Tensor | None = None) -> Tensor:
+        return attention(x, distances, heads, left, valid)
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return convolution(x, weight, vector, vector, EPS, None)
+
+    def normed(x: Tensor, addend: Tensor | None, dtype: torch.dtype, *more: Tensor) -> Tensor:
+        return norm(x, addend, 1.0, vector, vector, EPS, dtype, *more)
+
+    three = made(3, 8)
+    fails(r"^conformer_attention: projected must be \[B, T, C\], got \[4, 24\]", attend, x[0], three, 1, 1)
+    fails(r"projected must be float32 or bfloat16, got Double", attend, x.double(), three, 1, 1)
+    fails(r"must have 3 \* D channels for each of 5 heads, got \[1, 4, 24\]", attend, x, three, 5, 1)
+    fails(r"distances must be \[more than 3, D\] = \[.., 8\] Float, got \[3, 8\]", attend, x, three, 1, 3)
+    short = torch.ones(1, 3, dtype=torch.bool)
+    fails(r"valid must be \[B, T\] = \[1, 4\] bool, got \[1, 3\]", attend, x, three, 1, 1, short)
+    fails(r"^conformer_convolution: x must have 2 \* C channels, got \[1, 4, 3\]", convolve, x[..., :3], three)
+    fails(r"weight must be \[K, C\] = \[K, 12\] float32, got \[3, 8\]", convolve, x, three)
+    fails(r"ln_weight must be \[C\] = \[12\] float32, got \[8\]", convolve, x, made(3, 12))
+    fails(r"^conformer_norm: x must be contiguous float32", normed, row.bfloat16(), None, F32)
+    fails(r"dtype must be float32 or bfloat16, got Double", normed, row, None, F64)
+    fails(r"addend must be x's shape \[1, 4, 8\], got \[1, 4, 24\]", normed, row, x, F32)
+    fails(r"next_weight and next_bias must come together", normed, row, None, F32, vector)

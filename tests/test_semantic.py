@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from w2v_bert import STATISTICS_FILE, save_w2v_bert, upstream_features
 
+from dualcodec_ext import _w2v_fbank
 from dualcodec_ext.errors import DualCodecError, MissingExtraError
 from dualcodec_ext.semantic import LogMelFeatures, W2vBertFeatures, resample, resample_24k_to_16k
 from dualcodec_ext.testing import make_speech
@@ -226,6 +227,29 @@ def test_w2v_features_are_hidden_state_17(folder, batch, samples, factor):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding_value", [0.0, 1.0])
+@pytest.mark.parametrize("samples", [560, 719, 720, 880, 5000, 160160])
+def test_w2v_energies_are_the_extractors(samples, padding_value):
+    transformers = pytest.importorskip("transformers")
+    extractor = transformers.SeamlessM4TFeatureExtractor(padding_value=padding_value)
+    audio = make_speech(samples, sample_rate_hz=16000)[0, 0]
+    expected = extractor(audio.numpy(), sampling_rate=16000, return_tensors="pt")
+    assert _w2v_fbank.takes(extractor)
+    features, mask = _w2v_fbank.fbank(extractor, audio)
+    torch.testing.assert_close(features, expected["input_features"][0], rtol=0, atol=1e-5)  # measured: equal
+    assert torch.equal(mask, expected["attention_mask"][0].to(torch.int64))
+
+
+def test_w2v_extractors_of_another_kind_are_called():
+    transformers = pytest.importorskip("transformers")
+
+    class Own(transformers.SeamlessM4TFeatureExtractor):
+        pass
+
+    for other in (Own(), transformers.SeamlessM4TFeatureExtractor(padding_side="left"), lambda audio: audio):
+        assert not _w2v_fbank.takes(other)
+
+
 def test_w2v_model_stops_after_layer_17(folder, capfd, caplog):
     features = features_of(folder)
     features(make_speech(24000))
@@ -263,11 +287,13 @@ def test_w2v_bfloat16_is_no_further_off_than_autocast(folder):
     assert 1e-3 < error < 1.1 * autocast
 
 
-@pytest.mark.parametrize("without", [None, "oneDNN"])
+@pytest.mark.parametrize("without", [None, "oneDNN", "kernels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_w2v_layers_pack_or_do_without(folder, monkeypatch, dtype, without):
     audio = make_speech(24000)
-    if without:
+    if without == "kernels":
+        monkeypatch.setattr("dualcodec_ext._w2v_layers._kernel", lambda name: None)
+    if without == "oneDNN":
         monkeypatch.setattr("dualcodec_ext._w2v_layers._pack", lambda weight: None)
     got = features_of(folder, autocast=dtype)(audio)
     expected = upstream_features(folder, audio, 4)

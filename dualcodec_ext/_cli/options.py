@@ -120,7 +120,7 @@ WholeFeatures = Annotated[
     typer.Option(
         "--whole-features",
         help="Compute w2v-BERT's features in one piece past one minute too, rather than in windows of 30 s, an "
-        "approximation; memory then grows with the square of the length.",
+        "approximation; time then grows with the square of the length, and on a GPU memory.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]")]

@@ -10,8 +10,8 @@ namespace DCX_NS {
 static inline float root(float x) { return sqrtf(x); }
 static inline double root(double x) { return sqrt(x); }
 
-// Columns from `channels` up to ld, a multiple of 16, hold zeros, in the row and in the vectors: they add nothing to the
-// mean, and are left out of the variance.
+// Columns from `channels` up to ld, a multiple of 16, hold zeros, in the row and in the vectors: they add nothing to
+// the mean, and are left out of the variance.
 template <class T>
 static inline void layer_norm_row(T* row, int64_t channels, int64_t ld, const T* weight, const T* bias, T eps) {
   Vec<T> sum{};

@@ -1,6 +1,6 @@
-// One parallel task per (clip, head, stretch of queries). It packs its head's keys and values as the right-hand sides of
-// two GEMMs, then runs block after block of queries through scores, softmax and the sum of values, all in L2. A query's
-// result depends on no other query: not on the block, the stretch or the thread.
+// One parallel task per (clip, head, stretch of queries). It packs its head's keys and values as the right-hand sides
+// of two GEMMs, then runs block after block of queries through scores, softmax and the sum of values, all in L2. A
+// query's result depends on no other query: not on the block, the stretch or the thread.
 #include "params.h"
 
 #include "../common/activation.h"

@@ -8,10 +8,10 @@ namespace dcx {
 
 // softmax over j of scale * (q_i . k_j + q_i . distances[clamp(j - i, -left, right) + left]), times v_j.
 struct ConformerAttentionParams {
-  TensorView q, k, v;     // [B, H * D, T]
-  TensorView y;           // [B, H * D, T], of their dtype
-  TensorView distances;   // [1, D, left + 1 + right], of their dtype
-  const uint8_t* valid;   // [B][T], 0: a step that nothing attends to; null: every step is valid
+  TensorView q, k, v;    // [B, H * D, T]
+  TensorView y;          // [B, H * D, T], of their dtype
+  TensorView distances;  // [1, D, left + 1 + right], of their dtype
+  const uint8_t* valid;  // [B][T], 0: a step that nothing attends to; null: every step is valid
   int64_t batch, steps, heads, size, left, right;
   float scale;
 };
@@ -19,9 +19,9 @@ struct ConformerAttentionParams {
 // x += alpha * addend; y = LayerNorm over c of x. With next_weight x becomes that row, and y its LayerNorm by the next
 // vectors.
 struct ConformerNormParams {
-  float* x;            // [rows][C]
-  TensorView addend;   // [1, C, rows]; data null: none
-  TensorView y;        // [1, C, rows]
+  float* x;             // [rows][C]
+  TensorView addend;    // [1, C, rows]; data null: none
+  TensorView y;         // [1, C, rows]
   const float* weight;  // [round_up(C, 16)], padded with zeros, as bias is
   const float* bias;
   const float* next_weight;  // null: none
@@ -30,14 +30,16 @@ struct ConformerNormParams {
   float alpha, eps;
 };
 
-// Channels that the convolution takes at a time: its vectors and rows of weights are padded with zeros to their multiple.
+// Channels that the convolution takes at a time: its vectors and rows of weights are padded with zeros to their
+// multiple.
 constexpr int64_t kConformerChannels = 64;
 
-// h = x[c] * sigmoid(x[C + c]), zero at invalid steps; y = swish(LayerNorm over c of sum_k weight[k][c] h[t - K + 1 + k]).
+// h = x[c] * sigmoid(x[C + c]), zero at invalid steps; y = swish(LayerNorm over c of sum_k weight[k][c] h[t - K + 1 +
+// k]).
 struct ConformerConvolutionParams {
-  TensorView x;           // [B, 2 * C, T]
-  TensorView y;           // [B, C, T], of its dtype
-  const float* weight;    // [K][round_up(C, 64)]
+  TensorView x;         // [B, 2 * C, T]
+  TensorView y;         // [B, C, T], of its dtype
+  const float* weight;  // [K][round_up(C, 64)]
   const float* ln_weight;
   const float* ln_bias;
   const uint8_t* valid;  // [B][T]; null: every step is valid
