@@ -34,7 +34,7 @@ int64_t check_unit_weights(const at::Tensor& weight1, const at::Tensor& weight2)
 // How many [C, C] matrices weight1 packs as.
 int64_t check_winograd(const char* op, int64_t winograd) {
   DCX_CHECK(winograd == 0 || with_winograd_form(winograd, [](auto) {}), op,
-            ": winograd must be 0 (direct), 10 or 13, got ", winograd);
+            ": winograd must be 0 (direct), 10, 13 or 22, got ", winograd);
   return winograd == 0 ? kResidualUnitTaps : winograd;
 }
 

@@ -10,7 +10,8 @@ import torch
 # than the direct one compute whole groups of steps.
 Form = Literal["direct", "exact", "fast"]
 
-_UNIT_PRODUCTS: dict[Form, int] = {"direct": 0, "exact": 13, "fast": 10}
+# Of residual units: the products of a group, and the outputs that they give.
+_UNIT_OUTPUTS = {0: 1, 10: 4, 13: 4, 22: 12}
 _UPSAMPLE_PRODUCTS: dict[Form, int] = {"direct": 0, "exact": 4, "fast": 4}
 # With fewer channels rows are padded and Winograd is no faster, or a decoder's largest error comes close to the rule's
 # twice plain PyTorch's: up to 1.85 times for units of 16, and 2.03 where PyTorch runs in one thread; the same of 1024.
@@ -24,7 +25,16 @@ def form_for(form: Form, dtype: torch.dtype, device: torch.device) -> Form:
 
 def unit_products(form: Form, channels: int) -> int:
     """Return the `winograd` of a residual unit; kernels/residual_unit/README.md has speed and error per layer."""
-    return _UNIT_PRODUCTS[form] if channels in _CHANNELS[form] else 0
+    if channels not in _CHANNELS[form]:
+        return 0
+    if form == "exact":
+        return 13
+    return 22 if channels < 512 else 10  # wide layers have few steps, and those of 22 products come in groups of 12 d
+
+
+def unit_outputs(winograd: int) -> int:
+    """Return how many outputs of one phase of a residual unit are computed as one group."""
+    return _UNIT_OUTPUTS[winograd]
 
 
 def upsample_products(form: Form, mode: str, channels: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .forms import Form, unit_products, upsample_products
+from .forms import Form, unit_outputs, unit_products, upsample_products
 from .ops import packing
 from .reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d, inner_conv
 
@@ -234,7 +234,7 @@ class ResidualUnitStep:
     @property
     def granularity(self) -> int:
         """Steps that are computed as one group, counted from the clip's first one: elsewhere no tile may end."""
-        return 4 * self.dilation if self.winograd else 1
+        return unit_outputs(self.winograd) * self.dilation if self.winograd else 1
 
     def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return ops.residual_unit(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .pipeline import Buffer, Inlet, Node, Output, Pass, Pipeline, Sink
-from .stages import Scratch, Stage, stage_of
+from .stages import Scratch, Stage, UpsampleStage, stage_of
 from .steps import Quantizer, Step
 
 # Of idle workspaces, for each engine and kind of call. A 12hz_v1 decoder takes 29 MiB for clips of up to 128 frames and
@@ -43,7 +43,8 @@ class Sizes:
 
     def pass_of(self, stage: Stage, batch: int, itemsize: int, longest: int) -> Pass:
         """Return the pass of a stage that has at most `longest` output rows in all."""
-        row_bytes = (stage.in_channels + stage.out_channels) * itemsize
+        stride = stage.stride if isinstance(stage, UpsampleStage) else 1
+        row_bytes = (stage.in_channels // stride + stage.out_channels) * itemsize
         most = max(1, min(longest, max(self.fewest_rows, self.pass_bytes // row_bytes) // batch))
         return Pass(most, max(1, int(self.gather * most)) if stage.weight_bytes() > self.heavy_bytes else 1)
 

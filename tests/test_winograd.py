@@ -179,7 +179,7 @@ def test_nan_reaches_every_sample_that_it_should(winograd: int) -> None:
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"winograd": 4}, r"winograd must be 0 \(direct\), 10 or 13, got 4"),
+        ({"winograd": 4}, r"winograd must be 0 \(direct\), 10, 13 or 22, got 4"),
         ({"winograd": 10.0}, "winograd must be an integer, got 10.0"),
         ({"winograd": 10, "packed": torch.zeros(640)}, "packed must be a contiguous Float tensor of 880 elements"),
         ({"winograd": 10, "x": torch.zeros(2, 5, 40).bfloat16()}, "winograd must be 0 unless x is float32 or float64"),
@@ -195,7 +195,7 @@ def test_errors(change: dict[str, Any], text: str) -> None:
 
 def test_pack_errors() -> None:
     made = case()
-    with pytest.raises(ValueError, match=r"pack_residual_unit: winograd must be 0 \(direct\), 10 or 13, got 3"):
+    with pytest.raises(ValueError, match=r"pack_residual_unit: winograd must be 0 \(direct\), 10, 13 or 22, got 3"):
         packing.pack_residual_unit(made.weights["weight1"], made.weights["weight2"], 3)
 
 

@@ -17,33 +17,47 @@ constexpr int64_t kTileBytes = 320 * 1024;
 constexpr int64_t kChunkBytes = 128 * 1024;
 constexpr int64_t kSnakeBytes = 16 * 1024;
 constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
-constexpr int64_t kMinChunkRows = 4 * kRowUnit;
-
-// Coefficients of prod (z - p_k^2) over all pairs but `left_out` (-1: none), by powers of z.
 template <class F>
-struct Squares {
-  double at[F::kPairs + 1];
-  constexpr explicit Squares(int left_out) : at{} {
-    at[0] = 1.0;
-    int degree = 0;
-    for (int k = 0; k < F::kPairs; ++k) {
-      if (k == left_out) continue;
-      const double square = F::kPoints[k] * F::kPoints[k];
-      ++degree;
-      for (int i = degree; i > 0; --i) at[i] = at[i - 1] - square * at[i];
-      at[0] *= -square;
-    }
-  }
-};
+constexpr int64_t kMinChunkRows = (F::kOutputs > 4 ? 2 : 4) * kRowUnit;
 
+// Polynomials in w = z^2, whose leading coefficients are 1.
 template <class F>
 struct Tables {
-  double all[F::kPairs + 1];
-  double others[F::kPairs][F::kPairs];
-  constexpr Tables() : all{}, others{} {
-    for (int i = 0; i <= F::kPairs; ++i) all[i] = Squares<F>(-1).at[i];
-    for (int k = 0; k < F::kPairs; ++k)
-      for (int i = 0; i < F::kPairs; ++i) others[k][i] = Squares<F>(k).at[i];
+  double all[F::kPairs + 1];                 // prod (w - p_k^2) over all pairs
+  double others[F::kPairs][F::kPairs];       // over all but one
+  double circle[2 * F::kQuads + 1];          // prod (w^2 + (2 - a_k^2) w + 1), of which each factor has 2 quadratics
+  double beside[F::kQuads + 1];              // the middle coefficient of the factors
+  double plain[F::kQuads + 1][F::kOutputs];  // z^j = plain + turned z modulo z^2 + a_k z + 1
+  double turned[F::kQuads + 1][F::kOutputs];
+
+  constexpr Tables() : all{}, others{}, circle{}, beside{}, plain{}, turned{} {
+    all[0] = 1.0;
+    for (int k = 0; k < F::kPairs; ++k) times_pair(all, k, k);
+    for (int left_out = 0; left_out < F::kPairs; ++left_out) {
+      others[left_out][0] = 1.0;
+      for (int k = 0, degree = 0; k < F::kPairs; ++k)
+        if (k != left_out) times_pair(others[left_out], k, degree++);
+    }
+    circle[0] = 1.0;
+    for (int k = 0; k < F::kQuads; ++k) {
+      const double a = F::kTurns[k];
+      beside[k] = 2.0 - a * a;
+      for (int i = 2 * k + 2; i >= 0; --i)
+        circle[i] = (i <= 2 * k ? circle[i] : 0.0) + (i >= 1 && i <= 2 * k + 1 ? beside[k] * circle[i - 1] : 0.0) +
+                    (i >= 2 ? circle[i - 2] : 0.0);
+      plain[k][0] = 1.0;
+      for (int j = 1; j < F::kOutputs; ++j) {
+        plain[k][j] = -turned[k][j - 1];
+        turned[k][j] = plain[k][j - 1] - a * turned[k][j - 1];
+      }
+    }
+  }
+
+ private:
+  constexpr void times_pair(double* at, int k, int degree) {
+    const double square = F::kPoints[k] * F::kPoints[k];
+    for (int i = degree + 1; i > 0; --i) at[i] = at[i - 1] - (i <= degree ? square * at[i] : 0.0);
+    at[0] *= -square;
   }
 };
 
@@ -56,16 +70,54 @@ inline Vec<T> every_other(const Vec<T>* x, const double* factors) {
   return sum;
 }
 
-// `width` columns of one row of each point's operand from n input rows. The polynomials M(z) / (z - p) and M(z) / (z +
-// p) share their even and odd parts.
+// The operands of conjugate points: x without the real points, per pair of quadratics without the other pair, and per
+// quadratic, as r + s z, without the other one of the pair.
+template <class T, class F>
+inline void transform_circle(const Vec<T>* x, T* out, int64_t out_stride) {
+  constexpr int kFirst = F::kZero ? 1 : 0;
+  static constexpr Tables<F> kTables;
+  Vec<T> y[4 * F::kQuads];
+#pragma GCC unroll 16
+  for (int i = 0; i < 4 * F::kQuads; ++i) y[i] = every_other<T, F::kPairs + 1>(x + i + kFirst, kTables.all);
+#pragma GCC unroll 4
+  for (int k = 0; k < F::kQuads; ++k) {
+    static_assert(F::kQuads <= 2);
+    Vec<T> f[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      f[i] = F::kQuads == 1 ? y[i]
+                            : vfma(vset1(static_cast<T>(kTables.beside[F::kQuads - 1 - k])), y[i + 2], y[i] + y[i + 4]);
+    const Vec<T> r = f[0] + f[2], s = f[1] + f[3];
+#pragma GCC unroll 2
+    for (int sign = 0; sign < 2; ++sign) {
+      const double a = sign == 0 ? F::kTurns[k] : -F::kTurns[k];
+      const Vec<T> turn = vset1(static_cast<T>(-a)), split = vset1(static_cast<T>(F::kSplit));
+      const Vec<T> low = vfma(turn, f[1], r), high = vfma(turn, f[2], s);
+      vstore<T>(out, vfma(split, low, high));
+      vstore<T>(out + out_stride, vfma(split, low, -high));
+      vstore<T>(out + 2 * out_stride,
+                vfma(vset1(static_cast<T>((1.0 + F::kSplit * F::kSplit) / a)), low, high));
+      out += 3 * out_stride;
+    }
+  }
+}
+
+// `width` columns of one row of each operand from n input rows. The polynomials M(z) / (z - p) and M(z) / (z + p)
+// share their even and odd parts.
 template <class T, class F>
 inline void transform_input(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t width) {
-  constexpr int kInputs = WinogradShape<F>::kInputs, kPairs = F::kPairs, kFirst = F::kZero ? 1 : 0;
+  using Shape = WinogradShape<F>;
+  constexpr int kInputs = Shape::kInputs, kPairs = F::kPairs, kFirst = F::kZero ? 1 : 0;
   static constexpr Tables<F> kTables;
   for (int64_t c = 0; c < width; c += kLanes<T>) {
     Vec<T> x[kInputs];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < kInputs; ++i) x[i] = vload<T>(in + i * in_stride + c);
+    if constexpr (F::kQuads > 0) {
+      transform_circle<T, F>(x, out + Shape::kReal * out_stride + c, out_stride);
+#pragma GCC unroll 32
+      for (int i = 0; i <= Shape::kReal; ++i) x[i] = every_other<T, 2 * F::kQuads + 1>(x + i, kTables.circle);
+    }
     if constexpr (F::kZero) vstore<T>(out + c, every_other<T, kPairs + 1>(x, kTables.all));
 #pragma GCC unroll 8
     for (int k = 0; k < kPairs; ++k) {
@@ -76,25 +128,51 @@ inline void transform_input(const T* in, int64_t in_stride, T* out, int64_t out_
       vstore<T>(out + (kFirst + 2 * k) * out_stride + c, vfma(p, scaled, plain));
       vstore<T>(out + (kFirst + 2 * k + 1) * out_stride + c, vfma(-p, scaled, plain));
     }
-    vstore<T>(out + (kInputs - 1) * out_stride + c, every_other<T, kPairs + 1>(x + kFirst, kTables.all));
+    vstore<T>(out + (Shape::kOperands - 1) * out_stride + c, every_other<T, kPairs + 1>(x + kFirst, kTables.all));
   }
 }
 
-// One row of all m outputs, `out_stride` apart, from one row of each point's product: plus the bias, and snaked.
+// Adds the products of quadratic pair k to the sums: the powers of z modulo z^2 + a z + 1 and z^2 - a z + 1 differ in
+// the signs of every other one.
+template <class T, class F>
+inline void add_circle(const T* in, int64_t in_stride, int k, Vec<T>* sum) {
+  static constexpr Tables<F> kTables;
+  const Vec<T> split = vset1(static_cast<T>(F::kSplit));
+  Vec<T> low[2], high[2];
+#pragma GCC unroll 2
+  for (int sign = 0; sign < 2; ++sign) {
+    const T* from = in + 3 * sign * in_stride;
+    const Vec<T> plus = vload<T>(from), minus = vload<T>(from + in_stride);
+    low[sign] = plus + minus;
+    high[sign] = vfma(split, plus - minus, vload<T>(from + 2 * in_stride));
+  }
+  const Vec<T> low_even = low[0] + low[1], low_odd = low[0] - low[1];
+  const Vec<T> high_even = high[0] - high[1], high_odd = high[0] + high[1];
+  sum[0] = sum[0] + low_even;
+  sum[1] = sum[1] + high_odd;
+#pragma GCC unroll 16
+  for (int j = 2; j < F::kOutputs; ++j) {
+    sum[j] = vfma(vset1(static_cast<T>(kTables.plain[k][j])), j % 2 == 0 ? low_even : low_odd, sum[j]);
+    sum[j] = vfma(vset1(static_cast<T>(kTables.turned[k][j])), j % 2 == 0 ? high_even : high_odd, sum[j]);
+  }
+}
+
+// One row of all m outputs, `out_stride` apart, from one row of each operand's product: plus the bias, and snaked.
 template <class T, class F>
 inline void transform_output(const T* in, int64_t in_stride, const T* bias, const T* alpha, const T* inverse, T* out,
                              int64_t out_stride, int64_t width) {
-  constexpr int kInputs = WinogradShape<F>::kInputs, kPairs = F::kPairs, kFirst = F::kZero ? 1 : 0;
+  using Shape = WinogradShape<F>;
+  constexpr int kOutputs = F::kOutputs, kPairs = F::kPairs, kFirst = F::kZero ? 1 : 0;
   for (int64_t c = 0; c < width; c += kLanes<T>) {
-    Vec<T> sum[kWinogradOutputs];
+    Vec<T> sum[kOutputs];
 #pragma GCC unroll 8
     for (int k = 0; k < kPairs; ++k) {
       const Vec<T> plus = vload<T>(in + (kFirst + 2 * k) * in_stride + c);
       const Vec<T> minus = vload<T>(in + (kFirst + 2 * k + 1) * in_stride + c);
       const Vec<T> even = plus + minus, odd = plus - minus;
       T power = T(1);
-#pragma GCC unroll 8
-      for (int j = 0; j < kWinogradOutputs; ++j) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kOutputs; ++j) {
         const Vec<T> part = j % 2 == 0 ? even : odd;
         if (k == 0)
           sum[j] = j == 0 ? part : vset1(power) * part;
@@ -103,11 +181,16 @@ inline void transform_output(const T* in, int64_t in_stride, const T* bias, cons
         power *= static_cast<T>(F::kPoints[k]);
       }
     }
+    if constexpr (F::kQuads > 0) {
+#pragma GCC unroll 4
+      for (int k = 0; k < F::kQuads; ++k)
+        add_circle<T, F>(in + (Shape::kReal + 6 * k) * in_stride + c, in_stride, k, sum);
+    }
     if constexpr (F::kZero) sum[0] = sum[0] + vload<T>(in + c);
-    sum[kWinogradOutputs - 1] = sum[kWinogradOutputs - 1] + vload<T>(in + (kInputs - 1) * in_stride + c);
+    sum[kOutputs - 1] = sum[kOutputs - 1] + vload<T>(in + (Shape::kOperands - 1) * in_stride + c);
     const Vec<T> offset = vload<T>(bias + c);
-#pragma GCC unroll 8
-    for (int j = 0; j < kWinogradOutputs; ++j)
+#pragma GCC unroll 16
+    for (int j = 0; j < kOutputs; ++j)
       vstore<T>(out + j * out_stride + c, snake_vector(sum[j] + offset, alpha + c, inverse + c));
   }
 }
@@ -137,7 +220,7 @@ void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, con
     transform_input<T, F>(in + chunk.step(r) * ld, d * ld, transformed + r * ld, transformed_rows * ld, ld);
   for (int64_t panel = 0; panel < panel_count(channels); ++panel) {
     const int64_t n0 = panel_begin(channels, panel), width = panel_begin(channels, panel + 1) - n0;
-    for (int i = 0; i < Shape::kInputs; ++i) {
+    for (int i = 0; i < Shape::kOperands; ++i) {
       const T* a = transformed + i * transformed_rows * ld;
       const GemmOperand<T> operand{a, ld, d * ld, Shape::pieces(i), channels, block};
       conv_gemm<T>(rows, operand, weight, width, products + i * rows * width, width);
@@ -150,8 +233,9 @@ void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, con
 }
 
 // Rows in whole and in part of groups that `count` steps take.
+template <class F>
 inline int64_t rows_of(int64_t count, int64_t d) {
-  const int64_t full = count / (kWinogradOutputs * d), left = count - full * kWinogradOutputs * d;
+  const int64_t full = count / (F::kOutputs * d), left = count - full * F::kOutputs * d;
   return full * d + (left < d ? left : d);
 }
 
@@ -161,19 +245,19 @@ template <class Kind, class F>
 void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared, int64_t halo) {
   typedef typename Kind::Sum T;
   using Shape = WinogradShape<F>;
-  const int64_t ld = round_up(p.channels, kColumnUnit), d = p.dilation, group = kWinogradOutputs * d;
+  const int64_t ld = round_up(p.channels, kColumnUnit), d = p.dilation, group = F::kOutputs * d;
   const int64_t reached = round_up(p.out_steps, group), in_rows = reached + halo;
-  const Chunk chunk{0, rows_of(p.out_steps, d), d, group};
+  const Chunk chunk{0, rows_of<F>(p.out_steps, d), d, group};
   const int64_t rows = chunk.count, transformed_rows = rows + (F::kPieces - 1) * d;
   T* in = scratch_rows<T>(kAllInput, p.batch * in_rows, ld);
-  T* transformed = scratch_rows<T>(kTransformed, Shape::kInputs * p.batch * transformed_rows, ld);
+  T* transformed = scratch_rows<T>(kTransformed, Shape::kOperands * p.batch * transformed_rows, ld);
   T* middle = scratch_rows<T>(kAllMiddle, p.batch * reached, ld);
   for (int64_t b = 0; b < p.batch; ++b) {
     T* tile = in + b * in_rows * ld;
     load_snaked(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b), shared, shared + ld);
   }
   const int64_t panels = panel_count(p.channels), work = p.batch * rows * p.channels;
-  parallel(panels, work * Shape::kInputs * Shape::kInputs, [&](int64_t panel) {
+  parallel(panels, work * Shape::kOperands * Shape::kOperands, [&](int64_t panel) {
     const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t r = 0; r < transformed_rows; ++r)
@@ -183,9 +267,9 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared, in
   });
   parallel(panels, work * p.channels * Shape::kProducts, [&](int64_t panel) {
     const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
-    T* products = scratch_rows<T>(kProducts, Shape::kInputs * p.batch * rows, width);
+    T* products = scratch_rows<T>(kProducts, Shape::kOperands * p.batch * rows, width);
     const T* weight = static_cast<const T*>(p.weight1) + Shape::kProducts * p.channels * n0;
-    for (int i = 0; i < Shape::kInputs; ++i) {
+    for (int i = 0; i < Shape::kOperands; ++i) {
       const T* a = transformed + i * p.batch * transformed_rows * ld;
       const GemmOperand<T> operand{a, ld, d * ld, Shape::pieces(i), p.channels, chain_length<F>(p.channels)};
       conv_gemm_panel<T>(rows, operand, weight, width, 0, products + i * p.batch * rows * width, width,
@@ -205,7 +289,7 @@ template <class Kind, class F>
 void run(const ResidualUnitParams& p) {
   typedef typename Kind::Sum T;
   using Shape = WinogradShape<F>;
-  const int64_t ld = round_up(p.channels, kColumnUnit), d = p.dilation, group = kWinogradOutputs * d;
+  const int64_t ld = round_up(p.channels, kColumnUnit), d = p.dilation, group = F::kOutputs * d;
   // With two pieces, infinity of a shorter second one is computed beside the others, from d rows more, and not used.
   const int64_t halo = d * (kResidualUnitTaps - 1 + F::kPieces - 1);
   const int64_t element = static_cast<int64_t>(sizeof(T));
@@ -218,27 +302,27 @@ void run(const ResidualUnitParams& p) {
   }
 
   const int64_t panel = ld < kMaxPanelWidth ? ld : kMaxPanelWidth;
-  int64_t chunk_rows = kChunkBytes / (((Shape::kInputs + kWinogradOutputs) * ld + Shape::kInputs * panel) * element) /
+  int64_t chunk_rows = kChunkBytes / (((Shape::kOperands + F::kOutputs) * ld + Shape::kOperands * panel) * element) /
                        kRowUnit * kRowUnit;
-  if (chunk_rows < kMinChunkRows) chunk_rows = kMinChunkRows;
-  const int64_t fitting = kTileBytes / (ld * element) - halo, least = chunk_rows * kWinogradOutputs;
+  if (chunk_rows < kMinChunkRows<F>) chunk_rows = kMinChunkRows<F>;
+  const int64_t fitting = kTileBytes / (ld * element) - halo, least = chunk_rows * F::kOutputs;
   int64_t unit = group;  // whole groups, and full register blocks where groups are small
-  while (unit / kWinogradOutputs % kRowUnit != 0 && unit < least) unit += group;
+  while (unit / F::kOutputs % kRowUnit != 0 && unit < least) unit += group;
   const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < least ? least : fitting, unit);
   const int64_t tiles = ceil_div(p.out_steps, rows);
-  if (chunk_rows > rows / kWinogradOutputs) chunk_rows = rows / kWinogradOutputs;
+  if (chunk_rows > rows / F::kOutputs) chunk_rows = rows / F::kOutputs;
   const bool plain = is_direct<T>(p.x, p.channels) && is_direct<T>(p.y, p.channels);
 
   parallel(p.batch * tiles, [&](int64_t task) {
     const int64_t b = task / tiles, t0 = task % tiles * rows;
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     // Groups are whole: what the last one reads past the signal is zero, in whatever batch or tile the clip is.
-    const int64_t group_rows = rows_of(count, d), reached = round_up(count, group);
+    const int64_t group_rows = rows_of<F>(count, d), reached = round_up(count, group);
     const int64_t in_valid = p.in_valid(b);
     T* in = scratch_rows<T>(kInput, rows + halo, ld);
-    T* transformed = scratch_rows<T>(kTransformed, Shape::kInputs * (chunk_rows + (F::kPieces - 1) * d), ld);
-    T* products = scratch_rows<T>(kProducts, Shape::kInputs * chunk_rows, panel);
-    T* middle = scratch_rows<T>(kMiddle, kWinogradOutputs * chunk_rows, ld);
+    T* transformed = scratch_rows<T>(kTransformed, Shape::kOperands * (chunk_rows + (F::kPieces - 1) * d), ld);
+    T* products = scratch_rows<T>(kProducts, Shape::kOperands * chunk_rows, panel);
+    T* middle = scratch_rows<T>(kMiddle, F::kOutputs * chunk_rows, ld);
     T* out = plain ? nullptr : scratch_rows<T>(kOutput, rows, ld);
     const int64_t block = kSnakeBytes / (ld * element) + 1;
     for (int64_t r = 0; r < reached + halo; r += block) {
@@ -252,10 +336,10 @@ void run(const ResidualUnitParams& p) {
                      shared + 2 * ld, shared + 3 * ld, transformed, products, middle);
       // The operands are done with, and leave their place to the 1x1's outputs.
       const GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
-      conv_gemm<T>(kWinogradOutputs * chunk.count, pointwise, static_cast<const T*>(p.weight2), p.channels, transformed,
+      conv_gemm<T>(F::kOutputs * chunk.count, pointwise, static_cast<const T*>(p.weight2), p.channels, transformed,
                    ld);
       for (int64_t r = 0; r < chunk.count; ++r)
-        for (int64_t j = 0; j < kWinogradOutputs; ++j) {
+        for (int64_t j = 0; j < F::kOutputs; ++j) {
           const int64_t t = chunk.step(r) + j * d;
           if (t >= count) break;
           const T* from = transformed + (j * chunk.count + r) * ld;
