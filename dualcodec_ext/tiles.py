@@ -18,9 +18,9 @@ from .pipeline import Buffer, Inlet, Node, Output, Pass, Pipeline, Sink
 from .stages import Scratch, Stage, UpsampleStage, stage_of
 from .steps import Quantizer, Step
 
-# Of idle workspaces, for each engine and kind of call. A 12hz_v1 decoder takes 29 MiB for clips of up to 128 frames and
-# 39 MiB for longer ones, its encoders 48 and 88.
-KEPT_BYTES = 96 * 2**20
+# Of idle workspaces, for each engine and kind of call. A 12hz_v1 decoder takes up to 59 MiB for clips of up to 128
+# frames and 95 MiB for longer ones, its encoders 48 and 88.
+KEPT_BYTES = 104 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,23 @@ class Sizes:
         pass_bytes: input and output rows of one pass, together over the batch.
         fewest_rows: of a pass all the same.
         group_frames: codec frames of the clips that run side by side: more clips run one group after the other.
-        gather: part of a full pass that stages with weights past `heavy_bytes` wait for.
-        heavy_bytes: see there.
+        heavy_bytes: stages with weights past it take `heavy_passes` times as much, and wait for its part `gather`.
     """
 
     pass_bytes: int = 2 * 2**20
     fewest_rows: int = 256
     group_frames: int = 128
-    gather: float = 0.5
     heavy_bytes: int = 2**20
+    heavy_passes: int = 2
+    gather: float = 1.0
 
     def pass_of(self, stage: Stage, batch: int, itemsize: int, longest: int) -> Pass:
         """Return the pass of a stage that has at most `longest` output rows in all."""
-        stride = stage.stride if isinstance(stage, UpsampleStage) else 1
-        row_bytes = (stage.in_channels // stride + stage.out_channels) * itemsize
-        most = max(1, min(longest, max(self.fewest_rows, self.pass_bytes // row_bytes) // batch))
-        return Pass(most, max(1, int(self.gather * most)) if stage.weight_bytes() > self.heavy_bytes else 1)
+        heavy = stage.weight_bytes() > self.heavy_bytes
+        inputs = stage.in_channels // (stage.stride if isinstance(stage, UpsampleStage) else 1)
+        rows = self.pass_bytes * (self.heavy_passes if heavy else 1) // ((inputs + stage.out_channels) * itemsize)
+        most = max(1, min(longest, max(self.fewest_rows, rows) // batch))
+        return Pass(most, max(1, int(self.gather * most)) if heavy else 1)
 
 
 class SearchStage:
@@ -358,7 +359,7 @@ class Tiles:
     def __init__(self, programs: Programs, sizes: Sizes | None = None) -> None:
         self.programs, self.sizes = programs, sizes or Sizes()
         # 10 s took encoders 4 to 5 % less time in passes of 3 MiB than of 2 for 12hz_v1, 1 % less for 25hz_v1 (Zen 4).
-        heard = (programs, sizes or Sizes(pass_bytes=3 * 2**20))
+        heard = (programs, sizes or Sizes(pass_bytes=3 * 2**20, heavy_passes=1, gather=0.5))
         self.decoders = Pool(lambda batch, frames: DecodeTiles(programs, self.sizes, batch, frames))
         self._semantic = Pool(lambda batch, frames: EncodeTiles(*heard, batch, frames, False), KEPT_BYTES // 4)
         self._encoders = Pool(lambda batch, frames: EncodeTiles(*heard, batch, frames, True))

@@ -43,8 +43,9 @@ def residual_unit(
         lengths: [B] int64, samples per item; those past it count as zero on input and output.
         packed: `ops.packing.pack_residual_unit(weight1, weight2, winograd)`; then of the weights the shapes alone are
             read.
-        winograd: in how many [C, C] products 4 outputs, d steps apart, of the k=7 convolution are computed: 0, direct,
-            in 28; 13, about 1.6 times direct's rounding; 10, about 5 times. float32 and float64 on the CPU.
+        winograd: in how many [C, C] products m outputs, d steps apart, of the k=7 convolution are computed: 0, direct,
+            7 for each; 13 for 4, about 1.6 times direct's rounding; 10 for 4, about 5 times; 22 for 12, about 2.2
+            times. float32 and float64 on the CPU.
 
     Returns:
         [B, C, T + left + right - 6d], dtype and layout of x. To output t is added x[t - left + (6d when causal,
@@ -55,8 +56,8 @@ def residual_unit(
         RuntimeError: a gradient is needed and `packed` is given.
 
     Numerics: float32 accumulation (float64 for float64), in an order that depends on C alone. On the CPU a bfloat16 x
-        takes its weights in bfloat16. With `winograd` the outputs [4d * g, 4d * g + 4d) are one group: an output's
-        bits, and whether it is NaN, depend on all inputs that its group reads. A signal cut at multiples of 4d, with
+        takes its weights in bfloat16. With `winograd` the outputs [m d g, m d g + m d) are one group: an output's
+        bits, and whether it is NaN, depend on all inputs that its group reads. A signal cut at multiples of m d, with
         the context that the convolution needs, gives the same bits. The reference computes the same, directly,
         whatever `winograd` is.
 

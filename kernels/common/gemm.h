@@ -28,6 +28,16 @@ struct SumOf<Bf16> {
 template <class A>
 using Sum = typename SumOf<A>::type;
 
+// Memory that is written after a product, and fetched while it is computed.
+struct GemmFetch {
+  char* at = nullptr;
+  int64_t bytes = 0;
+
+  GemmFetch part(int64_t i, int64_t parts) const {
+    return {at + bytes * i / parts, bytes * (i + 1) / parts - bytes * i / parts};
+  }
+};
+
 template <class A>
 struct GemmOperand {
   const A* a;
@@ -36,6 +46,7 @@ struct GemmOperand {
   int64_t taps;
   int64_t channels;
   int64_t block = kReductionBlock;  // how much of the reduction is summed before it is added to C
+  GemmFetch later = {};
 };
 
 // c: [m][round_up(columns, 16)], rows ld_c apart, overwritten. b: panels of gemm_pack.h, or of gemm_pack_bf16.h whose

@@ -95,17 +95,28 @@ constexpr int kBlockRows =
     NV == 2 ? 6 : 12;
 #endif
 
-// Weights that come next, fetched into L2 a few lines per register block: a slice begins where no stream has been, so
-// that the hardware would fetch its first lines only once they are missed.
+// Weights that come next and memory that is written behind the product, fetched into L2 a few lines per register block:
+// a slice of weights begins where no stream has been, so that the hardware would fetch its first lines only once they
+// are missed.
 struct Ahead {
   const char* at = nullptr;
   int64_t bytes = 0;
+  char* written = nullptr;
+  int64_t written_bytes = 0;
 
-  inline void fetch(int64_t count) {
+  // The shares of one of `count` register blocks.
+  static inline int64_t share(int64_t bytes, int64_t count) {
+    return bytes > 0 ? round_up(ceil_div(bytes, count), 64) : 0;
+  }
+  inline void fetch(int64_t count, int64_t written_count) {
     const int64_t now = count < bytes ? count : bytes;
     for (int64_t i = 0; i < now; i += 64) __builtin_prefetch(at + i, 0, 2);
     at += now;
     bytes -= now;
+    const int64_t written_now = written_count < written_bytes ? written_count : written_bytes;
+    for (int64_t i = 0; i < written_now; i += 64) __builtin_prefetch(written + i, 1, 2);
+    written += written_now;
+    written_bytes -= written_now;
   }
 };
 
@@ -113,9 +124,10 @@ template <class A, class B, int NV>
 inline void panel_columns(int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps,
                           const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add, Ahead& ahead) {
   constexpr int MR = kBlockRows<NV>;
-  const int64_t share = ahead.bytes > 0 ? round_up(ceil_div(ahead.bytes, ceil_div(m, int64_t{MR})), 64) : 0;
+  const int64_t count = ceil_div(m, int64_t{MR}), share = Ahead::share(ahead.bytes, count),
+                written_share = Ahead::share(ahead.written_bytes, count);
   for (int64_t i = 0; i < m; i += MR) {
-    if (share > 0) ahead.fetch(share);
+    if (share + written_share > 0) ahead.fetch(share, written_share);
     row_block<A, B, MR, NV>(m - i < MR ? m - i : MR, a + i * row_stride, row_stride, tap_stride, taps, steps, b,
                             b_stride, c + i * ld_c, ld_c, add);
   }
@@ -208,12 +220,17 @@ void conv_gemm(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns,
         const int64_t slice = block.taps * (block.end - block.begin);
         const int64_t from = block.tap * steps + block.begin;
         if (p + 1 < panels)
-          ahead = {reinterpret_cast<const char*>(panel_at(op, b, n1) + from * (panel_begin(columns, p + 2) - n1)),
-                   slice * (panel_begin(columns, p + 2) - n1) * static_cast<int64_t>(sizeof(B))};
+          ahead = {.at = reinterpret_cast<const char*>(panel_at(op, b, n1) + from * (panel_begin(columns, p + 2) - n1)),
+                   .bytes = slice * (panel_begin(columns, p + 2) - n1) * static_cast<int64_t>(sizeof(B))};
         else if (from + slice < op.taps * steps)
-          ahead = {reinterpret_cast<const char*>(b + (from + slice) * panel_begin(columns, 1)),
-                   (op.taps * steps - from - slice < slice ? op.taps * steps - from - slice : slice) *
-                       panel_begin(columns, 1) * static_cast<int64_t>(sizeof(B))};
+          ahead = {.at = reinterpret_cast<const char*>(b + (from + slice) * panel_begin(columns, 1)),
+                   .bytes = (op.taps * steps - from - slice < slice ? op.taps * steps - from - slice : slice) *
+                            panel_begin(columns, 1) * static_cast<int64_t>(sizeof(B))};
+      }
+      if (!block.add && op.later.bytes > 0) {  // the first block's panels fetch what is written afterwards
+        const GemmFetch part = op.later.part(p, panels);
+        ahead.written = part.at;
+        ahead.written_bytes = part.bytes;
       }
       panel_block(m, op, block, panel_at(op, b, n0), n1 - n0, c + n0, ld_c, ahead);
     }

@@ -125,6 +125,18 @@ static inline T vsum(Vec<T> v) {
   return lanes[0];
 }
 
+#if DCX_ISA >= 2
+template <>
+inline float vsum<float>(Vec<float> v) {
+  float lanes[16];
+  vstore<float>(lanes, v);
+  const __m256 half = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
+  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+#endif
+
 // Whether any lane of a comparison's result is set.
 template <class T>
 static inline bool vany(IVec<T> mask) {

@@ -66,8 +66,7 @@ struct WinogradShape {
     for (int k = 0; k < tap; ++k) value *= p;
     for (int other = 0; other < kReal; ++other)
       if (other != i) value /= p - point(other);
-    for (int k = 0; k < F::kQuads; ++k)
-      value /= (p * p + 1.0) * (p * p + 1.0) - F::kTurns[k] * F::kTurns[k] * p * p;
+    for (int k = 0; k < F::kQuads; ++k) value /= (p * p + 1.0) * (p * p + 1.0) - F::kTurns[k] * F::kTurns[k] * p * p;
     return value;
   }
   // r + s z modulo z^2 + a z + 1.

@@ -95,8 +95,7 @@ inline void transform_circle(const Vec<T>* x, T* out, int64_t out_stride) {
       const Vec<T> low = vfma(turn, f[1], r), high = vfma(turn, f[2], s);
       vstore<T>(out, vfma(split, low, high));
       vstore<T>(out + out_stride, vfma(split, low, -high));
-      vstore<T>(out + 2 * out_stride,
-                vfma(vset1(static_cast<T>((1.0 + F::kSplit * F::kSplit) / a)), low, high));
+      vstore<T>(out + 2 * out_stride, vfma(vset1(static_cast<T>((1.0 + F::kSplit * F::kSplit) / a)), low, high));
       out += 3 * out_stride;
     }
   }
@@ -157,42 +156,70 @@ inline void add_circle(const T* in, int64_t in_stride, int k, Vec<T>* sum) {
   }
 }
 
-// One row of all m outputs, `out_stride` apart, from one row of each operand's product: plus the bias, and snaked.
+// One row of all m outputs, `out_stride` apart, from one row of each operand's product: plus the bias.
 template <class T, class F>
-inline void transform_output(const T* in, int64_t in_stride, const T* bias, const T* alpha, const T* inverse, T* out,
-                             int64_t out_stride, int64_t width) {
+inline void transform_products(const T* in, int64_t in_stride, const T* bias, Vec<T>* sum) {
   using Shape = WinogradShape<F>;
   constexpr int kOutputs = F::kOutputs, kPairs = F::kPairs, kFirst = F::kZero ? 1 : 0;
-  for (int64_t c = 0; c < width; c += kLanes<T>) {
-    Vec<T> sum[kOutputs];
 #pragma GCC unroll 8
-    for (int k = 0; k < kPairs; ++k) {
-      const Vec<T> plus = vload<T>(in + (kFirst + 2 * k) * in_stride + c);
-      const Vec<T> minus = vload<T>(in + (kFirst + 2 * k + 1) * in_stride + c);
-      const Vec<T> even = plus + minus, odd = plus - minus;
-      T power = T(1);
+  for (int k = 0; k < kPairs; ++k) {
+    const Vec<T> plus = vload<T>(in + (kFirst + 2 * k) * in_stride);
+    const Vec<T> minus = vload<T>(in + (kFirst + 2 * k + 1) * in_stride);
+    const Vec<T> even = plus + minus, odd = plus - minus;
+    T power = T(1);
 #pragma GCC unroll 16
-      for (int j = 0; j < kOutputs; ++j) {
-        const Vec<T> part = j % 2 == 0 ? even : odd;
-        if (k == 0)
-          sum[j] = j == 0 ? part : vset1(power) * part;
-        else
-          sum[j] = j == 0 ? sum[j] + part : vfma(vset1(power), part, sum[j]);
-        power *= static_cast<T>(F::kPoints[k]);
-      }
+    for (int j = 0; j < kOutputs; ++j) {
+      const Vec<T> part = j % 2 == 0 ? even : odd;
+      if (k == 0)
+        sum[j] = j == 0 ? part : vset1(power) * part;
+      else
+        sum[j] = j == 0 ? sum[j] + part : vfma(vset1(power), part, sum[j]);
+      power *= static_cast<T>(F::kPoints[k]);
     }
-    if constexpr (F::kQuads > 0) {
-#pragma GCC unroll 4
-      for (int k = 0; k < F::kQuads; ++k)
-        add_circle<T, F>(in + (Shape::kReal + 6 * k) * in_stride + c, in_stride, k, sum);
-    }
-    if constexpr (F::kZero) sum[0] = sum[0] + vload<T>(in + c);
-    sum[kOutputs - 1] = sum[kOutputs - 1] + vload<T>(in + (Shape::kOperands - 1) * in_stride + c);
-    const Vec<T> offset = vload<T>(bias + c);
-#pragma GCC unroll 16
-    for (int j = 0; j < kOutputs; ++j)
-      vstore<T>(out + j * out_stride + c, snake_vector(sum[j] + offset, alpha + c, inverse + c));
   }
+  if constexpr (F::kQuads > 0) {
+#pragma GCC unroll 4
+    for (int k = 0; k < F::kQuads; ++k) add_circle<T, F>(in + (Shape::kReal + 6 * k) * in_stride, in_stride, k, sum);
+  }
+  if constexpr (F::kZero) sum[0] = sum[0] + vload<T>(in);
+  sum[kOutputs - 1] = sum[kOutputs - 1] + vload<T>(in + (Shape::kOperands - 1) * in_stride);
+  const Vec<T> offset = vload<T>(bias);
+#pragma GCC unroll 16
+  for (int j = 0; j < kOutputs; ++j) sum[j] = sum[j] + offset;
+}
+
+// The same snaked, where |alpha x| may be beyond what snake_near takes: a call of libm beside the common case would
+// have its constants loaded for every register.
+template <class T, class F>
+__attribute__((noinline, cold)) void transform_far(const T* in, int64_t in_stride, const T* bias, const T* alpha,
+                                                   const T* inverse, T* out, int64_t out_stride) {
+  Vec<T> sum[F::kOutputs];
+  transform_products<T, F>(in, in_stride, bias, sum);
+  for (int j = 0; j < F::kOutputs; ++j) vstore<T>(out + j * out_stride, snake_vector(sum[j], alpha, inverse));
+}
+
+template <class F>
+inline void transform_output(const float* in, int64_t in_stride, const float* bias, const float* alpha,
+                             const float* inverse, float* out, int64_t out_stride, int64_t width) {
+  for (int64_t c = 0; c < width; c += kLanes<float>) {
+    Vec<float> sum[F::kOutputs], largest{};
+    transform_products<float, F>(in + c, in_stride, bias + c, sum);
+    const Vec<float> a = vload<float>(alpha + c), i = vload<float>(inverse + c);
+#pragma GCC unroll 16
+    for (int j = 0; j < F::kOutputs; ++j) {
+      const Vec<float> y = a * sum[j];
+      largest = vlargest(y, largest);
+      vstore<float>(out + j * out_stride + c, snake_near(sum[j], y, i));
+    }
+    if (__builtin_expect(vany<float>(largest > vset1(kSnakeFar)), 0))
+      transform_far<float, F>(in + c, in_stride, bias + c, alpha + c, inverse + c, out + c, out_stride);
+  }
+}
+template <class F>
+inline void transform_output(const double* in, int64_t in_stride, const double* bias, const double* alpha,
+                             const double* inverse, double* out, int64_t out_stride, int64_t width) {
+  for (int64_t c = 0; c < width; c += kLanes<double>)
+    transform_far<double, F>(in + c, in_stride, bias + c, alpha + c, inverse + c, out + c, out_stride);
 }
 
 // Rows [first, first + count) of a task, in the order of (group, phase), and where they are in time.
@@ -227,8 +254,8 @@ void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, con
       weight += Shape::pieces(i) * channels * width;
     }
     for (int64_t r = 0; r < rows; ++r)
-      transform_output<T, F>(products + r * width, rows * width, bias + n0, alpha + n0, inverse + n0,
-                             middle + r * ld + n0, rows * ld, width);
+      transform_output<F>(products + r * width, rows * width, bias + n0, alpha + n0, inverse + n0, middle + r * ld + n0,
+                          rows * ld, width);
   }
 }
 
@@ -279,8 +306,8 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared, in
     const T* bias = static_cast<const T*>(p.bias1) + n0;
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t r = 0; r < rows; ++r)
-        transform_output<T, F>(products + (b * rows + r) * width, p.batch * rows * width, bias, shared + 2 * ld + n0,
-                               shared + 3 * ld + n0, middle + (b * reached + chunk.step(r)) * ld + n0, d * ld, width);
+        transform_output<F>(products + (b * rows + r) * width, p.batch * rows * width, bias, shared + 2 * ld + n0,
+                            shared + 3 * ld + n0, middle + (b * reached + chunk.step(r)) * ld + n0, d * ld, width);
   });
   finish_short<Kind>(p, middle, reached);
 }
@@ -306,16 +333,19 @@ void run(const ResidualUnitParams& p) {
                        kRowUnit * kRowUnit;
   if (chunk_rows < kMinChunkRows<F>) chunk_rows = kMinChunkRows<F>;
   const int64_t fitting = kTileBytes / (ld * element) - halo, least = chunk_rows * F::kOutputs;
-  int64_t unit = group;  // whole groups, and full register blocks where groups are small
-  while (unit / F::kOutputs % kRowUnit != 0 && unit < least) unit += group;
-  const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < least ? least : fitting, unit);
-  const int64_t tiles = ceil_div(p.out_steps, rows);
+  const int64_t rows_most = fitting < least ? least : fitting;
+  // Stretches of nearly as many groups each, as many for every thread where there are few.
+  const int64_t groups = ceil_div(p.out_steps, group), threads = runtime().num_threads();
+  int64_t tiles = ceil_div(groups * group, rows_most);
+  if (tiles * p.batch < 16 * threads) tiles = round_up(tiles, threads);
+  tiles = minimum(tiles, groups);
+  const int64_t rows = ceil_div(groups, tiles) * group;
   if (chunk_rows > rows / F::kOutputs) chunk_rows = rows / F::kOutputs;
   const bool plain = is_direct<T>(p.x, p.channels) && is_direct<T>(p.y, p.channels);
 
   parallel(p.batch * tiles, [&](int64_t task) {
-    const int64_t b = task / tiles, t0 = task % tiles * rows;
-    const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
+    const int64_t b = task / tiles, tile = task % tiles, t0 = groups * tile / tiles * group;
+    const int64_t count = minimum(p.out_steps, groups * (tile + 1) / tiles * group) - t0;
     // Groups are whole: what the last one reads past the signal is zero, in whatever batch or tile the clip is.
     const int64_t group_rows = rows_of<F>(count, d), reached = round_up(count, group);
     const int64_t in_valid = p.in_valid(b);
@@ -335,9 +365,13 @@ void run(const ResidualUnitParams& p) {
       convolve<T, F>(chunk, in, ld, p.channels, static_cast<const T*>(p.weight1), static_cast<const T*>(p.bias1),
                      shared + 2 * ld, shared + 3 * ld, transformed, products, middle);
       // The operands are done with, and leave their place to the 1x1's outputs.
-      const GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
-      conv_gemm<T>(F::kOutputs * chunk.count, pointwise, static_cast<const T*>(p.weight2), p.channels, transformed,
-                   ld);
+      GemmOperand<T> pointwise{middle, ld, 0, 1, p.channels};
+      if (plain && p.y.stride_t == ld) {
+        const int64_t begin = chunk.step(0),
+                      end = minimum(count, chunk.step(chunk.count - 1) + (F::kOutputs - 1) * d + 1);
+        pointwise.later = {reinterpret_cast<char*>(row_of<T>(p.y, b, t0 + begin)), (end - begin) * ld * element};
+      }
+      conv_gemm<T>(F::kOutputs * chunk.count, pointwise, static_cast<const T*>(p.weight2), p.channels, transformed, ld);
       for (int64_t r = 0; r < chunk.count; ++r)
         for (int64_t j = 0; j < F::kOutputs; ++j) {
           const int64_t t = chunk.step(r) + j * d;

@@ -24,38 +24,40 @@ constexpr int64_t kMinTileRows = 96;
 
 enum Slot { kInput = 0, kOutput = 1, kResidual = 2, kUnfolded = 3, kAllInput = 4, kShared = 7 };
 
-// Rows of whole registers; a single column is gathered first, since the rest of its rows was never written.
+// Whole registers: of a single column, what is in the last one's rest does not count.
 template <class T>
-void activate(T* tile, int64_t ld, int64_t rows, bool single_column, Activation activation) {
-  if (activation == Activation::kNone) return;
-  const auto apply = [&](T* row, int64_t count) {
-    activation == Activation::kTanh ? tanh_row(row, count) : gelu_row(row, count);
-  };
-  if (!single_column) {
-    apply(tile, rows * ld);
-    return;
-  }
-  for (int64_t r = 0; r < rows; r += kLanes<T>) {
-    T column[kLanes<T>] = {};
-    const int64_t count = rows - r < kLanes<T> ? rows - r : kLanes<T>;
-    for (int64_t i = 0; i < count; ++i) column[i] = tile[(r + i) * ld];
-    apply(column, kLanes<T>);
-    for (int64_t i = 0; i < count; ++i) tile[(r + i) * ld] = column[i];
-  }
+void activate(T* tile, int64_t count, Activation activation) {
+  if (activation == Activation::kTanh) tanh_row(tile, count);
+  if (activation == Activation::kGelu) gelu_row(tile, count);
 }
 
-// out[r * 16] = sum over taps and channels; weight: [K][ld], zero past the channels, as is the tile.
+// out[r] = sum over channel vectors and taps, in this order, then over a vector's lanes; weight: [K][ld], zero past the
+// channels, as is the tile. A register of weights serves `Rows` outputs.
+template <int Rows, class T>
+void single_output_rows(T* out, const T* in, int64_t ld, int64_t row_stride, int64_t tap_stride, int64_t taps,
+                        const T* weight) {
+  Vec<T> acc[Rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) acc[r] = Vec<T>{};
+  for (int64_t c = 0; c < ld; c += kLanes<T>)
+    for (int64_t k = 0; k < taps; ++k) {
+      const Vec<T> w = vload<T>(weight + k * ld + c);
+      const T* x = in + k * tap_stride + c;
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) acc[r] = vfma(vload<T>(x + r * row_stride), w, acc[r]);
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) out[r] = vsum<T>(acc[r]);
+}
 template <class T>
 void single_output(T* out, int64_t rows, const T* in, int64_t ld, int64_t row_stride, int64_t tap_stride, int64_t taps,
                    const T* weight) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec<T> acc[2] = {Vec<T>{}, Vec<T>{}};
-    int64_t turn = 0;
-    for (int64_t k = 0; k < taps; ++k)
-      for (int64_t c = 0; c < ld; c += kLanes<T>, turn ^= 1)
-        acc[turn] = vfma(vload<T>(in + r * row_stride + k * tap_stride + c), vload<T>(weight + k * ld + c), acc[turn]);
-    out[r * kColumnUnit] = vsum<T>(acc[0] + acc[1]);
-  }
+  constexpr int kRows = 8;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    single_output_rows<kRows, T>(out + r, in + r * row_stride, ld, row_stride, tap_stride, taps, weight);
+  for (; r < rows; ++r)
+    single_output_rows<1, T>(out + r, in + r * row_stride, ld, row_stride, tap_stride, taps, weight);
 }
 #if DCX_ISA == 3
 // Sixteen channels, the tile's unit, are half a register of pairs.
@@ -75,7 +77,7 @@ void single_output(float* out, int64_t rows, const Bf16* in, int64_t ld, int64_t
     _mm256_storeu_ps(lanes, acc[0] + acc[1]);
     for (int width = 4; width >= 1; width /= 2)
       for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    out[r * kColumnUnit] = lanes[0];
+    out[r] = lanes[0];
   }
 }
 #endif
@@ -128,12 +130,12 @@ void bias_and_store(const SnakeConv1dParams& p, const T* out, int64_t ld, int64_
 
 // Activation, residual and the way to memory, for `channels` of a tile [rows][ld] whose bias is added.
 template <class T>
-void finish(const SnakeConv1dParams& p, T* out, int64_t ld, int64_t rows, bool single_column, int64_t channel,
-            int64_t channels, int64_t b, int64_t t0) {
+void finish(const SnakeConv1dParams& p, T* out, int64_t ld, int64_t rows, int64_t channel, int64_t channels, int64_t b,
+            int64_t t0) {
   const int64_t valid = out_valid_steps(p, b);
-  activate<T>(out, ld, rows, single_column, p.activation);
+  activate<T>(out, rows * ld, p.activation);
   if (p.residual.data != nullptr) {
-    T* extra = static_cast<T*>(thread_scratch(kResidual, static_cast<size_t>(rows * ld) * sizeof(T)));
+    T* extra = scratch_rows<T>(kResidual, round_up(rows * ld, kColumnUnit), 1);
     load_tile<T>(extra, ld, rows, channels, view_from(p.residual, channel), b, t0, valid);
     for (int64_t i = 0; i < rows * ld; i += kLanes<T>) vstore<T>(out + i, vload<T>(out + i) + vload<T>(extra + i));
   }
@@ -170,7 +172,7 @@ void run_short(const SnakeConv1dParams& p, const typename Kind::Sum* shared) {
                           p.out_channels, panel, out, width,
                           one ? GemmClips{} : GemmClips{p.batch, in_rows * in_ld, rows * width});
     add_bias<T>(out, width, p.batch * rows, static_cast<const T*>(p.bias) + n0, width);
-    for (int64_t b = 0; b < p.batch; ++b) finish<T>(p, out + b * rows * width, width, rows, false, n0, channels, b, 0);
+    for (int64_t b = 0; b < p.batch; ++b) finish<T>(p, out + b * rows * width, width, rows, n0, channels, b, 0);
   });
 }
 
@@ -185,7 +187,7 @@ void run(const SnakeConv1dParams& p) {
   const bool single_input = !unfolded && p.in_channels == 1 && p.dilation == 1 && p.alpha == nullptr;
   const bool single_column = p.out_channels == 1 && p.in_channels > 1;
   const int64_t in_ld = p.in_channels == 1 && p.alpha == nullptr ? 1 : round_up(p.in_channels, kColumnUnit);
-  const int64_t out_ld = round_up(p.out_channels, kColumnUnit);
+  const int64_t out_ld = single_column ? 1 : round_up(p.out_channels, kColumnUnit);
   const int64_t halo = p.dilation * (p.taps - 1) + 1;
 
   T* shared = static_cast<T*>(thread_scratch(kShared, static_cast<size_t>((2 + p.taps) * in_ld) * sizeof(T)));
@@ -218,7 +220,7 @@ void run(const SnakeConv1dParams& p) {
     const int64_t count = p.out_steps - t0 < rows ? p.out_steps - t0 : rows;
     const int64_t in_valid = p.lengths != nullptr ? p.lengths[b] : p.in_steps;
     Tile* in = static_cast<Tile*>(thread_scratch(kInput, static_cast<size_t>(in_rows * in_ld) * sizeof(Tile)));
-    T* out = static_cast<T*>(thread_scratch(kOutput, static_cast<size_t>(rows * out_ld) * sizeof(T)));
+    T* out = scratch_rows<T>(kOutput, round_up(rows * out_ld, kColumnUnit), 1);
     const int64_t used = (count - 1) * p.stride + halo;
     const int64_t begin = t0 * p.stride - p.pad_left;
     const bool in_place = readable && begin >= 0 && begin + used <= in_valid;
@@ -247,10 +249,10 @@ void run(const SnakeConv1dParams& p) {
       return;
     }
     if (single_column)
-      for (int64_t r = 0; r < count; ++r) out[r * out_ld] += static_cast<const T*>(p.bias)[0];
+      for (int64_t r = 0; r < count; ++r) out[r] += static_cast<const T*>(p.bias)[0];
     else
       add_bias<T>(out, out_ld, count, static_cast<const T*>(p.bias), out_ld);
-    finish<T>(p, out, out_ld, count, single_column, 0, p.out_channels, b, t0);
+    finish<T>(p, out, out_ld, count, 0, p.out_channels, b, t0);
   });
 }
 

@@ -62,13 +62,15 @@ inline Layer layer_of(const SnakeUpsample1dParams& p) {
 }
 
 // One panel of one phase: `rows` groups' products with operands [7][operand_rows][in_ld], into [4][rows][width].
+// `later` is fetched meanwhile.
 template <class T>
 void multiply(const SnakeUpsample1dParams& p, const Layer& layer, int64_t phase, int64_t n0, int64_t width,
-              const T* transformed, int64_t operand_rows, int64_t rows, T* products) {
+              const T* transformed, int64_t operand_rows, int64_t rows, T* products, GemmFetch later = {}) {
   const T* weight = static_cast<const T*>(p.weight) + kUpsampleProducts * p.in_channels * (phase * layer.out_ld + n0);
   const T* a = transformed + (phase < layer.split ? 0 : 3) * operand_rows * layer.in_ld;
   for (int i = 0; i < kUpsampleProducts; ++i) {
-    const GemmOperand<T> operand{a, layer.in_ld, 0, 1, p.in_channels};
+    GemmOperand<T> operand{a, layer.in_ld, 0, 1, p.in_channels};
+    operand.later = later.part(i, kUpsampleProducts);
     conv_gemm<T>(rows, operand, weight, width, products + i * rows * width, width);
     a += operand_rows * layer.in_ld;
     weight += p.in_channels * width;
@@ -167,10 +169,19 @@ void run(const SnakeUpsample1dParams& p) {
     load<T>(p, layer, in, b, group * kUpsampleOutputs, count * kUpsampleOutputs + 2, shared);
     for (int64_t r = 0; r < count; ++r)
       transform_input<T>(in + r * kUpsampleOutputs * ld, ld, transformed + r * ld, count * ld, ld);
+    // The first phase's products fetch the rows of y that all phases write.
+    GemmFetch written;
+    if (layer.plain && p.y.stride_t == p.out_channels) {
+      const int64_t begin = group * kUpsampleOutputs * layer.stride;
+      const int64_t end = minimum(p.out_steps, begin + count * kUpsampleOutputs * layer.stride);
+      written = {reinterpret_cast<char*>(row_of<T>(p.y, b, begin)),
+                 (end - begin) * p.out_channels * static_cast<int64_t>(sizeof(T))};
+    }
     for (int64_t phase = 0; phase < layer.stride; ++phase)
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t n0 = panel_begin(p.out_channels, panel), width = panel_begin(p.out_channels, panel + 1) - n0;
-        multiply<T>(p, layer, phase, n0, width, transformed, count, count, products);
+        multiply<T>(p, layer, phase, n0, width, transformed, count, count, products,
+                    phase == 0 ? written.part(panel, panels) : GemmFetch{});
         finish<T>(p, layer, phase, n0, width, products, count * width, b, group, count);
       }
   });
