@@ -105,7 +105,7 @@ class Plan:
     preroll: int
 
 
-async def _client(session: Any, plan: Plan, start_s: float) -> Heard:
+async def _client(session: Any, plan: Plan, all_there: asyncio.Barrier, after_s: float) -> Heard:
     """Sends clips one behind the other without a pause, each piece when its last sample would have been spoken."""
     heard, piece_s = Heard(), plan.piece_frames * plan.hop_samples / plan.rate_hz
     async with session.ws_connect(plan.url) as socket:
@@ -113,6 +113,8 @@ async def _client(session: Any, plan: Plan, start_s: float) -> Heard:
         ready = json.loads((await socket.receive()).data)
         if ready["type"] != "ready":
             raise RuntimeError(f"the server refused: {ready}")
+        await all_there.wait()
+        start_s = time.perf_counter() + after_s
         sent_s: list[list[float]] = []
 
         async def send() -> None:
@@ -157,10 +159,12 @@ async def _client(session: Any, plan: Plan, start_s: float) -> Heard:
 async def _play(plan: Plan, clients: int) -> list[Heard]:
     import aiohttp
 
-    chance = random.Random(clients)  # clients begin at any time within a piece, as people do
+    chance = random.Random(clients)  # once connected, clients begin when they like
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        begin_s = time.perf_counter() + 0.2
-        return await asyncio.gather(*(_client(session, plan, begin_s + 0.5 * chance.random()) for _ in range(clients)))
+        all_there = asyncio.Barrier(clients)
+        return await asyncio.gather(
+            *(_client(session, plan, all_there, 0.2 + 0.5 * chance.random()) for _ in range(clients))
+        )
 
 
 @contextmanager
