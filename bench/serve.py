@@ -191,6 +191,12 @@ def cpu_s(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def busy_s() -> float:
+    """CPU time that all processes of this machine have taken (Linux)."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def make_clips(
     args: argparse.Namespace, model: dx.DualCodec
 ) -> tuple[dict[str, list[bytes]], int, np.ndarray[Any, Any]]:
@@ -252,9 +258,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             preroll = round(args.preroll_ms * rate_hz / 1e3)
             plan = Plan(task, url, messages[task], piece, hop, rate_hz, clips, preroll)
             for clients in args.clients:
-                before, own, begun_s = cpu_s(process), cpu_s(os.getpid()), time.perf_counter()
+                before, own, everyone, begun_s = cpu_s(process), cpu_s(os.getpid()), busy_s(), time.perf_counter()
                 heard = asyncio.run(_play(plan, clients))
                 elapsed_s = time.perf_counter() - begun_s
+                server_cpus, clients_cpus = (
+                    (cpu_s(process) - before) / elapsed_s,
+                    (cpu_s(os.getpid()) - own) / elapsed_s,
+                )
                 case = {
                     "task": task,
                     "clients": clients,
@@ -265,8 +275,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     "latency_s": _points([s for h in heard for s in h.latency_s]),
                     "underruns": sum(h.underruns for h in heard),
                     "clients_with_underruns": sum(h.underruns > 0 for h in heard),
-                    "server_cpus": (cpu_s(process) - before) / elapsed_s,
-                    "clients_cpus": (cpu_s(os.getpid()) - own) / elapsed_s,
+                    "server_cpus": server_cpus,
+                    "clients_cpus": clients_cpus,
+                    # What else ran on the machine, which a server that falls behind may owe its delay to.
+                    "other_cpus": max(0.0, (busy_s() - everyone) / elapsed_s - server_cpus - clients_cpus),
                 }
                 cases.append(case)
                 print(told(case), flush=True)
@@ -292,7 +304,8 @@ def told(case: Mapping[str, Any]) -> str:
     return (
         f"{case['task']}, {case['clients']} clients, {case['clips']} clips: first audio {first} ms, latency {latency}"
         f" ms (p50 / p95 / p99), {case['underruns']} underruns of {case['clients_with_underruns']} clients; server"
-        f" {100 * case['server_cpus']:.0f} %, clients {100 * case['clients_cpus']:.0f} % of a core"
+        f" {100 * case['server_cpus']:.0f} %, clients {100 * case['clients_cpus']:.0f} %, others"
+        f" {100 * case['other_cpus']:.0f} % of a core"
     )
 
 
