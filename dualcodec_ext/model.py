@@ -16,6 +16,7 @@ from . import reference
 from .errors import DualCodecError
 from .ops import _common
 from .ops._choice import ENGINE
+from .reference.checks import check_lengths, check_waves
 from .reference.ops import mask_past_lengths
 from .semantic import LogMelFeatures
 
@@ -131,18 +132,26 @@ class DualCodec(reference.DualCodec):
             [B, 160, ceil(S / hop)] in the dtype of activations, on audio's device.
 
         Raises:
-            DualCodecError: the model takes other features, or the audio is wrong.
+            DualCodecError: the model takes other features.
+            ValueError: wrong audio or lengths; one line.
         """
         if not self._front_end:
             raise DualCodecError(
                 f"DualCodec.semantic_features: this model takes features of {self.settings['semantic_dim']} channels,"
                 " which it does not compute itself: Inference does"
             )
-        mel = self._front_end[0].to(audio.device)
+        return self._features_of("DualCodec.semantic_features", "audio", audio, lengths)
+
+    def _features_of(self, name: str, argument: str, audio: Tensor, lengths: Tensor | None) -> Tensor:
+        check_waves(name, argument, audio)
+        if lengths is not None:
+            check_lengths(name, lengths, audio)
+        assert self.front_end is not None
+        mel = self.front_end.to(audio.device)
         return mel(mask_past_lengths(audio, lengths)).to(self.compute_dtype)
 
-    def _own_features(self, audio: Tensor, lengths: Tensor | None) -> Tensor | None:
-        return self.semantic_features(audio, lengths) if self._front_end else None
+    def _own_features(self, name: str, audio_data: Tensor, lengths: Tensor | None) -> Tensor | None:
+        return self._features_of(name, "audio_data", audio_data, lengths) if self._front_end else None
 
     # Engine ---------------------------------------------------------------------------------------------------------
 

@@ -289,6 +289,10 @@ class W2vBertFeatures:
         """
         _check_audio("W2vBertFeatures", audio)
         whole = audio.shape[-1]
+        if lengths is not None and not isinstance(lengths, Tensor):
+            raise DualCodecError(
+                f"W2vBertFeatures: lengths must be [{audio.shape[0]}] int64, got {type(lengths).__name__}"
+            )
         sizes = [whole] * audio.shape[0] if lengths is None else lengths.tolist()
         if len(sizes) != audio.shape[0] or any(not 0 <= size <= whole for size in sizes):
             raise DualCodecError(f"W2vBertFeatures: lengths must be [{audio.shape[0]}] in [0, {whole}], got {sizes}")

@@ -18,7 +18,7 @@ from .engine import Engine
 from .errors import DualCodecError
 from .forms import unit_products
 from .model import DualCodec
-from .reference.checks import check_codes
+from .reference.checks import check_codes, naming_wrong_codes
 from .reference.dac import DecoderBlock
 from .reference.layers import CausalUpsample, WNConvTranspose1d
 from .stages import stage_of
@@ -169,7 +169,9 @@ class StreamingDecoder(Slots):
             self._check_range("semantic_codes", semantic_codes, self._engine.semantic_entries, slots)
             if acoustic_codes is not None:
                 self._check_range("acoustic_codes", acoustic_codes, self._engine.acoustic_entries, slots)
-        return self._pieces(slots, semantic_codes, acoustic_codes, frames, audio, None)
+        entries = self._engine.semantic_entries, self._engine.acoustic_entries
+        with naming_wrong_codes(f"{self.name}.step", semantic_codes, acoustic_codes, entries):
+            return self._pieces(slots, semantic_codes, acoustic_codes, frames, audio, None)
 
     @torch.no_grad()
     def flush(self, mask: Tensor | Sequence[bool] | None = None) -> Tensor:

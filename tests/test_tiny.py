@@ -95,6 +95,50 @@ def test_a_padded_batch_gives_each_clip_its_own(model: dx.DualCodec, speech: Ten
         assert not semantic[i, :, frames:].any() and not acoustic[i, :, frames:].any()
 
 
+def test_wrong_calls_name_what_the_caller_gave(model: dx.DualCodec, speech: Tensor) -> None:
+    batch = speech[..., :4800].expand(2, 1, -1)
+    semantic, acoustic = model.encode(batch)
+    assert acoustic is not None
+    wrong: dict[str, Tensor] = {"semantic": semantic.clone(), "acoustic": acoustic.clone()}
+    wrong["semantic"][1, 0, 3], wrong["acoustic"][1, 2, 4] = 2048, 1024
+    listed: Any = [4800, 480]
+    ranged = {
+        "semantic": r"semantic_codes must be in \[0, 2048\), got 2048 at batch 1, stage 0, frame 3$",
+        "acoustic": r"acoustic_codes must be in \[0, 1024\), got 1024 at batch 1, stage 2, frame 4$",
+    }
+    wave = r"audio_data must be \[B, 1, S\] float, got"
+    for call, text in [
+        (lambda: model.encode(batch, lengths=listed), r"encode: lengths must be \[2\] int64, got list$"),
+        (
+            lambda: model.encode(batch, lengths=torch.tensor([4800, 480]), feature_lengths=listed),
+            r"encode: feature_lengths must be \[2\] int64, got list$",
+        ),
+        (lambda: model.semantic_features(batch, listed), r"semantic_features: lengths must be \[2\] int64, got list$"),
+        (
+            lambda: model.decode_from_codes(semantic, acoustic, listed),
+            r"decode_from_codes: lengths must be .*, got list$",
+        ),
+        (lambda: model.encode(batch[:, 0]), rf"encode: {wave} \[2, 4800\] torch\.float32$"),
+        (lambda: model.encode(batch.long()), rf"encode: {wave} \[2, 1, 4800\] torch\.int64$"),
+        (lambda: model.encode(listed), rf"encode: {wave} list$"),
+        (lambda: model.decode_from_codes(wrong["semantic"], acoustic), f"decode_from_codes: {ranged['semantic']}"),
+        (lambda: model.decode_from_codes(semantic, wrong["acoustic"]), f"decode_from_codes: {ranged['acoustic']}"),
+        (
+            lambda: model.decode_from_codes(semantic, wrong["acoustic"], chunk_frames=3),
+            f"decode_from_codes: {ranged['acoustic']}",
+        ),
+        (lambda: list(model.decode_pieces(wrong["semantic"], None, 3)), f"decode_pieces: {ranged['semantic']}"),
+        (lambda: model.decode_span(wrong["semantic"], None, 0, 4800), f"decode_span: {ranged['semantic']}"),
+        (lambda: dx.StreamingDecoder(model, 2).step(wrong["semantic"][..., :4]), rf"step: {ranged['semantic']}"),
+    ]:
+        for name in ("auto", "reference"):
+            if name == "reference" and "step" in text:
+                continue  # streams run on compiled kernels alone
+            with dx.backend(name), pytest.raises(ValueError, match=text) as raised:
+                call()
+            assert "\n" not in str(raised.value) and "rvq_lookup" not in str(raised.value)
+
+
 def test_nothing_depends_on_the_future(model: dx.DualCodec, speech: Tensor) -> None:
     cut = 480 * 60
     whole, start = model.encode(speech), model.encode(speech[..., :cut])

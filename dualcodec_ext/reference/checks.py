@@ -1,9 +1,13 @@
 """What calls of the model are checked for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import ops
 
 MOST_SHORT_FRAMES = 2  # by which features may end before their audio, as w2v-BERT's framing has it
 
@@ -15,6 +19,16 @@ def check_count(what: str, count: Any) -> int:
     if count < 1:
         raise ValueError(f"{what} must be at least 1, got {count}")
     return int(count)
+
+
+def check_waves(name: str, argument: str, waves: Any, batch: int | None = None) -> None:
+    """Raise one line unless waves is a float tensor [B, 1, S], of that batch where it is given."""
+    wanted = f"{name}: {argument} must be [{'B' if batch is None else batch}, 1, S] float"
+    if not isinstance(waves, Tensor):
+        raise ValueError(f"{wanted}, got {type(waves).__name__}")
+    fits = waves.dim() == 3 and waves.shape[1] == 1 and waves.shape[0] == (waves.shape[0] if batch is None else batch)
+    if not fits or not waves.is_floating_point():
+        raise ValueError(f"{wanted}, got {list(waves.shape)} {waves.dtype}")
 
 
 def check_lengths(name: str, lengths: Tensor, x: Tensor, argument: str = "lengths") -> None:
@@ -50,3 +64,23 @@ def check_codes(
             f" {list(semantic_codes.shape)}, got {list(acoustic_codes.shape)}"
         )
     return semantic_codes, acoustic_codes if acoustic_codes.shape[1] else None
+
+
+@contextmanager
+def naming_wrong_codes(
+    name: str,
+    semantic_codes: Tensor,
+    acoustic_codes: Tensor | None,
+    entries: tuple[int, int],  # of the semantic codebook, and of each acoustic one
+    lengths: Tensor | None = None,
+) -> Iterator[None]:
+    """Name the caller's argument where what runs inside refuses a code: it is looked at there, and again on failure."""
+    try:
+        yield
+    except ValueError:
+        codes = {"semantic_codes": semantic_codes, "acoustic_codes": acoustic_codes}
+        for (argument, values), count in zip(codes.items(), entries, strict=True):
+            if values is not None:
+                read = ops.mask_past_lengths(values.to(torch.int64), lengths)
+                ops.check_codes(name, read, count, argument)
+        raise

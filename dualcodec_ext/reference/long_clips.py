@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import spans
-from .checks import check_codes, check_count
+from .checks import check_codes, check_count, naming_wrong_codes
 
 
 class LongClips:
@@ -20,6 +20,9 @@ class LongClips:
     _encode: Any
     _decode: Any
     output_samples: Any
+
+    def _entries(self) -> tuple[int, int]:
+        return self.settings["semantic_codebook_size"], self.settings["codebook_size"]
 
     def _decoder_groups(self) -> Sequence[int] | None:
         return None  # every layer computes each of its rows alone
@@ -68,7 +71,7 @@ class LongClips:
             chunk_frames: frames that are decoded at a time.
 
         Returns:
-            An iterator over [B, 1, n], of any n, which joined are what `decode_from_codes` gives.
+            An iterator over [B, 1, n], n at least 1, which joined are what `decode_from_codes` gives.
 
         Raises:
             ValueError: as `decode_from_codes`.
@@ -76,7 +79,11 @@ class LongClips:
         name = "DualCodec.decode_pieces"
         chunk_frames = check_count(f"{name}: chunk_frames", chunk_frames)
         codes = check_codes(name, semantic_codes, acoustic_codes, self.dac.n_codebooks)
-        return self._decode_pieces(*codes, None, chunk_frames)
+        return self._named_pieces(name, codes, chunk_frames)
+
+    def _named_pieces(self, name: str, codes: tuple[Tensor, Tensor | None], chunk_frames: int) -> Iterator[Tensor]:
+        with naming_wrong_codes(name, *codes, self._entries()):
+            yield from self._decode_pieces(*codes, None, chunk_frames)
 
     @torch.no_grad()
     def decode_span(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, begin: int, end: int) -> Tensor:
@@ -99,7 +106,8 @@ class LongClips:
             raise ValueError(f"{name}: begin and end must be integers, got {begin!r} and {end!r}")
         if not 0 <= begin <= end <= samples:
             raise ValueError(f"{name}: begin and end must be in [0, {samples}] and in order, got {begin} and {end}")
-        return spans.decode_span(self._spans(), self._decode, codes, None, begin, end)
+        with naming_wrong_codes(name, *codes, self._entries()):
+            return spans.decode_span(self._spans(), self._decode, codes, None, begin, end)
 
     def span_frames(self, begin: int, end: int, frames: int) -> tuple[int, int]:
         """Return (first, last): the frames, of a clip's `frames`, that its samples begin to end depend on.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .checks import MOST_SHORT_FRAMES, check_codes, check_count, check_lengths
+from .checks import MOST_SHORT_FRAMES, check_codes, check_count, check_lengths, check_waves, naming_wrong_codes
 from .dac import DAC, OutputDict
 from .layers import ConvNeXtBlock, WNConv1d
 from .long_clips import LongClips
@@ -176,7 +176,7 @@ class DualCodec(LongClips, nn.Module):
         if chunk_frames is not None:
             chunk_frames = check_count(f"{name}: chunk_frames", chunk_frames)
         if semantic_repr is None:
-            semantic_repr = self._own_features(audio_data, lengths)
+            semantic_repr = self._own_features(name, audio_data, lengths)
         feat = self._check_features(name, semantic_repr)
         frame_lengths = None
         if num_quantizers != 1 or lengths is not None:
@@ -193,7 +193,7 @@ class DualCodec(LongClips, nn.Module):
             return self._encode(audio_data, feat, num_quantizers, lengths, frame_lengths)
         return self._encode_long(audio_data, feat, num_quantizers, lengths, frame_lengths, chunk_frames)
 
-    def _own_features(self, audio: Tensor, lengths: Tensor | None) -> Tensor | None:
+    def _own_features(self, name: str, audio_data: Tensor, lengths: Tensor | None) -> Tensor | None:
         return None  # the plain modules have no front end
 
     def _frame_lengths(self, name: str, lengths: Tensor, feature_lengths: Tensor | None, feat: Tensor) -> Tensor:
@@ -278,9 +278,10 @@ class DualCodec(LongClips, nn.Module):
         semantic_codes, acoustic_codes = check_codes(name, semantic_codes, acoustic_codes, self.dac.n_codebooks)
         if lengths is not None:
             check_lengths(name, lengths, semantic_codes)
-        if chunk_frames is None or chunk_frames >= semantic_codes.shape[-1]:
-            return self._decode(semantic_codes, acoustic_codes, lengths)
-        return self._decode_long(semantic_codes, acoustic_codes, lengths, chunk_frames)
+        with naming_wrong_codes(name, semantic_codes, acoustic_codes, self._entries(), lengths):
+            if chunk_frames is None or chunk_frames >= semantic_codes.shape[-1]:
+                return self._decode(semantic_codes, acoustic_codes, lengths)
+            return self._decode_long(semantic_codes, acoustic_codes, lengths, chunk_frames)
 
     def _decode(
         self,
@@ -379,11 +380,7 @@ class DualCodec(LongClips, nn.Module):
         return feat
 
     def _check_audio(self, name: str, audio: Tensor, feat: Tensor) -> None:
-        wanted = f"{name}: audio_data must be [{feat.shape[0]}, 1, S] float"
-        if not isinstance(audio, Tensor):
-            raise ValueError(f"{wanted}, got {type(audio).__name__}")
-        if audio.dim() != 3 or audio.shape[:2] != (feat.shape[0], 1) or not audio.is_floating_point():
-            raise ValueError(f"{wanted}, got {list(audio.shape)} {audio.dtype}")
+        check_waves(name, "audio_data", audio, feat.shape[0])
         self.dac.check_framing(audio.shape[-1], feat.shape[-1])
 
 

@@ -274,13 +274,13 @@ def rvq_search_ref(
     )
 
 
-def check_codes(name: str, codes: Tensor, entries: int) -> None:
+def check_codes(name: str, codes: Tensor, entries: int, argument: str = "codes") -> None:
     """Raise one line that names the first code of codes [B, q, F] that lies outside [0, entries)."""
     wrong = (codes < 0) | (codes >= entries)
     if wrong.any():
         b, stage, frame = (int(i) for i in wrong.nonzero()[0])
         raise ValueError(
-            f"{name}: codes must be in [0, {entries}), got {int(codes[b, stage, frame])}"
+            f"{name}: {argument} must be in [0, {entries}), got {int(codes[b, stage, frame])}"
             f" at batch {b}, stage {stage}, frame {frame}"
         )
 
