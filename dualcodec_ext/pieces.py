@@ -43,7 +43,7 @@ class Pieces(Inlet):
 
 
 def decode_pieces(tiles: Tiles, semantic: Tensor, acoustic: Tensor | None, chunk_frames: int) -> Iterator[Tensor]:
-    """Yield the samples of codes [B, 1, F] and [B, q, F], of any integer type, in pieces [B, 1, n] of any n."""
+    """Yield the samples of codes [B, 1, F] and [B, q, F], of any integer type, in pieces [B, 1, n], n from 1."""
     batch, _, frames = semantic.shape
     if not batch * frames:
         return
@@ -62,5 +62,7 @@ def decode_pieces(tiles: Tiles, semantic: Tensor, acoustic: Tensor | None, chunk
             if end == frames:
                 decoder.finish()
         behind = sums.end
-        yield outlet.taken()
+        piece = outlet.taken()
+        if piece.numel():  # what comes first may wait for more codes
+            yield piece
     tiles.decoders.give(decoder)

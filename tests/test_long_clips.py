@@ -143,8 +143,11 @@ def test_pieces_take_codes_of_any_integer_type_and_leave_early() -> None:
     wanted = made.decode_from_codes(semantic, acoustic)
     pieces = list(made.decode_pieces(semantic.to(torch.uint16), acoustic.to(torch.uint16), 10))
     assert torch.equal(torch.cat(pieces, -1), wanted)
-    assert len(pieces) == 20 and sum(piece.shape[-1] > 0 for piece in pieces) > 10
+    assert 10 < len(pieces) <= 20 and all(piece.shape[-1] for piece in pieces)
     assert max(piece.shape[-1] for piece in pieces) <= wanted.shape[-1] // 2
+    for made_so in (made, testing.seeded_model(settings_of("tiny"))):
+        none = semantic[..., :0]
+        assert list(made_so.decode_pieces(none, acoustic[..., :0], 10)) == list(made_so.decode_pieces(none, None)) == []
 
 
 # Spans
