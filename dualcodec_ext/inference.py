@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from . import reference
 from .config import DualCodecConfig
 from .errors import DualCodecError
+from .hub import BUNDLED, DEFAULT_SOURCE
 from .model import DualCodec
+from .reference.checks import check_waves
 from .semantic import W2vBertFeatures
 from .windows import OVERLAP_S
 
@@ -28,7 +30,7 @@ def get_model(
     Args:
         model_id: "12hz_v1" or "25hz_v1", or another preset.
         pretrained_model_path: directory that holds the checkpoint under its released name, the file itself,
-            or a hub name; None gives random weights and a warning.
+            or a hub name; None gives random weights and a warning. "tiny" is in the package and needs none.
 
     Returns:
         The model on the CPU in float32, in eval mode.
@@ -46,13 +48,15 @@ def get_model(
     if pretrained_model_path is None:
         warnings.warn("pretrained_model_path is not given, model will be loaded without weights", stacklevel=2)
         return DualCodec(**DualCodecConfig.preset(model_id).to_dict()).eval()
-    return DualCodec.from_pretrained(model_id, weights=pretrained_model_path)
+    bundled = model_id in BUNDLED and str(pretrained_model_path) == DEFAULT_SOURCE
+    return DualCodec.from_pretrained(model_id, weights=None if bundled else pretrained_model_path)
 
 
 class Inference:
     """Speech to codes and back, semantic features included.
 
-    The semantic model is looked for and loaded at the first `encode`, so decoding needs neither path.
+    The semantic model is looked for and loaded at the first `encode`, so decoding needs neither path. A codec that
+    computes its semantic features itself, such as tiny, never needs them, and gives what its own `encode` gives.
 
     Args:
         dualcodec_model: the codec; it is moved to `device` and put into eval mode.
@@ -127,13 +131,14 @@ class Inference:
             batch.
 
         Raises:
-            DualCodecError: wrong audio, or files of the semantic model that are missing.
-            MissingExtraError: transformers is not installed, or huggingface_hub for a hub name.
+            ValueError: wrong audio, or files of the semantic model that are missing.
+            MissingExtraError: of a codec without features of its own: transformers is not installed, or
+                huggingface_hub for a hub name.
         """
         if isinstance(audio, Tensor):
-            return self._encode(audio, self.semantic(audio), n_quantizers)
+            return self._encode(audio, self._features(audio), n_quantizers)
         clips = [_one_clip(i, clip) for i, clip in enumerate(audio)]
-        features = [self.semantic(clip) for clip in clips]
+        features = [self._features(clip) for clip in clips]
         if len(clips) < 2 or not isinstance(self.model, reference.DualCodec):
             return [self._encode(*pair, n_quantizers) for pair in zip(clips, features, strict=True)]
         samples, frames = (torch.tensor([x.shape[-1] for x in items]) for items in (clips, features))
@@ -144,6 +149,14 @@ class Inference:
         for i, n in enumerate(frames.tolist()):
             pairs.append((semantic[i : i + 1, :, :n], None if acoustic is None else acoustic[i : i + 1, :, :n]))
         return pairs
+
+    def _features(self, audio: Tensor) -> Tensor:
+        check_waves("Inference.encode", "audio", audio)
+        if not getattr(self.model, "has_front_end", False):
+            return self.semantic(audio)
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            features: Tensor = self.model.semantic_features(audio.to(self.device))
+        return features
 
     def _encode(self, audio: Tensor, features: Tensor, n_quantizers: int, **lengths: Tensor) -> Codes:
         dtype = getattr(self.model, "compute_dtype", None) or next(self.model.parameters()).dtype

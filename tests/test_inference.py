@@ -300,3 +300,34 @@ def test_keyword_arguments_of_upstreams(codec: dx.DualCodec) -> None:
     with pytest.warns(UserWarning, match="ignored unknown arguments layer$"):
         infer = dx.Inference(codec, device="cpu", meanvar_fname="other.pt", layer=3)
     assert infer.semantic.meanvar_fname == "other.pt"
+
+
+def test_a_model_with_its_own_features_needs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither transformers nor a path: the codes are those of the model's own `encode`, of clips in a list too."""
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "transformers" else find(n, *a))
+    model = dx.get_model("tiny")
+    infer = dx.Inference(model, "nowhere", "nowhere either", device="cpu")
+    audio = testing.make_speech(12345, 2)
+    for n in (1, 8):
+        for ours, own in zip(infer.encode(audio, n), model.encode(audio, n), strict=True):
+            assert (ours is None and own is None) or torch.equal(ours, own)
+    clips = [audio[0], audio[1, 0, :7000], audio[:1, :, :0]]
+    for clip, (semantic_codes, acoustic_codes) in zip(clips, infer.encode(clips), strict=True):
+        own = model.encode(clip.reshape(1, 1, -1), 8)
+        assert torch.equal(semantic_codes, own[0]) and torch.equal(acoustic_codes, own[1])
+    assert infer.decode(*infer.encode(audio)).shape == (2, 1, 480 * 26)
+    assert not infer.semantic.is_loaded
+    with pytest.raises(ValueError, match=r"^Inference\.encode: audio must be \[B, 1, S\] float, got \[2, 12345\] "):
+        infer.encode(audio[:, 0])
+
+
+def test_get_model_finds_the_model_in_the_package(tmp_path: Path) -> None:
+    found, wanted = (model.state_dict() for model in (dx.get_model("tiny"), dx.DualCodec.from_pretrained("tiny")))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+    save_file(found, tmp_path / "own.safetensors")
+    assert not dx.get_model("tiny", tmp_path / "own.safetensors").training
+    with pytest.raises(dx.DualCodecError, match=r"none\.safetensors"):
+        dx.get_model("tiny", tmp_path / "none.safetensors")
