@@ -272,6 +272,18 @@ def codes_json(model: str, rows: list[list[int]]) -> str:
     return json.dumps({"format": "dualcodec-ext live codes", "model": {"name": model}, "codes": rows})
 
 
+def wrong_codes(whole: bytes) -> list[tuple[str, bytes, str]]:
+    """Names and contents of files that hold no codes for tiny, made from a whole code file, and what the page says."""
+    of_another, out_of_range = codes_json("12hz_v1", []), codes_json("tiny", [[1, 2], [3, 1024]])
+    return [
+        ("copy.json", b"{}", "is no code file, nor JSON of this page"),
+        ("copy.json", of_another.encode(), "is of the model 12hz_v1, the server runs tiny"),
+        ("copy.json", out_of_range.encode(), "has a code out of range at codebook 2, frame 2"),
+        ("text.safetensors", b"no codes at all", "is no code file"),
+        *((f"{n}.safetensors", whole[:n], "is cut short or damaged") for n in (100, 1500, len(whole) - 1)),
+    ]
+
+
 def ground(picture: Pixels) -> np.uint32:
     """The colour of most pixels."""
     values, counts = np.unique(picture, return_counts=True)

@@ -36,6 +36,7 @@ class App {
     this.views = new Views();
     this.model = null;
     this.clip = null; // of the stream that runs, or of the last one that did
+    this.counted = null; // the clip whose figures are shown: none where the last press of Start made no stream
     this.run = null; // what belongs to one press of Start
     this.follow = true;
     this.mutedByHand = false;
@@ -150,6 +151,8 @@ class App {
     $("results").hidden = true;
     this.lastPlayer?.close();
     this.follow = true;
+    this.counted = null;
+    this.showFigures();
     try {
       await this.stream(run);
     } catch (error) {
@@ -197,7 +200,7 @@ class App {
       throw new StreamError("protocol", "another model runs now: load the page again");
     }
     this.adopt(ready.model);
-    this.clip = run.clip = this.newClip(run, ready);
+    this.clip = this.counted = run.clip = this.newClip(run, ready);
     document.body.dataset.task = task;
     this.showFigures();
     const what = { microphone: "speak", file: "a recording goes out and comes back", codes: "codes go, audio comes" };
@@ -300,18 +303,17 @@ class App {
   }
 
   showFigures() {
-    const { clip } = this;
-    if (!clip) return;
-    const latency = clip.meter.summary();
+    const clip = this.counted;
+    const latency = clip?.meter.summary();
     $("latency").textContent = milliseconds(latency?.now);
     $("latency-median").textContent = milliseconds(latency?.median);
     $("latency-p95").textContent = milliseconds(latency?.p95);
-    $("bitrate").textContent = clip.bitrate.toFixed(2);
-    $("frames").textContent = clip.codes.frames;
-    $("dropped").textContent = clip.source.dropped;
-    const { queued, underruns } = clip.player.status;
+    if (clip) $("bitrate").textContent = clip.bitrate.toFixed(2);
+    $("frames").textContent = clip?.codes.frames ?? 0;
+    $("dropped").textContent = clip?.source.dropped ?? 0;
+    const { queued, underruns } = clip?.player.status ?? { queued: 0, underruns: 0 };
     $("underruns").textContent = underruns;
-    $("queued").textContent = Math.round((1000 * queued) / clip.model.sample_rate);
+    $("queued").textContent = clip ? Math.round((1000 * queued) / clip.model.sample_rate) : 0;
   }
 
   // What stays -------------------------------------------------------------------------------------------------------

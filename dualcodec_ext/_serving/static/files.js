@@ -47,19 +47,28 @@ export function codesBinary(codes) {
   return new Blob([data.slice(0, length)], { type: "application/octet-stream" });
 }
 
+const LONGEST_HEADER_BYTES = 1e8; // of safetensors; more is something else's first bytes
+
+class Damaged extends Error {}
+
 // The rows [codebooks][frames] of a safetensors code file, the semantic one first, and the model's name.
 function fromSafetensors(buffer) {
   const size = Number(new DataView(buffer).getBigUint64(0, true));
+  if (size > LONGEST_HEADER_BYTES) throw new Error("no header");
+  const data = 8 + size;
+  if (data > buffer.byteLength) throw new Damaged();
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
   const { model } = JSON.parse(header.__metadata__.dualcodec_ext);
   const rows = [];
   for (const name of ["semantic", "acoustic"]) {
     if (!header[name]) continue;
-    const { dtype, shape, data_offsets: [from] } = header[name];
+    const { dtype, shape, data_offsets: [from, to] } = header[name];
     if (dtype !== "U16") throw new Error("codes are U16");
+    // Slices that reach past the end would give fewer codes, or none.
+    if (to - from !== 2 * shape[0] * shape[1] || data + to > buffer.byteLength) throw new Damaged();
     for (let q = 0; q < shape[0]; q++) {
       // A copy, since a view would have to begin at an even place.
-      const at = 8 + size + from + 2 * q * shape[1];
+      const at = data + from + 2 * q * shape[1];
       rows.push(new Uint16Array(buffer.slice(at, at + 2 * shape[1])));
     }
   }
@@ -76,8 +85,9 @@ export async function readCodes(file, model, most) {
       if (value.format !== FORMAT) throw new Error("another format");
       found = { model: value.model.name, rows: value.codes };
     } else found = fromSafetensors(buffer);
-  } catch {
-    throw new StreamError("codes", `${file.name} is no code file, nor JSON of this page`);
+  } catch (error) {
+    const why = error instanceof Damaged ? "cut short or damaged" : "no code file, nor JSON of this page";
+    throw new StreamError("codes", `${file.name} is ${why}`);
   }
   const { rows } = found;
   if (found.model !== model.name) {
