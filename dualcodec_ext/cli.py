@@ -217,6 +217,9 @@ def serve(
     device: opt.Device = "cpu",
     threads: opt.LiveThreads = 1,
     seed: opt.Seed = 0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say on stderr when a stream opens, and why it ends.")
+    ] = False,
 ) -> None:
     """Serve streams over WebSockets: audio in and codes out, codes in and audio out, or both.
 
@@ -238,7 +241,7 @@ def serve(
         origins=tuple(origins or ()),
     )
     settings = opt.ModelOptions(model, weights, None, dtype.value, device, threads, seed, fast)
-    raise typer.Exit(run_serve(settings, limits))
+    raise typer.Exit(run_serve(settings, limits, verbose))
 
 
 @app.command()

@@ -149,7 +149,9 @@ def test_addresses(model: dx.DualCodec) -> None:
         assert (await place.get("/metrics"))[2]["Content-Type"].startswith("text/plain; version=")
         for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/nothing"):
             assert (await place.get(path))[0] in (403, 404)
-        assert (await place.get("/v1/stream"))[0] == 400
+        status, text, headers = await place.get("/v1/stream")
+        assert (status, headers["Upgrade"]) == (426, "websocket")
+        assert text == "this address takes WebSocket connections: see docs/serving.md\n"
 
     play(model, scenario)
 
@@ -183,6 +185,37 @@ def test_too_many_connections(model: dx.DualCodec, monkeypatch: pytest.MonkeyPat
     play(model, scenario, streams=1)
 
 
+def test_each_stream_is_logged(
+    model: dx.DualCodec, speech: np.ndarray[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "dualcodec_ext")
+
+    async def scenario(place: Place) -> None:
+        async with place.client() as client:
+            await client.hello("encode", codebooks=3)
+            async with place.client() as other:
+                await other.socket.send_str('{"task": "encode"}')
+                assert (await other.end())[1] == "the one stream is taken, try again later"
+        await place.until(lambda: not place.server._streams.open_ones)
+        async with place.client() as client:
+            await client.hello()
+            await client.socket.send_str("nonsense\n")
+            await client.end()
+
+    play(model, scenario, streams=1)
+    lines = [record.getMessage() for record in caplog.records if record.name == "dualcodec_ext._serving.app"]
+    wanted = [
+        "stream 1: encode opened, 3 codebooks",
+        "stream refused, full: the one stream is taken, try again later",
+        r"stream 1: encode ended after \d+\.\d s, closed by the client",
+        "stream 2: roundtrip opened, 10 codebooks",
+        r'stream 2: roundtrip ended after \d+\.\d s, malformed: a text message must be .*, got "nonsense\\n"',
+    ]
+    assert len(lines) == len(wanted)
+    for line, pattern in zip(lines, wanted, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
 def test_it_listens_to_this_machine_alone_by_default() -> None:
     assert ServeOptions().host == "127.0.0.1"
     assert inspect.signature(cli.serve).parameters["host"].default == "127.0.0.1"
@@ -210,6 +243,10 @@ def test_a_port_that_is_taken(model: dx.DualCodec) -> None:
         ({"ahead_s": 0}, "ahead_s must be a number above 0, got 0"),
         ({"idle_s": math.nan}, "idle_s must be a number above 0, got nan"),
         ({"stall_s": math.inf}, "stall_s must be a number above 0, got inf"),
+        *(
+            ({"origins": ("https://a.example", wrong)}, "an allowed origin must be like https://example.org, got '?")
+            for wrong in ("foo", "a.example:80", "https://a.example/", "https://A.example", "ftp://a", "https://[", 3)
+        ),
     ],
     ids=str,
 )
@@ -220,7 +257,8 @@ def test_wrong_options(wrong: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
 def test_the_command_ends_on_a_signal(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dualcodec_ext", "serve", "--port", "0", "--streams", "2"]
+    verbose = ["-v"] if number == signal.SIGTERM else []
+    command = [sys.executable, "-m", "dualcodec_ext", "serve", "--port", "0", "--streams", "2", *verbose]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
@@ -239,7 +277,9 @@ def test_the_command_ends_on_a_signal(number: signal.Signals, tmp_path: Path) ->
 
         asyncio.run(scenario())
         assert process.wait(timeout=120) == 0
-        assert process.stderr.read() == ""
+        opened, ended = r"[-\d]+ [:,\d]+ stream 1: roundtrip opened, .*\n", r"[-\d: ,]+ stream 1: roundtrip ended .*\n"
+        told = process.stderr.read()
+        assert re.fullmatch(opened + ended if verbose else "", told) and "127.0.0.1" not in told, told
 
 
 def test_without_aiohttp_one_line_says_what_to_install(

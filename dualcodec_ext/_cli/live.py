@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from dualcodec_ext._cli.codec import Codec, configure_torch, load_config, open_m
 from dualcodec_ext._cli.long import finite
 from dualcodec_ext._cli.options import DEFAULT_MODEL, ModelOptions
 from dualcodec_ext._cli.pcm import Sink, Source, open_sink, open_source
-from dualcodec_ext._cli.report import Report, one_line
+from dualcodec_ext._cli.report import Report, debugging, one_line
 from dualcodec_ext.codes import UNTRAINED
 from dualcodec_ext.errors import DualCodecError, need_extra
 
@@ -179,12 +180,14 @@ def _paced(pieces: Iterator[Samples], rate_hz: int | None) -> Iterator[tuple[Sam
         yield samples, now_s
 
 
-def run_serve(options: ModelOptions, limits: ServeOptions) -> int:
+def run_serve(options: ModelOptions, limits: ServeOptions, verbose: bool = False) -> int:
     """Serves until SIGTERM or Ctrl-C.
 
     Args:
         options: which model, and how it runs.
         limits: where the server listens, and what it allows.
+        verbose: whether a line on stderr tells of each stream's begin and end; with tracebacks asked for, also of where
+            it comes from.
     Returns:
         The exit code.
     Raises:
@@ -195,6 +198,12 @@ def run_serve(options: ModelOptions, limits: ServeOptions) -> int:
 
     for package in ("aiohttp", "prometheus_client"):  # before the model, which takes longer to load
         need_extra(package, "serve", "serve")
+    if verbose:
+        told = logging.StreamHandler()
+        told.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        ours = logging.getLogger("dualcodec_ext._serving")
+        ours.addHandler(told)
+        ours.setLevel(logging.DEBUG if debugging() else logging.INFO)
     codec = _opened(options, Report("serve", as_json=False))
 
     def started(server: Server) -> None:

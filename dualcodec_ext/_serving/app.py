@@ -23,6 +23,7 @@ STATIC = Path(__file__).with_name("static")
 _SPARE_CONNECTIONS = 64  # beyond the streams: those that are told that the server is full, and those yet to say hello
 _CLOSE_S = 2.0  # for a client to answer the end of its stream
 _READ_S = 0.2  # for a client to read why its message broke the protocol, before the socket closes on what it sends
+_UPGRADE = "this address takes WebSocket connections: see docs/serving.md\n"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; "
     "img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -38,11 +39,15 @@ class _Socket(web.WebSocketResponse):
     told = False  # the client has had the reason
     broken: Drop | None = None
 
+    def __init__(self, longest: int) -> None:
+        super().__init__(max_msg_size=longest, timeout=_CLOSE_S, compress=False)
+        self._longest = longest
+
     async def close(self, *, code: int = 1000, message: bytes = b"", drain: bool = True) -> bool:
         if code in (1002, 1003, 1007, 1009) and not self.told and not self.closed:
             self.told = True
             if code == 1009:
-                self.broken = Drop("too_large", "a message must be no longer than the server's limit")
+                self.broken = Drop("too_large", f"a message must be of at most {self._longest} bytes")
             else:
                 self.broken = Drop("malformed", "a message must keep to the WebSocket protocol")
             with contextlib.suppress(OSError, TimeoutError):
@@ -96,7 +101,10 @@ class Service:
         if len(self.connections) >= self.options.streams + _SPARE_CONNECTIONS:
             self.streams.metrics.refused.labels("full").inc()
             raise web.HTTPServiceUnavailable(text="too many connections, try again later\n")
-        socket = _Socket(max_msg_size=self.options.message_bytes, timeout=_CLOSE_S, compress=False)
+        socket = _Socket(self.options.message_bytes)
+        if not socket.can_prepare(request):
+            # As RFC 9110 has it: what to upgrade to goes along.
+            raise web.HTTPUpgradeRequired(text=_UPGRADE, headers={"Upgrade": "websocket", "Connection": "Upgrade"})
         await socket.prepare(request)
         task = asyncio.current_task()
         assert task is not None
@@ -131,20 +139,28 @@ class _Connection:
 
     async def run(self) -> None:
         stream: Stream | None = None
+        reason = "closed by the client"
         try:
             stream = await self._unless_stopping(self._open())
             if stream is None:
                 return
+            log.info("stream %d: %s opened, %d codebooks", stream.number, stream.hello.task, stream.hello.codebooks)
+            log.debug("stream %d: from %s", stream.number, self._request.remote)
             await self._serve(stream)
         except Drop as drop:
+            reason = f"{drop.code}: {drop.message}"
+            if stream is None:
+                log.info("stream refused, %s", reason)
             (self._metrics.dropped if stream is not None else self._metrics.refused).labels(drop.code).inc()
             if drop is not self._socket.broken:
                 await self._tell(drop)
         except (ConnectionError, TimeoutError):
-            pass  # the client has gone
+            reason = "the client has gone"
         finally:
             if stream is not None:
                 self._service.streams.close(stream)
+                seconds = asyncio.get_running_loop().time() - stream.since_s
+                log.info("stream %d: %s ended after %.1f s, %s", stream.number, stream.hello.task, seconds, reason)
 
     async def _unless_stopping(self, opening: Coroutine[Any, Any, Stream | None]) -> Stream | None:
         first, stopping = asyncio.create_task(opening), asyncio.create_task(self._service.stopping.wait())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from ..errors import DualCodecError
 
@@ -53,3 +54,19 @@ class ServeOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise DualCodecError(f"serve: {name} must be a number above 0, got {value!r}")
+        for origin in self.origins:
+            if not _is_origin(origin):
+                raise DualCodecError(f"serve: an allowed origin must be like https://example.org, got {origin!r}")
+
+
+def _is_origin(text: object) -> bool:
+    """Whether a browser could send it: scheme, host and port alone, in small letters."""
+    if not isinstance(text, str):
+        return False
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return (
+        parts.scheme in ("http", "https") and bool(parts.netloc) and text == f"{parts.scheme}://{parts.netloc}".lower()
+    )

@@ -106,7 +106,7 @@ def _object(text: str, code: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise Drop(code, "a text message must be a JSON object, got something else") from None
+        raise Drop(code, f"a text message must be a JSON object, got {shown(text)}") from None
     if not isinstance(value, dict):
         raise Drop(code, f"a text message must be a JSON object, got {shown(value)}")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections import deque
 from collections.abc import Sequence
@@ -27,13 +28,17 @@ class Stream:
     """One client's stream as the event loop sees it; nothing here is called from another thread.
 
     Args:
+        number: of the stream, for the log.
         hello: what the client asked for.
         model: what is served.
         lanes: the worker and lane of each direction that the task takes, the first one first.
         metrics: where the time to first audio goes.
     """
 
-    def __init__(self, hello: Hello, model: ModelInfo, lanes: Sequence[tuple[Worker, Lane]], metrics: Metrics) -> None:
+    def __init__(
+        self, number: int, hello: Hello, model: ModelInfo, lanes: Sequence[tuple[Worker, Lane]], metrics: Metrics
+    ) -> None:
+        self.number, self.since_s = number, asyncio.get_running_loop().time()
         self.hello, self.lanes, self.closed = hello, list(lanes), False
         self._model, self._metrics = model, metrics
         self._unit = 1 if hello.task == "decode" else model.hop_samples
@@ -188,6 +193,7 @@ class Streams:
     def __init__(self, encoder: EncodeStage | None, decoder: DecodeStage, model: ModelInfo, most: int) -> None:
         self._model, self._most = model, most
         self.open_ones: set[Stream] = set()
+        self._numbers = itertools.count(1)
         directions = ("encode", "decode") if encoder is not None else ("decode",)
         self.metrics = Metrics(directions, self._count, self._queued_s)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -215,7 +221,8 @@ class Streams:
             Drop: full.
         """
         if len(self.open_ones) >= self._most:
-            raise Drop("full", f"all {self._most} streams are taken, try again later")
+            those = "the one stream is" if self._most == 1 else f"all {self._most} streams are"
+            raise Drop("full", f"{those} taken, try again later")
         lanes = []
         if hello.task != "decode":
             assert self._encoder is not None
@@ -224,7 +231,7 @@ class Streams:
             lanes.append((self._decoder, self._decoder.open(None, hello.codebooks)))
         taken = [(worker, lane) for worker, lane in lanes if lane is not None]
         assert len(taken) == len(lanes), "each worker has a slot for every stream"
-        stream = Stream(hello, self._model, taken, self.metrics)
+        stream = Stream(next(self._numbers), hello, self._model, taken, self.metrics)
         for _, lane in taken:
             lane.owner = stream
         self.open_ones.add(stream)
