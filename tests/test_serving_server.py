@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,31 @@ def test_a_failing_step_ends_its_streams_alone(
 
     play(model, scenario)
     assert "a step failed" in caplog.text
+
+
+def test_a_pong_does_not_wait_for_the_model(model: dx.DualCodec, speech: np.ndarray[Any, Any]) -> None:
+    async def scenario(place: Place) -> None:
+        stage = place.server._streams._decoder.stage
+        run, go_on = stage.run, threading.Event()
+
+        def wait(*arguments: Any) -> Any:
+            go_on.wait()
+            return run(*arguments)
+
+        stage.run = wait  # type: ignore[method-assign]
+        try:
+            async with place.client() as client:
+                await client.hello("decode")
+                await client.send_codes(offline(model, speech), 20)
+                await client.flush()
+                await client.socket.send_str('{"type": "ping", "id": 7}')
+                assert await client.text() == {"type": "pong", "id": 7}
+                go_on.set()
+                assert (await client.clip()).flushed["samples"] == -(-len(speech) // HOP) * HOP
+        finally:
+            go_on.set()
+
+    play(model, scenario)
 
 
 def test_stopping_serves_what_was_taken_in(model: dx.DualCodec, speech: np.ndarray[Any, Any]) -> None:
