@@ -174,11 +174,11 @@ def test_a_span_is_that_of_the_whole(form: tuple[str, bool], frames: int, stages
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_span_of_a_preset(name: str, fast: bool) -> None:
     made = model(name, fast)
-    frames = 240
+    frames = 640
     semantic, acoustic = codes(made, 1, frames, 2)
     wanted = made.decode_from_codes(semantic, acoustic)
     hop = made.dac.hop_length
-    begin, end = 150 * hop + 123, 151 * hop + 5
+    begin, end = 450 * hop + 123, 451 * hop + 5
     assert torch.equal(made.decode_span(semantic, acoustic, begin, end), wanted[..., begin:end])
     first, last = made.span_frames(begin, end, frames)
     assert first > 0 and last < frames
