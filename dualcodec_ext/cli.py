@@ -63,7 +63,10 @@ def roundtrip(
     kind: opt.Format = None,
     codes: Annotated[Path | None, typer.Option("--codes", metavar="FILE", help="Write the codes too.")] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="PNG", help="Draw the spectrograms of both (needs matplotlib).")
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", help="Draw the spectrograms of both: .png, .pdf, ... (needs matplotlib)."
+        ),
     ] = None,
     dtype: opt.DtypeOption = opt.Dtype.float32,
     fast: opt.Fast = False,

@@ -240,7 +240,18 @@ def test_info_reads_codes_weights_and_audio(speech: Path, small: str, tmp_path: 
         (["roundtrip", "IN", "out.xyz"], "xyz"),
         (["roundtrip", "IN", "none/out.wav"], "there is no folder none"),
         (["roundtrip", "IN", "IN"], "is the input as well"),
-        (["encode", "IN", "-o", "out", "--model", "13hz"], "name must be one of 12hz_v1, 25hz_v1"),
+        (["encode", "IN", "-o", "out", "--model", "13hz"], "--model must be one of 12hz_v1, 25hz_v1"),
+        (["encode", "IN", "-o", "out", "--model", "x"], "tiny, or a file of settings, NAME.json, got x"),
+        (["encode", "IN", "-o", "out", "--weights", "nosuch"], "error: --weights: nosuch must be a directory or"),
+        (["roundtrip", "IN", "o.wav", "--weights", "nosuch"], "error: --weights: nosuch must be a directory or"),
+        (["roundtrip", "IN", "o.wav", "--codes", "IN"], "--codes: IN: is the input as well"),
+        (["roundtrip", "IN", "o.wav", "--plot", "IN"], "--plot: IN: is the input as well"),
+        (["roundtrip", "IN", "o.wav", "--codes", "o.wav"], "--codes: o.wav: is OUT as well"),
+        (["roundtrip", "IN", "o.wav", "--codes", "./o.wav"], "--codes: o.wav: is OUT as well"),
+        (["roundtrip", "IN", "o.png", "-f", "wav", "--plot", "o.png"], "--plot: o.png: is OUT as well"),
+        (["roundtrip", "IN", "o.wav", "--codes", "c.png", "--plot", "c.png"], "--plot: c.png: is --codes as well"),
+        (["roundtrip", "IN", "o.wav", "--plot", "p.xyz"], "--plot: p.xyz must end in one of .png, "),
+        (["roundtrip", "IN", "o.wav", "--plot", "p"], "--plot: p must end in one of .png, "),
         (["encode", "IN", "-o", "out", "--model", "none.json"], "cannot read none.json"),
         (["encode", "IN", "-o", "out", "--weights", "none.safetensors"], "none.safetensors"),
         (["encode", "IN", "-o", "out", "-q", "11"], "--quantizers must be 1 to 10 for tiny, got 11"),
@@ -268,6 +279,53 @@ def test_errors_are_one_line_and_leave_nothing(
     assert text.replace("IN", str(speech)) in err and "Traceback" not in err
     assert len(err.strip().splitlines()) <= 2  # the line, and in a batch the count of failures
     assert sorted(p.name for p in tmp_path.rglob("*")) == before and speech.read_bytes() == content
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symlink", "hard"])
+def test_links_to_an_input_are_refused(link: Any, speech: Path, small: str, tmp_path: Path, capsys: Any) -> None:
+    other, content = tmp_path / "other.wav", speech.read_bytes()
+    link(speech, other)
+    for arguments in ((other,), (tmp_path / "new.wav", "--codes", other)):
+        code, _, err = run(capsys, "roundtrip", speech, *arguments, "--model", small)
+        assert code == 2 and f"{other}: is the input as well" in err
+    folder = tmp_path / "codes"
+    folder.mkdir()
+    link(speech, folder / "speech.codes.safetensors")
+    code, _, err = run(capsys, "encode", speech, "-o", folder, "--model", small)
+    assert code == 2 and f"its output {folder}/speech.codes.safetensors is an input as well" in err
+    assert speech.read_bytes() == content
+
+
+def test_weights_and_settings_are_not_overwritten(speech: Path, small: str, tmp_path: Path, capsys: Any) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(testing.seeded_model(SMALL).state_dict(), weights)
+    for option, file in (("--weights", weights), ("--model", Path(small))):
+        content = file.read_bytes()
+        asked = ("--model", small, "--weights", weights, "--codes", file)
+        code, _, err = run(capsys, "roundtrip", speech, tmp_path / "o.wav", *asked)
+        assert code == 2 and f"--codes: {file}: is {option} as well" in err and file.read_bytes() == content
+
+
+def test_decode_spares_codes_of_any_name(speech: Path, small: str, tmp_path: Path, capsys: Any) -> None:
+    """A code file may be called *.wav, and then so would its audio."""
+    run(capsys, "encode", speech, "-o", tmp_path, "--model", small)
+    codes = (tmp_path / "speech.codes.safetensors").rename(tmp_path / "a.wav")
+    content = codes.read_bytes()
+    code, _, err = run(capsys, "decode", codes, "-o", tmp_path)
+    assert code == 2 and f"its output {codes} is an input as well" in err and codes.read_bytes() == content
+
+
+def test_two_outputs_may_be_one_device(speech: Path, small: str, capsys: Any) -> None:
+    devices = (os.devnull, "--codes", os.devnull)
+    assert run(capsys, "roundtrip", speech, *devices, "--model", small, "--format", "wav")[0] == 0
+
+
+def test_a_plot_without_matplotlib_is_refused_first(
+    speech: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
+    code, _, err = run(capsys, "roundtrip", speech, tmp_path / "o.wav", "--plot", tmp_path / "p.png")
+    assert code == 2 and "--plot needs matplotlib: pip install" in err and not (tmp_path / "o.wav").exists()
 
 
 def test_a_full_disk(speech: Path, small: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

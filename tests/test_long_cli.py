@@ -169,7 +169,8 @@ def test_a_span_reads_what_it_needs(speech: Path, model: str, tmp_path: Path, ca
     "asked, text",
     [
         (["--from", 1, "--to", 0.5], "--from must lie before --to, got 1 and 0.5"),
-        (["--from", 1.6], "--from must lie before --to, got 1.6 and 1.6"),
+        (["--from", 1.6], "--from must lie before the end, 1.6 s, got 1.6"),
+        (["--from", 100], "--from must lie before the end, 1.6 s, got 100"),
         (["--to", 20], "--to must be at most 1.6, the recording's seconds, got 20"),
         (["--from", 1, "--to", 1.00001], "are the same sample at 24000 Hz"),
         (["--from", -1], "--from"),

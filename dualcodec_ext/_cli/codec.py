@@ -304,10 +304,10 @@ def load_config(model: str) -> tuple[str, DualCodecConfig]:
         DualCodecError: no such preset or file, or wrong settings.
     """
     if not model.endswith(".json"):
-        try:
-            return model, DualCodecConfig.preset(model)
-        except ValueError as error:
-            raise DualCodecError(f"--model: {error}") from error
+        if model not in DualCodecConfig.presets():
+            names = ", ".join(DualCodecConfig.presets())
+            raise DualCodecError(f"--model must be one of {names}, or a file of settings, NAME.json, got {model}")
+        return model, DualCodecConfig.preset(model)
     try:
         return Path(model).stem, DualCodecConfig.from_json(Path(model))
     except OSError as error:
@@ -334,7 +334,10 @@ def find_weights(weights: str, name: str, config: DualCodecConfig) -> Path:
     if name in DualCodecConfig.presets() and config == DualCodecConfig.preset(name):
         from dualcodec_ext.hub import resolve_pretrained
 
-        return Path(resolve_pretrained(name, weights)[1])
+        try:
+            return Path(resolve_pretrained(name, weights)[1])
+        except DualCodecError as error:
+            raise DualCodecError(f"--weights: {str(error).removeprefix('checkpoint: ')}") from error
     if not path.is_dir():
         raise DualCodecError(f"--weights: {weights}: no such file or folder")
     files = sorted(path.glob("*.safetensors"))

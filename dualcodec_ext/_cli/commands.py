@@ -12,11 +12,19 @@ from typing import Any
 from dualcodec_ext._cli.codec import Codec, CodecCache, open_codec
 from dualcodec_ext._cli.long import chunk_for, decode_long, decode_span, encode_long, write_pieces
 from dualcodec_ext._cli.options import ModelOptions
+from dualcodec_ext._cli.outputs import (
+    file_keys,
+    files_of,
+    need_folder_of,
+    refuse_as_folder,
+    refuse_clashes,
+    refuse_picture,
+)
 from dualcodec_ext._cli.report import Report
 from dualcodec_ext._files import Found, find_inputs, reason
 from dualcodec_ext.audio import AUDIO_SUFFIXES, AudioReader, audio_format, read_audio, resample, write_audio
 from dualcodec_ext.codes import SUFFIX, UNTRAINED, CodeFile, map_codes, read_codes, write_codes
-from dualcodec_ext.errors import DualCodecError, need_extra
+from dualcodec_ext.errors import DualCodecError
 
 
 def run_roundtrip(
@@ -41,23 +49,23 @@ def run_roundtrip(
         rate: sample rate of the output in Hz; None for the model's.
         kind: format of the output; None for what the ending of `target` says.
         codes_file: where the codes go; None to keep them.
-        plot: PNG for the spectrograms of both; None for none.
+        plot: picture for the spectrograms of both; None for none.
         chunk_frames: frames that are worked on at a time, see `chunk_for`.
         as_json: print JSON.
     Returns:
         The exit code.
     Raises:
-        DualCodecError: anything that keeps the output from being written.
+        DualCodecError: anything that keeps the output from being written, or two of the files are the same.
         MissingExtraError: a picture is wanted and matplotlib is not installed.
     """
     report = Report("roundtrip", as_json)
     kind = audio_format(kind or os.fspath(target))
-    _refuse_same_file(source, target)
-    for wanted in (target, codes_file, plot):
-        if wanted is not None:
-            _need_folder_of(wanted)
+    outputs = {name: path for name, path in (("OUT", target), ("--codes", codes_file), ("--plot", plot)) if path}
+    refuse_clashes(outputs, {"the input": source, **files_of(options)})
+    for wanted in outputs.values():
+        need_folder_of(wanted)
     if plot is not None:
-        need_extra("matplotlib", "plot", "--plot")
+        refuse_picture(plot)
     with AudioReader(source) as reader:
         recording = _short(reader, chunk_frames)  # before the model, which takes longer to load
         codec = _opened(options, report, quantizers)
@@ -113,7 +121,7 @@ def run_encode(
     jobs = _jobs(inputs, AUDIO_SUFFIXES, folder, SUFFIX, skip_existing, report)
     if not jobs:
         return report.finish()
-    _refuse_as_folder(folder)
+    refuse_as_folder(folder)
     codec = _opened(options, report, quantizers)
     fresh = not folder.exists()
     _make(folder)
@@ -178,7 +186,7 @@ def run_decode(
     jobs = _jobs(inputs, (SUFFIX,), folder, f".{kind}", skip_existing, report)
     if not jobs:
         return report.finish()
-    _refuse_as_folder(folder)
+    refuse_as_folder(folder)
     part = span_s != (None, None)
     codecs = CodecCache(options, any_weights)
     fresh = not folder.exists()
@@ -193,8 +201,8 @@ def run_decode(
         start = time.perf_counter()
         _make(target.parent)
         if part:
-            begin_s, end_s = span_s[0] or 0.0, codes.duration_s if span_s[1] is None else span_s[1]
-            wave = decode_span(codec, codes, begin_s, end_s, rate)
+            begin_s = span_s[0] or 0.0
+            wave = decode_span(codec, codes, begin_s, span_s[1], rate)
             write_audio(target, wave, rate_hz, kind, _comment(codes, codec))
             samples = len(wave)
         else:
@@ -250,18 +258,23 @@ def _jobs(
     skip_existing: bool,
     report: Report,
 ) -> list[tuple[Found, Path]]:
-    """Pairs of input and output; inputs that give nothing, and two that would share an output, are failures."""
+    """Pairs of input and output; inputs that give nothing, and outputs that are an input or another's, are failures."""
     found, failed = find_inputs(inputs, suffixes)
     for argument, why in failed:
         report.fail(argument, why)
-    taken: dict[Path, Path] = {}
+    taken: dict[str, Path] = {}
+    read = file_keys(file.path for file in found)
     jobs = []
     for file in found:
         target = folder / file.relative.parent / (_stem(file.relative.name) + ending)
-        if target in taken:
-            report.fail(str(file.path), f"its output {target} is that of {taken[target]} too")
+        key = os.path.realpath(target)  # two names may be links to one file
+        if key in taken:
+            report.fail(str(file.path), f"its output {target} is that of {taken[key]} too")
             continue
-        taken[target] = file.path
+        taken[key] = file.path
+        if file_keys([target]) & read:
+            report.fail(str(file.path), f"its output {target} is an input as well")
+            continue
         if skip_existing and target.exists():
             report.done(
                 {"input": str(file.path), "output": str(target), "skipped": True},
@@ -321,24 +334,6 @@ def _remove_empty(folder: Path) -> None:
     for path in [*sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True), folder]:
         with contextlib.suppress(OSError):
             path.rmdir()
-
-
-def _refuse_as_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise DualCodecError(f"cannot write to {folder}: is not a folder")
-
-
-def _need_folder_of(target: Path) -> None:
-    # Before the work, because a typing error in the name should not cost a minute.
-    if target.is_dir():
-        raise DualCodecError(f"cannot write {target}: is a directory")
-    if not target.parent.is_dir():
-        raise DualCodecError(f"cannot write {target}: there is no folder {target.parent}")
-
-
-def _refuse_same_file(source: Path, target: Path) -> None:
-    if target.is_file() and source.exists() and os.path.samefile(source, target):
-        raise DualCodecError(f"{target}: is the input as well")
 
 
 def _code_facts(codes: CodeFile) -> dict[str, Any]:

@@ -234,13 +234,13 @@ def decode_long(
     yield written.rest()
 
 
-def decode_span(codec: Codec, codes: CodeFile, begin_s: float, end_s: float, rate_hz: int | None) -> Samples:
+def decode_span(codec: Codec, codes: CodeFile, begin_s: float, end_s: float | None, rate_hz: int | None) -> Samples:
     """Turns a part of codes into audio, reading and decoding what it depends on alone.
 
     Args:
         codec: the model.
         codes: made by this model; best mapped from the file.
-        begin_s, end_s: in seconds of the recording.
+        begin_s, end_s: in seconds of the recording; None for its end.
         rate_hz: sample rate wanted; None for the model's.
     Returns:
         float32, samples round(begin_s * rate) to round(end_s * rate) of what `Codec.decode` gives; at another rate than
@@ -248,6 +248,10 @@ def decode_span(codec: Codec, codes: CodeFile, begin_s: float, end_s: float, rat
     Raises:
         DualCodecError: a part that the recording does not have, codes out of range, or output that is not finite.
     """
+    if end_s is None:
+        end_s = codes.duration_s
+        if not 0 <= begin_s < end_s:
+            raise DualCodecError(f"--from must lie before the end, {end_s:g} s, got {begin_s:g}")
     if not 0 <= begin_s < end_s:
         raise DualCodecError(f"--from must lie before --to, got {begin_s:g} and {end_s:g}")
     if end_s > codes.duration_s:
