@@ -21,7 +21,8 @@ app = typer.Typer(
     name=PROGRAM,
     help="DualCodec, a neural speech codec: speech to codes and back.",
     epilog="Exit codes: 0 all went well, 1 verify found a difference, 2 something failed (one line on stderr says "
-    "what). DUALCODEC_EXT_DEBUG=1 shows errors in full.",
+    "what), 130 Ctrl-C, 141 the reader of a pipe has gone, as head does, 143 SIGTERM. "
+    "DUALCODEC_EXT_DEBUG=1 shows errors in full.",
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -179,12 +180,19 @@ def stream(
 
     Needs a model with a causal encoder and features of its own, such as tiny. The latency of a frame is the time from
     its last sample in to its last sample out; percentiles are printed on stderr at the end.
+
+    Ctrl-C is the end of a pipe's or a device's audio: the output is completed, and a second one gives up. Where the
+    input is a file, Ctrl-C gives up at once, as SIGTERM always does; a file is then not written.
     """
-    from dualcodec_ext._cli.live import run_stream
+    from dualcodec_ext._cli.interrupt import telling
 
     settings = opt.ModelOptions(model, weights, None, dtype.value, "cpu", threads, seed)
     how = (quantizers, sample_format.value, piece_ms, paced, lookahead, as_json)
-    raise typer.Exit(run_stream(source, target, settings, *how))
+    with telling(target):
+        from dualcodec_ext._cli.live import run_stream
+
+        code = run_stream(source, target, settings, *how)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -342,6 +350,12 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _reader_gone() -> int:
+    # It has seen what it wanted: quiet, and with the exit code that a shell gives a program which SIGPIPE ended.
+    _drop_stdout()
+    return 128 + 13
+
+
 def _stop(*_: object) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
@@ -364,8 +378,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        _drop_stdout()  # its reader has gone, and has seen what it wanted
-        return FAILED
+        return _reader_gone()
+    except SystemExit as error:
+        # The argument parser turns a BrokenPipeError into exit code 1, which verify's FAIL has.
+        if isinstance(error.__context__, BrokenPipeError):
+            return _reader_gone()
+        raise
     except Exception as error:
         if isinstance(error, OSError):
             _drop_stdout()

@@ -9,15 +9,18 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from dualcodec_ext._cli.codec import Codec, configure_torch, load_config, open_model
+from dualcodec_ext._cli.interrupt import FirstInterrupt
 from dualcodec_ext._cli.long import finite
 from dualcodec_ext._cli.options import DEFAULT_MODEL, ModelOptions
-from dualcodec_ext._cli.pcm import Sink, Source, open_sink, open_source
+from dualcodec_ext._cli.outputs import files_of, refuse_clashes
+from dualcodec_ext._cli.pcm import RawSource, Sink, Source, open_sink, open_source
 from dualcodec_ext._cli.report import Report, debugging, one_line
 from dualcodec_ext.codes import UNTRAINED
 from dualcodec_ext.errors import DualCodecError, need_extra
@@ -90,7 +93,7 @@ def run_stream(
     Returns:
         The exit code.
     Raises:
-        DualCodecError: the model can't stream, or the audio can't be read or written.
+        DualCodecError: the output is the input, the model can't stream, or the audio can't be read or written.
     """
     from dualcodec_ext.streaming import StreamingDecoder, StreamingEncoder
 
@@ -100,13 +103,18 @@ def run_stream(
         raise DualCodecError(f"--piece-ms must be a sample's time or more, got {piece_ms:g}")
     if codebooks is not None and codebooks > config.n_codebooks + 1:
         raise DualCodecError(f"--codebooks must be 1 to {config.n_codebooks + 1} for {name}, got {codebooks}")
-    with contextlib.ExitStack() as stack:
+    # Standard streams may be redirected from and to files.
+    named = [Path({"-": device}.get(path, path)) for path, device in ((source, "/dev/stdin"), (target, "/dev/stdout"))]
+    refuse_clashes({"--out": named[1]}, {"the input": named[0], **files_of(options)})
+    with contextlib.ExitStack() as signals, contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_source(source, sample_format, config.sample_rate))
         codec = _opened(options, Report("stream", as_json=False))
         if codec.model.front_end is None:
             raise DualCodecError(f"{name} computes no features of its own: those of w2v-BERT depend on the whole clip")
         encoder = StreamingEncoder(codec.model, num_quantizers=codebooks)
         decoder = StreamingDecoder(codec.model, lookahead=lookahead)
+        if isinstance(opened, RawSource) and opened.live:
+            opened.wait = signals.enter_context(FirstInterrupt()).wait
         sink = stack.enter_context(open_sink(target, sample_format, config.sample_rate))
         latency = Latency(config.hop_length)
         gc.freeze()  # or a full collection, which looks through all of torch, would hold a frame up

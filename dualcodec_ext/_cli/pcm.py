@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +54,10 @@ class RawSource:
     def __init__(self, handle: int, name: str, sample_format: str) -> None:
         self._handle, self._name, self._type = handle, name, np.dtype(_TYPES[sample_format])
         self.note = ""
+        self.live = not stat.S_ISREG(os.fstat(handle).st_mode)  # a pipe or a device: its end is not known before
+        self.wait: Callable[[int], bool] = lambda handle: (
+            True
+        )  # whether there is more; replaced where Ctrl-C is the end
 
     def pieces(self, samples: int) -> Iterator[Samples]:
         size, rest, count = self._type.itemsize, b"", 0
@@ -71,6 +76,8 @@ class RawSource:
 
     def _read(self, count: int) -> bytes:
         try:
+            if not self.wait(self._handle):
+                return b""
             return os.read(self._handle, count)  # what is there, without waiting for the rest
         except OSError as error:
             raise DualCodecError(f"cannot read {self._name}: {reason(error)}") from error
