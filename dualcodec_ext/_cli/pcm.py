@@ -7,8 +7,9 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -146,11 +147,7 @@ def open_source(name: str, sample_format: str, rate_hz: int) -> Iterator[Source]
             raise DualCodecError("--in -: stdin is a terminal, and raw PCM is needed")
         yield RawSource(handle, "stdin", sample_format)
     elif Path(name).suffix.lower() in RAW_SUFFIXES:
-        try:
-            file = open(name, "rb", buffering=0)  # noqa: SIM115 - only its failure is explained here
-        except OSError as error:
-            raise DualCodecError(f"cannot read {name}: {reason(error)}") from error
-        with file:
+        with _open(name, "rb") as file:
             yield RawSource(file.fileno(), name, sample_format)
     else:
         with AudioReader(name) as reader:
@@ -174,11 +171,7 @@ def open_sink(name: str, sample_format: str, rate_hz: int) -> Iterator[Sink]:
             raise DualCodecError("--out -: stdout is a terminal, and raw PCM would go to it")
         yield _RawSink(lambda data: _write_all(handle, data), sample_format)
     elif os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
-        try:
-            device = open(name, "wb", buffering=0)  # noqa: SIM115 - as above
-        except OSError as error:
-            raise DualCodecError(f"cannot write {name}: {reason(error)}") from error
-        with device:
+        with _open(name, "wb") as device:
             yield _RawSink(lambda data: _write_all(device.fileno(), data), sample_format)
     elif Path(name).suffix.lower() in RAW_SUFFIXES:
         with AtomicFile(name) as file:
@@ -186,6 +179,13 @@ def open_sink(name: str, sample_format: str, rate_hz: int) -> Iterator[Sink]:
     else:
         with AudioWriter(name, rate_hz) as writer:
             yield writer
+
+
+def _open(name: str, mode: Literal["rb", "wb"]) -> FileIO:
+    try:
+        return open(name, mode, buffering=0)
+    except OSError as error:
+        raise DualCodecError(f"cannot {'read' if mode == 'rb' else 'write'} {name}: {reason(error)}") from error
 
 
 def _descriptor(stream: Any, name: str) -> int:
