@@ -17,6 +17,7 @@ from torch import Tensor
 from . import reference
 from .forms import Form, form_for
 from .pieces import decode_pieces
+from .reference.checks import naming_wrong_codes
 from .stages import stage_of
 from .steps import Quantizer, Step, lengths_through, program, run, weight_dtype
 from .tiles import Programs, Sizes, Tiles
@@ -190,29 +191,14 @@ class Engine:
             rows = None if frame_lengths is None else self.decode_lengths(frame_lengths)
             return self.decode(semantic_codes, acoustic_codes, None if rows is None else rows.to(self.device))
         semantic, acoustic = semantic_codes.cpu(), None if acoustic_codes is None else acoustic_codes.cpu()
-        try:
-            samples = self.decoded_samples(semantic.shape[2])
+        samples, entries = self.decoded_samples(semantic.shape[2]), (self.semantic_entries, self.acoustic_entries)
+        # A tile knows a code's place within the tile alone.
+        with naming_wrong_codes("Engine.decode_clips", semantic, acoustic, entries, frame_lengths):
             return self.tiles.decode(semantic, acoustic, _listed(frame_lengths), samples, chunk_frames)
-        except ValueError:
-            self._name_wrong_code(semantic, acoustic, frame_lengths)
-            raise
 
     def decode_pieces(self, semantic: Tensor, acoustic: Tensor | None, chunk_frames: int) -> Iterator[Tensor]:
         """Yield what `decode` gives of codes on the CPU, of any integer type, chunk_frames frames at a time."""
-        try:
-            yield from decode_pieces(
-                self.tiles, semantic.cpu(), None if acoustic is None else acoustic.cpu(), chunk_frames
-            )
-        except ValueError:
-            whole = None if acoustic is None else acoustic.to(torch.int64)
-            self._name_wrong_code(semantic.to(torch.int64), whole, None)
-            raise
-
-    def _name_wrong_code(self, semantic: Tensor, acoustic: Tensor | None, frame_lengths: Tensor | None) -> None:
-        """Raise for a code out of range: a tile knows its place within the tile alone."""
-        self._semantic_quantizer.lookup(semantic, frame_lengths, None)
-        if acoustic is not None:
-            self._acoustic_quantizer.lookup(acoustic, frame_lengths, None)
+        yield from decode_pieces(self.tiles, semantic.cpu(), None if acoustic is None else acoustic.cpu(), chunk_frames)
 
     def decoder_groups(self) -> list[int]:
         """Return how many rows each of the decoder's steps computes as one."""
