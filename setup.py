@@ -257,7 +257,7 @@ def compiled_options(torch, version, cuda):
     defines = []
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"], os.environ["CUDA_HOME"] = cuda.archs, cuda.home
-        defines = ["-DDCX_WITH_CUDA"]
+        defines = ["-DDCX_WITH_CUDA", *(["-DDCX_WITH_SM90A"] if "9.0a" in cuda.archs else [])]
     build_ext = make_build_ext(version, cuda, compiler)
     from torch.utils import cpp_extension
 

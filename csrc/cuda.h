@@ -44,6 +44,9 @@ inline CudaContext cuda_context() {
   context.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, context.device);
   context.shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, context.device);
   context.allow_tf32 = tf32_allowed();
+#ifdef DCX_WITH_SM90A
+  context.wgmma = context.capability == 90;
+#endif
   return context;
 }
 

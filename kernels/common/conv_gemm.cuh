@@ -122,7 +122,7 @@ struct ConvGemm {
         cp_async16(cell, source, valid);
       } else {
         float value = valid ? to_float(*source) : 0.0f;
-        if (p.alpha != nullptr && valid) value = snake(value, p.alpha[channel], snake_inverse(p.alpha[channel]));
+        if (p.alpha != nullptr && valid) value = snake_as<T>(value, p.alpha[channel], snake_inverse(p.alpha[channel]));
         *cell = from_float<T>(value);
       }
     }
@@ -147,7 +147,7 @@ struct ConvGemm {
       Vector16<T> values = *cell;
       DCX_UNROLL
       for (int i = 0; i < kVector; ++i)
-        values.values[i] = from_float<T>(snake(to_float(values.values[i]), alpha[i], inverse[i]));
+        values.values[i] = from_float<T>(snake_as<T>(to_float(values.values[i]), alpha[i], inverse[i]));
       *cell = values;
     }
   }
@@ -204,7 +204,7 @@ struct ConvGemm {
         if (counts && n < p.columns) {
           value =
               finish_activation(sums[row * kSumLd + offset + v] + (p.bias != nullptr ? p.bias[n] : 0.0f), p.activation);
-          if (p.out_alpha != nullptr) value = snake(value, p.out_alpha[n], snake_inverse(p.out_alpha[n]));
+          if (p.out_alpha != nullptr) value = snake_as<T>(value, p.out_alpha[n], snake_inverse(p.out_alpha[n]));
           if (adds) value += to_float(extra[v * p.residual.stride_c]);
         }
         out.values[v] = from_float<T>(value);

@@ -12,6 +12,7 @@ struct CudaContext {
   int multiprocessors = 132;  // what the choice of tiles aims to fill
   int shared_bytes = 232448;  // shared memory that a block may ask for
   bool allow_tf32 = false;    // float32 products may round their operands to tf32
+  bool wgmma = false;         // the kernels of wgmma.cuh are there and run: capability 9.0, compiled for 9.0a
 };
 
 struct Grid {

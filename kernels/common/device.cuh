@@ -198,6 +198,7 @@ DCX_DEVICE void thread_fence() { __threadfence(); }
 // A load that other blocks' fenced stores are visible to.
 DCX_DEVICE float load_coherent(const float* p) { return __ldcg(p); }
 DCX_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DCX_DEVICE float approximate_sine(float x) { return __sinf(x); }
 DCX_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 DCX_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 DCX_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }

@@ -18,14 +18,21 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Kernels of wgmma.cuh say so by a member kNeedsSm90a.
+template <class K>
+constexpr bool kRunsHere =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    !K::kNeedsSm80;
+#elif defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    !requires { K::kNeedsSm90a; };
+#else
+    true;
+#endif
+
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) run_kernel(const __grid_constant__ typename K::Params p) {
-  extern __shared__ __align__(128) unsigned char smem[];
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  if constexpr (!K::kNeedsSm80) K::run(p, smem);
-#else
-  K::run(p, smem);
-#endif
+  extern __shared__ __align__(1024) unsigned char smem[];
+  if constexpr (kRunsHere<K>) K::run(p, smem);
 }
 
 template <class K>

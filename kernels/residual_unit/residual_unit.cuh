@@ -79,7 +79,7 @@ struct FusedUnit {
       float value = 0.0f;
       if (t >= 0 && t < valid && channel < p.channels) {
         value = to_float(x[t * p.x.stride_t + channel * p.x.stride_c]);
-        if (kSnaked) value = snake(value, p.alpha1[channel], snake_inverse(p.alpha1[channel]));
+        if (kSnaked) value = snake_as<T>(value, p.alpha1[channel], snake_inverse(p.alpha1[channel]));
       }
       to[row * kLd + channel] = from_float<T>(value);
     }
@@ -101,7 +101,7 @@ struct FusedUnit {
       Vector16<T> values = *cell;
       DCX_UNROLL
       for (int i = 0; i < kVector; ++i)
-        values.values[i] = from_float<T>(snake(to_float(values.values[i]), alpha[i], inverse[i]));
+        values.values[i] = from_float<T>(snake_as<T>(to_float(values.values[i]), alpha[i], inverse[i]));
       *cell = values;
     }
   }
@@ -212,8 +212,8 @@ struct FusedUnit {
     each_pair(
         sums, [&](int column) { return Column{pair_of(0, column), pair_of(1, column), pair_of(2, column)}; },
         [&](int row, int column, const Column& at, float low, float high) {
-          low = snake(low + at.bias.low, at.alpha.low, at.inverse.low);
-          high = snake(high + at.bias.high, at.alpha.high, at.inverse.high);
+          low = snake_as<T>(low + at.bias.low, at.alpha.low, at.inverse.low);
+          high = snake_as<T>(high + at.bias.high, at.alpha.high, at.inverse.high);
           *reinterpret_cast<Pair<T>*>(rows + row * kLd + column) = Pair<T>{from_float<T>(low), from_float<T>(high)};
         });
     DCX_UNROLL

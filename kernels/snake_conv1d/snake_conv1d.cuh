@@ -42,7 +42,7 @@ struct NarrowConv {
         float value = 0.0f;
         if (c < p.channels && t >= 0 && t < in_steps) {
           value = to_float(x[b * p.x.stride_b + t * p.x.stride_t + c * p.x.stride_c]);
-          if (p.alpha != nullptr) value = snake(value, p.alpha[c], snake_inverse(p.alpha[c]));
+          if (p.alpha != nullptr) value = snake_as<T>(value, p.alpha[c], snake_inverse(p.alpha[c]));
         }
         rows[row * kPitch + i % kDepth] = value;
       }

@@ -28,6 +28,15 @@ struct Copy {
   bool landed;
 };
 
+// A product of a warpgroup, this thread's share of it.
+struct GroupProduct {
+  float* d;
+  const unsigned char *a, *b;
+  int panel_bytes, columns;
+  float (*value)(uint16_t);
+  bool done;
+};
+
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
 struct Fiber {
@@ -38,6 +47,8 @@ struct Fiber {
   Position position;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Copy> open;
+  std::vector<std::vector<GroupProduct>> products;  // as groups, oldest first
+  std::vector<GroupProduct> open_products;
   const char* operation = nullptr;
   void* argument = nullptr;
 };
@@ -226,6 +237,67 @@ void wait_copies(int pending) {
   }
 }
 
+namespace {
+
+// The value at a byte of a panel, whose cells of 16 bytes are exchanged by bits 7 to 9 of their address.
+float panel_value(const unsigned char* at, float (*value)(uint16_t)) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(at);
+  uint16_t bits;
+  memcpy(&bits, reinterpret_cast<const void*>(address ^ (address >> 7 & 7) << 4), 2);
+  return value(bits);
+}
+
+void multiply_group(GroupProduct& mine, int thread) {
+  if (mine.done) return;
+  mine.done = true;
+  const int lane = thread % 32, warp = thread / 32 % 4;
+  for (int half = 0; half < 2; ++half) {
+    float a[16];
+    for (int k = 0; k < 16; ++k)
+      a[k] = panel_value(mine.a + (warp * 16 + half * 8 + lane / 4) * 128 + k * 2, mine.value);
+    for (int i = 0; i < mine.columns / 4; ++i) {
+      const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      float& d = mine.d[i / 2 * 4 + half * 2 + i % 2];
+      double sum = static_cast<double>(d);
+      for (int k = 0; k < 16; ++k) {
+        const unsigned char* b = mine.b + column / 64 * mine.panel_bytes + k * 128 + column % 64 * 2;
+        sum += static_cast<double>(a[k]) * static_cast<double>(panel_value(b, mine.value));
+      }
+      d = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_later(float* d, const unsigned char* a, const unsigned char* b, int panel_bytes, int columns,
+                    float (*value)(uint16_t)) {
+  Scheduler& s = scheduler();
+  Fiber& self = *s.current;
+  if (reinterpret_cast<uintptr_t>(a) % 16 != 0 || reinterpret_cast<uintptr_t>(b) % 1024 % 128 != 0)
+    fail("wgmma: operands start at a row, moved by cells of 16 bytes");
+  bool first = true;  // products on one accumulator run in order
+  for (const auto& group : self.products)
+    for (const GroupProduct& p : group) first = first && p.done;
+  for (const GroupProduct& p : self.open_products) first = first && p.done;
+  self.open_products.push_back(GroupProduct{d, a, b, panel_bytes, columns, value, false});
+  if (first && s.random() % 2 != 0) multiply_group(self.open_products.back(), self.position.thread);
+}
+
+void commit_products() {
+  Fiber& self = *scheduler().current;
+  self.products.push_back(std::move(self.open_products));
+  self.open_products.clear();
+}
+
+void wait_products(int pending) {
+  Fiber& self = *scheduler().current;
+  while (self.products.size() > static_cast<size_t>(pending)) {
+    for (GroupProduct& product : self.products.front()) multiply_group(product, self.position.thread);
+    self.products.erase(self.products.begin());
+  }
+}
+
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row must be aligned to 16 bytes");
   LoadMatrix mine{row, transposed, r};
@@ -306,12 +378,12 @@ void run_blocks(const std::type_info& kernel, int threads, int64_t x, int64_t y,
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[s.random() % i]);
   for (int64_t block : order) {
     const std::unique_ptr<unsigned char, void (*)(void*)> smem(
-        static_cast<unsigned char*>(aligned_alloc(128, (smem_bytes + 127) / 128 * 128 + 128)), free);
+        static_cast<unsigned char*>(aligned_alloc(1024, (smem_bytes + 1023) / 1024 * 1024 + 1024)), free);
     // Exactly the bytes asked for: what lies behind them is not the kernel's.
     s.smem = smem.get();
     memset(s.smem, 0xff, smem_bytes);
 #ifdef SIMT_ASAN
-    __asan_poison_memory_region(s.smem + smem_bytes, (smem_bytes + 127) / 128 * 128 + 128 - smem_bytes);
+    __asan_poison_memory_region(s.smem + smem_bytes, (smem_bytes + 1023) / 1024 * 1024 + 1024 - smem_bytes);
 #endif
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = s.fibers[static_cast<size_t>(i)];
@@ -330,7 +402,7 @@ void run_blocks(const std::type_info& kernel, int threads, int64_t x, int64_t y,
       for (const std::vector<Copy>& group : fiber.groups)
         if (!group.empty()) fail("a thread ended with asynchronous copies under way");
 #ifdef SIMT_ASAN
-    __asan_unpoison_memory_region(s.smem, (smem_bytes + 127) / 128 * 128 + 128);
+    __asan_unpoison_memory_region(s.smem, (smem_bytes + 1023) / 1024 * 1024 + 1024);
 #endif
   }
 }

@@ -34,6 +34,11 @@ void barrier();
 void copy_later(void* to, const void* from, size_t bytes);  // 16 zeros where from is null
 void commit_copies();
 void wait_copies(int pending);
+// A thread's share of a warpgroup's product of two panels (wgmma.cuh), done at some time up to the wait.
+void multiply_later(float* d, const unsigned char* a, const unsigned char* b, int panel_bytes, int columns,
+                    float (*value)(uint16_t));
+void commit_products();
+void wait_products(int pending);
 [[noreturn]] void fail(const std::string& what);
 
 // Around it ----------------------------------------------------------------------------------------------------------
@@ -162,11 +167,35 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
 }
 void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], float b0, float b1);
 
+struct Panel {
+  const unsigned char* start;
+  int panel_bytes;
+};
+inline Panel panel_at(const void* p, int panel_bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % 1024 != 0) simt::fail("a panel starts at a multiple of 1024 bytes");
+  return Panel{static_cast<const unsigned char*>(p), panel_bytes};
+}
+inline Panel moved(Panel panel, int bytes) { return Panel{panel.start + bytes, panel.panel_bytes}; }
+inline void fence_async() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() { simt::commit_products(); }
+template <int kPending>
+inline void wgmma_wait() {
+  simt::wait_products(kPending);
+}
+template <int kCount>
+inline void settle(float (&)[kCount]) {}
+template <class T, int kColumns>
+inline void wgmma(float (&d)[kColumns / 2], Panel a, Panel b) {
+  simt::multiply_later(d, a.start, b.start, b.panel_bytes, kColumns, [](uint16_t bits) { return to_float(T{bits}); });
+}
+
 uint32_t atomic_add(uint32_t* p, uint32_t value);
 void atomic_min(int64_t* p, int64_t value);
 inline void thread_fence() {}
 inline float load_coherent(const float* p) { return *p; }
 inline float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+inline float approximate_sine(float x) { return sinf(x); }
 inline uint64_t bits_of(double x) {
   uint64_t bits;
   memcpy(&bits, &x, 8);

@@ -30,6 +30,7 @@ inline dcx::CudaContext context_of(const Case& c) {
   context.multiprocessors = static_cast<int>(c.number("multiprocessors", 1));
   context.allow_tf32 = c.number("allow_tf32", 0) != 0;
   context.capability = static_cast<int>(c.number("capability", 90));
+  context.wgmma = context.capability == 90 && c.number("wgmma", 1) != 0;
   context.shared_bytes = static_cast<int>(c.number("shared_bytes", context.shared_bytes));
   return context;
 }
