@@ -85,12 +85,16 @@ inline at::Tensor cuda_packed_or(const char* op, const OptionalTensor& packed, i
 
 // Starts a planned kernel with workspace from torch's allocator.
 inline void start_plan(const CudaContext& context, ConvGemmPlan& plan, const at::Tensor& x) {
-  at::Tensor partial, counters;
+  at::Tensor partial, counters, prepared;
   if (plan.partial_floats > 0) {
     partial = at::empty({plan.partial_floats}, x.options().dtype(at::kFloat));
     counters = at::zeros({plan.tiles}, x.options().dtype(at::kInt));
     plan.params.partial = partial.mutable_data_ptr<float>();
     plan.params.counters = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
+  }
+  if (plan.prepared_bytes > 0) {
+    prepared = at::empty({plan.prepared_bytes}, x.options().dtype(at::kByte));
+    plan.prepared.to = plan.params.x.data = prepared.mutable_data_ptr();
   }
   plan.start(context, plan);
 }

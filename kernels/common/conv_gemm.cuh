@@ -4,21 +4,11 @@
 // inside a step, the taps, which are row offsets into one tile of snaked rows in shared memory. float32 sums. Rows of x
 // are copied 16 bytes at a time where its layout allows it (Params::vectors), else value by value.
 #pragma once
-#include <math.h>
-
-#include "conv_gemm_params.h"
-#include "conv_shape.h"
+#include "conv_finish.cuh"
 #include "gemm_tile.cuh"
 #include "launch.cuh"
-#include "snake_device.cuh"
 
 namespace dcx {
-
-DCX_DEVICE float finish_activation(float value, Activation activation) {
-  if (activation == Activation::kTanh) return tanhf(value);
-  if (activation == Activation::kGelu) return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
-  return value;
-}
 
 template <class Tile, int kRows, int kColumns, int kStages, bool kRanged, int kBlocks>
 struct ConvGemm {
@@ -41,43 +31,14 @@ struct ConvGemm {
   }
 
   // Where this block stands, and how it walks the reduction.
-  struct Place {
-    int64_t clip, row, column;  // first of the tile
-    int64_t phase, first;
-    int taps, begin, end, chunk_begin;
+  struct Place : ConvPlace {
+    int begin, end, chunk_begin;
     const T* weight;
   };
 
-  static DCX_DEVICE int64_t in_valid(const Params& p, int64_t b) {
-    const int64_t steps = p.op_in_steps > 0 ? p.op_in_steps : p.in_steps;
-    return p.lengths != nullptr ? maximum(int64_t{0}, minimum(p.lengths[b], steps)) : steps;
-  }
-  static DCX_DEVICE int64_t out_valid(const Params& p, int64_t b) {
-    if (p.lengths == nullptr) return p.out_steps;
-    const int64_t steps = in_valid(p, b);
-    return p.phases.stride > 0
-               ? p.phases.output_steps(steps)
-               : conv_output_steps(steps, p.conv_taps, p.conv_stride, p.conv_dilation, p.conv_left, p.conv_right);
-  }
-
   static DCX_DEVICE Place place(const Params& p) {
-    Place at;
-    const int64_t phases = p.phases.stride > 0 ? p.phases.stride : 1;
-    const int64_t across = p.column_tiles * phases;
-    const int64_t tile_row = block_x() / across, tile_column = block_x() % across;
-    at.clip = tile_row / p.row_tiles * p.tile_items;
-    at.row = tile_row % p.row_tiles * p.tile_rows;
-    at.phase = tile_column / p.column_tiles;
-    at.column = tile_column % p.column_tiles * kColumns;
-    at.first = 0;
-    at.taps = static_cast<int>(p.taps);
-    int64_t tap = 0;
-    if (p.phases.stride > 0) {
-      at.first = p.phases.first(at.phase);
-      at.taps = static_cast<int>(p.phases.taps(at.phase));
-      for (int64_t i = 0; i < at.phase; ++i) tap += p.phases.taps(i);
-    }
-    at.weight = static_cast<const T*>(p.weight) + tap * p.channels_padded * p.columns_padded + at.column;
+    Place at{conv_place<kColumns>(p), 0, 0, 0, nullptr};
+    at.weight = static_cast<const T*>(p.weight) + at.weight_rows * p.columns_padded + at.column;
     const int chunks = static_cast<int>(p.channels_padded / kDepth);
     const int range = p.spread ? static_cast<int>(block_z()) : 0;
     at.chunk_begin = chunks * range / p.ranges;
@@ -115,7 +76,7 @@ struct ConvGemm {
       const int64_t b = at.clip + item;
       const int64_t t = (base + row - item * p.segment) * p.row_step - p.pad_left + later;
       const bool valid =
-          b < p.batch && wide < p.channels && t >= 0 && t < (p.op_in_steps > 0 ? p.in_steps : in_valid(p, b));
+          b < p.batch && wide < p.channels && t >= 0 && t < (p.op_in_steps > 0 ? p.in_steps : conv_in_valid(p, b));
       T* cell = to + row * kRowLd + kept;
       const T* source = x + (valid ? b * p.x.stride_b + t * p.x.stride_t + channel * p.x.stride_c : 0);
       if (p.vectors) {
@@ -149,73 +110,6 @@ struct ConvGemm {
       for (int i = 0; i < kVector; ++i)
         values.values[i] = from_float<T>(snake_as<T>(to_float(values.values[i]), alpha[i], inverse[i]));
       *cell = values;
-    }
-  }
-
-  // Adds up the ranges' sums in order, in the block that comes last; false: not this one.
-  static DCX_DEVICE bool gather_ranges(const Params& p, float (&total)[Tile::kSums], uint32_t* flag) {
-    const int64_t stride = int64_t{Tile::kSums} * kThreads;
-    float* own = p.partial + (block_x() * p.ranges + block_z()) * stride + thread_index();
-    DCX_UNROLL
-    for (int i = 0; i < Tile::kSums; ++i) own[i * kThreads] = total[i];
-    thread_fence();
-    sync_threads();
-    if (thread_index() == 0) *flag = atomic_add(p.counters + block_x(), 1);
-    sync_threads();
-    if (*flag != static_cast<uint32_t>(p.ranges - 1)) return false;
-    thread_fence();
-    DCX_UNROLL
-    for (int i = 0; i < Tile::kSums; ++i) total[i] = 0.0f;
-    DCX_NO_UNROLL
-    for (int range = 0; range < p.ranges; ++range) {
-      const float* from = p.partial + (block_x() * p.ranges + range) * stride + thread_index();
-      DCX_UNROLL
-      for (int i = 0; i < Tile::kSums; ++i) total[i] += load_coherent(from + i * kThreads);
-    }
-    return true;
-  }
-
-  // Bias, activation, residual, rounding, and the store, 16 bytes of a row at a time.
-  static DCX_DEVICE void finish(const Params& p, const Place& at, const float* sums) {
-    constexpr int kPerRow = kColumns / kVector;
-    const int64_t stride = p.phases.stride > 0 ? p.phases.stride : 1;
-    T* y = static_cast<T*>(const_cast<void*>(p.y.data));
-    const T* residual = static_cast<const T*>(p.residual.data);
-    DCX_NO_UNROLL
-    for (int i = thread_index(); i < kRows * kPerRow; i += kThreads) {
-      const int row = i / kPerRow, offset = i % kPerRow * kVector;
-      const int item = p.tile_items == 1 ? 0 : row / static_cast<int>(p.tile_rows);
-      const int64_t b = at.clip + item, q = at.row + row - item * p.tile_rows;
-      const int64_t t = q * stride + at.phase, column = at.column + offset;
-      if (item >= p.tile_items || b >= p.batch || q >= p.rows || t >= p.out_steps || column >= p.columns) continue;
-      const bool counts = t < out_valid(p, b);
-      const int64_t source = t + p.residual_shift;
-      const bool adds =
-          residual != nullptr && counts && (p.residual_valid == 0 || (source >= 0 && source < in_valid(p, b)));
-      T* to = y + b * p.y.stride_b + t * p.y.stride_t + column * p.y.stride_c;
-      const T* extra =
-          adds ? residual + b * p.residual.stride_b + source * p.residual.stride_t + column * p.residual.stride_c
-               : nullptr;
-      Vector16<T> out;
-      DCX_UNROLL
-      for (int v = 0; v < kVector; ++v) {
-        const int64_t n = column + v;
-        float value = 0.0f;
-        if (counts && n < p.columns) {
-          value =
-              finish_activation(sums[row * kSumLd + offset + v] + (p.bias != nullptr ? p.bias[n] : 0.0f), p.activation);
-          if (p.out_alpha != nullptr) value = snake_as<T>(value, p.out_alpha[n], snake_inverse(p.out_alpha[n]));
-          if (adds) value += to_float(extra[v * p.residual.stride_c]);
-        }
-        out.values[v] = from_float<T>(value);
-      }
-      if (p.vector_store) {
-        *reinterpret_cast<Vector16<T>*>(to) = out;
-      } else {
-        DCX_UNROLL
-        for (int v = 0; v < kVector; ++v)
-          if (column + v < p.columns) to[v * p.y.stride_c] = out.values[v];
-      }
     }
   }
 
@@ -287,11 +181,11 @@ struct ConvGemm {
     float* shared_sums = reinterpret_cast<float*>(smem);
     if constexpr (kRanged) {
       uint32_t* flag = reinterpret_cast<uint32_t*>(shared_sums + kRows * kSumLd);
-      if (p.spread && !gather_ranges(p, total, flag)) return;
+      if (p.spread && !gather_ranges<kThreads>(p, total, flag)) return;
     }
     Tile::store(total, shared_sums);
     sync_threads();
-    finish(p, at, shared_sums);
+    conv_finish<T, kRows, kColumns, kThreads, kSumLd>(p, at, shared_sums);
   }
 };
 

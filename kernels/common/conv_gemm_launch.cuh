@@ -4,6 +4,7 @@
 #pragma once
 #include "conv_gemm.cuh"
 #include "conv_geometry.h"
+#include "conv_wgmma.cuh"
 
 namespace dcx {
 
@@ -18,18 +19,59 @@ struct HalfKernels {
   using Small = ConvGemm<HalfTile<T, 64, 64, 2, 2>, 64, 64, 4, true, 3>;
   using Frame = ConvGemm<HalfTile<T, 16, 64, 1, 4>, 16, 64, 8, true, 4>;
 };
+// On Hopper these take all 16-bit layers, whatever their size, since their channels go 64 at a time.
+template <class T>
+struct WgmmaKernels {
+  using Large = ConvWgmma<T, 2, 128, 4, true, 1>;
+  using Narrow = ConvWgmma<T, 2, 96, 4, false, 2>;
+  using Slim = ConvWgmma<T, 2, 48, 5, false, 2>;
+  using Half = ConvWgmma<T, 2, 64, 5, false, 2>;
+  using Small = ConvWgmma<T, 1, 64, 6, true, 3>;
+};
 using FloatSmall = ConvGemm<FloatTile<64, 64>, 64, 64, 4, false, 3>;
 using FloatFrame = ConvGemm<FloatTile<16, 64>, 16, 64, 6, false, 3>;
 using Tf32Small = ConvGemm<Tf32Tile<64, 64, 2, 2>, 64, 64, 4, true, 3>;
 
 inline int64_t conv_phases(const ConvGemmParams& p) { return p.phases.stride > 0 ? p.phases.stride : 1; }
 
-// Parts that the reduction is cut into, so that one frame can occupy the device; a property of the layer.
-inline int conv_ranges(const ConvGemmParams& p, bool is_float32) {
-  const int64_t chunks = p.channels_padded / kDepth;
-  const int64_t steps = chunks * (p.phases.stride > 0 ? 2 : p.taps);
-  const int64_t wanted = is_float32 || steps < 32 ? 1 : steps < 64 ? 2 : steps < 128 ? 4 : 8;
-  return static_cast<int>(minimum(wanted, chunks));
+// Parts that the reduction is cut into, so that one frame can occupy the device; a property of the layer. depth:
+// channels of a step.
+inline int conv_ranges(const ConvGemmParams& p, bool is_float32, int64_t depth) {
+  const int64_t products = p.channels_padded * (p.phases.stride > 0 ? 2 : p.taps);
+  const int64_t wanted = is_float32 || products < 1024 ? 1 : products < 2048 ? 2 : products < 4096 ? 4 : 8;
+  return static_cast<int>(minimum(wanted, ceil_div(p.channels_padded, depth)));
+}
+
+struct TapRange {
+  int64_t fewest, most;
+};
+inline TapRange tap_range(const ConvGemmParams& p) {
+  TapRange taps{p.phases.stride > 0 ? p.phases.taps(0) : p.taps, 0};
+  taps.most = taps.fewest;
+  for (int64_t i = 1; i < p.phases.stride; ++i) {
+    taps.fewest = minimum(taps.fewest, p.phases.taps(i));
+    taps.most = maximum(taps.most, p.phases.taps(i));
+  }
+  return taps;
+}
+
+// Lays a kernel's tiles over the rows and columns, and starts it on them.
+template <class K>
+void lay_tiles(ConvGemmPlan& plan) {
+  ConvGemmParams& p = plan.params;
+  p.tile_rows = minimum(p.rows, int64_t{K::kTileRows});
+  p.tile_items = minimum(p.batch, K::kTileRows / p.tile_rows);
+  p.row_tiles = ceil_div(p.rows, p.tile_rows);
+  p.column_tiles = ceil_div(p.columns, int64_t{K::kTileColumns});
+}
+
+template <class K>
+void spread_ranges(const CudaContext& context, ConvGemmPlan& plan) {
+  ConvGemmParams& p = plan.params;
+  plan.tiles = ceil_div(p.batch, p.tile_items) * p.row_tiles * p.column_tiles * conv_phases(p);
+  p.spread = p.ranges > 1 && plan.tiles < context.multiprocessors;
+  plan.grid = Grid{plan.tiles, 1, p.spread ? p.ranges : 1};
+  plan.partial_floats = p.spread ? plan.tiles * p.ranges * K::kTileRows * K::kTileColumns : 0;
 }
 
 // Lays the kernel's tiles over the problem; false where its shared memory does not fit.
@@ -37,33 +79,98 @@ template <class K>
 bool fit(const CudaContext& context, ConvGemmPlan& plan) {
   ConvGemmParams& p = plan.params;
   if (!K::kHasRanges && p.ranges > 1) return false;
-  p.tile_rows = minimum(p.rows, int64_t{K::kTileRows});
-  p.tile_items = minimum(p.batch, K::kTileRows / p.tile_rows);
-  p.row_tiles = ceil_div(p.rows, p.tile_rows);
-  p.column_tiles = ceil_div(p.columns, int64_t{K::kTileColumns});
-  int64_t fewest_taps = p.phases.stride > 0 ? p.phases.taps(0) : p.taps, most_taps = fewest_taps;
-  for (int64_t i = 1; i < p.phases.stride; ++i) {
-    fewest_taps = minimum(fewest_taps, p.phases.taps(i));
-    most_taps = maximum(most_taps, p.phases.taps(i));
-  }
+  lay_tiles<K>(plan);
+  const TapRange taps = tap_range(p);
   // Several clips in a tile would each bring the reach of all taps along.
   p.per_tap = p.tile_items > 1;
   for (;;) {
-    p.segment = (p.tile_rows - 1) * p.row_scale + 1 + (p.per_tap ? 0 : (most_taps - 1) * p.dilation);
-    p.row_buffers = static_cast<int>(ceil_div(K::kDepthStages - 1, p.per_tap ? 1 : fewest_taps)) + 1;
+    p.segment = (p.tile_rows - 1) * p.row_scale + 1 + (p.per_tap ? 0 : (taps.most - 1) * p.dilation);
+    p.row_buffers = static_cast<int>(ceil_div(K::kDepthStages - 1, p.per_tap ? 1 : taps.fewest)) + 1;
     plan.smem_bytes = K::smem_bytes(p);
     if (plan.smem_bytes <= context.shared_bytes) break;
     if (p.per_tap) return false;
     p.per_tap = true;
   }
-  plan.tiles = ceil_div(p.batch, p.tile_items) * p.row_tiles * p.column_tiles * conv_phases(p);
-  p.spread = p.ranges > 1 && plan.tiles < context.multiprocessors;
-  plan.grid = Grid{plan.tiles, 1, p.spread ? p.ranges : 1};
-  plan.partial_floats = p.spread ? plan.tiles * p.ranges * K::kTileRows * K::kTileColumns : 0;
+  spread_ranges<K>(context, plan);
   plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
     launch<K>(where, made.params, made.grid, made.smem_bytes);
   };
   return true;
+}
+
+// As fit, for conv_wgmma.cuh. Where few taps reach far, rows are brought tap by tap.
+template <class K>
+bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
+  ConvGemmParams& p = plan.params;
+  if (!K::kHasRanges && p.ranges > 1) return false;
+  lay_tiles<K>(plan);
+  const TapRange taps = tap_range(p);
+  const int64_t reach = (taps.most - 1) * p.dilation;
+  p.per_tap = p.tile_items > 1 || p.row_scale > 1 || taps.most == 1 || reach > K::kTileRows;
+  p.segment = K::kTileRows + (p.per_tap ? 0 : reach);
+  p.row_buffers = static_cast<int>(ceil_div(int64_t{K::kAhead + 1}, p.per_tap ? 1 : taps.fewest)) + 1;
+  plan.smem_bytes = K::smem_bytes(p);
+  if (plan.smem_bytes > context.shared_bytes) return false;
+  spread_ranges<K>(context, plan);
+  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
+    if (made.prepared_bytes > 0) launch<ConvRows<typename K::Element>>(where, made.prepared, made.prepared_grid, 0);
+    launch<K>(where, made.params, made.grid, made.smem_bytes);
+  };
+  return true;
+}
+
+// Has conv_rows.cuh make the rows where x can't be copied as it lies: Snake, channels not side by side in whole 16
+// bytes, or a GEMM row of several steps of them.
+template <class T>
+void prepare_rows(ConvGemmPlan& plan) {
+  constexpr int64_t kVector = Vector16<T>::kCount;
+  ConvGemmParams& p = plan.params;
+  if (p.alpha == nullptr && p.vectors) return;
+  ConvRowsParams& r = plan.prepared;
+  r.x = p.x;
+  r.alpha = p.alpha;
+  r.lengths = p.op_in_steps > 0 ? nullptr : p.lengths;
+  r.in_steps = p.in_steps;
+  r.in_channels = p.in_channels;
+  r.vectors = p.vectors;
+  const bool gathers = p.channels != p.in_channels && p.in_channels % kVector != 0;
+  r.channels = gathers ? p.channels : p.in_channels;
+  r.width = round_up(r.channels, kVector);
+  r.row_step = gathers ? p.row_step : 1;
+  r.pad_left = gathers ? p.pad_left : 0;
+  r.rows = gathers ? (p.rows - 1) * p.row_scale + (p.taps - 1) * p.dilation + 1 : p.in_steps;
+  const int64_t rows_at_once = maximum(int64_t{1}, ConvRows<T>::kThreads / (r.width / kVector));
+  r.row_blocks = ceil_div(r.rows, rows_at_once * ConvRows<T>::kPasses);
+  plan.prepared_grid = Grid{p.batch * r.row_blocks, 1, 1};
+  plan.prepared_bytes = p.batch * r.rows * r.width * static_cast<int64_t>(sizeof(T));
+  if (gathers) {
+    p.row_step = 1;
+    p.pad_left = 0;
+    p.op_in_steps = p.in_steps;
+    p.in_steps = r.rows;
+  }
+  if (gathers || p.channels == p.in_channels) p.in_channels = p.channels = r.width;
+  p.x = Signal{nullptr, r.rows * r.width, r.width, 1};
+  p.alpha = nullptr;
+}
+
+// The tile whose columns waste least, or the small one where a large one would leave multiprocessors idle.
+template <class T>
+bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
+  using Kernels = WgmmaKernels<T>;
+  prepare_rows<T>(plan);
+  ConvGemmParams& p = plan.params;
+  p.ranges = conv_ranges(p, false, kPanelColumns);
+  const int64_t rows = ceil_div(p.batch * p.rows, int64_t{128}) * conv_phases(p);
+  const auto fills = [&](int64_t columns) {
+    return rows * ceil_div(p.columns, columns) * p.ranges * 5 >= context.multiprocessors * int64_t{3};
+  };
+  const auto waste = [&](int64_t columns) { return round_up(p.columns, columns) - p.columns; };
+  if (p.columns <= 48 && fills(48) && fit_wgmma<typename Kernels::Slim>(context, plan)) return true;
+  if (p.columns <= 64 && fills(64) && fit_wgmma<typename Kernels::Half>(context, plan)) return true;
+  if (waste(96) < waste(128) && fills(96) && fit_wgmma<typename Kernels::Narrow>(context, plan)) return true;
+  if (fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
+  return fit_wgmma<typename Kernels::Small>(context, plan);
 }
 
 template <class T>
@@ -95,7 +202,12 @@ ConvGemmPlan plan_conv_gemm(const CudaContext& context, DType dtype, const ConvG
   const bool tf32 = dtype == DType::kF32 && context.allow_tf32 && context.capability >= 80;
   p.vectors = aligned(p.x) && p.in_channels % vector == 0;
   p.vector_store = aligned(p.y) && p.columns % vector == 0;
-  p.ranges = conv_ranges(p, dtype == DType::kF32 && !tf32);
+  p.vector_residual = aligned(p.residual) && p.columns % vector == 0;
+  if (context.wgmma && dtype != DType::kF32) {
+    ConvGemmPlan hopper = plan;
+    if (dtype == DType::kBF16 ? plan_wgmma<bf16>(context, hopper) : plan_wgmma<f16>(context, hopper)) return hopper;
+  }
+  p.ranges = conv_ranges(p, dtype == DType::kF32 && !tf32, kDepth);
   bool found = false;
   if (dtype == DType::kBF16 && context.capability < 80)
     throw std::runtime_error("bfloat16 needs a GPU of capability 8.0 or newer");

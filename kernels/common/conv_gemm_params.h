@@ -48,13 +48,27 @@ struct ConvGemmParams {
   int64_t segment;                // rows in shared memory per clip
   int ranges;                     // parts of the reduction that are summed apart and then added in order
   int row_buffers;
-  bool spread;   // a block per range
-  bool per_tap;  // rows are loaded again for every tap
-  bool vectors, vector_store;
+  bool spread;                                  // a block per range
+  bool per_tap;                                 // rows are loaded again for every tap
+  bool vectors, vector_store, vector_residual;  // rows of x, y, residual move 16 bytes at a time
+};
+
+// Rows made for the GEMM by conv_rows.cuh: [B, rows, width].
+struct ConvRowsParams {
+  Signal x;  // [B, in_steps, in_channels]
+  void* to;
+  const float* alpha;      // [in_channels], null: no Snake
+  const int64_t* lengths;  // [B], null: in_steps each
+  int64_t in_steps, in_channels, channels, rows, width, row_step, pad_left;
+  int64_t row_blocks;  // per clip
+  bool vectors;
 };
 
 struct ConvGemmPlan {
   ConvGemmParams params;
+  ConvRowsParams prepared;  // how x becomes the GEMM's rows, where prepared_bytes > 0
+  Grid prepared_grid;
+  int64_t prepared_bytes = 0;  // what prepared.to and params.x.data must hold, on 16 bytes
   Grid grid;
   int64_t smem_bytes = 0;
   int64_t partial_floats = 0;  // what params.partial must hold

@@ -41,5 +41,9 @@ inline void start(Case& c, dcx::ConvGemmPlan plan) {
     plan.params.counters = static_cast<uint32_t*>(c.scratch(static_cast<size_t>(plan.tiles) * 4));
     memset(plan.params.counters, 0, static_cast<size_t>(plan.tiles) * 4);
   }
+  if (plan.prepared_bytes > 0) {
+    plan.prepared.to = c.scratch(static_cast<size_t>(plan.prepared_bytes));
+    plan.params.x.data = plan.prepared.to;
+  }
   plan.start(context_of(c), plan);
 }
