@@ -83,8 +83,11 @@ inline at::Tensor cuda_packed_or(const char* op, const OptionalTensor& packed, i
   return *packed;
 }
 
-// Starts a planned kernel with workspace from torch's allocator.
-inline void start_plan(const CudaContext& context, ConvGemmPlan& plan, const at::Tensor& x) {
+// Starts a planned kernel with workspace from torch's allocator; `packed`: the caller's own weights, which stand since
+// before the kernel in front.
+inline void start_plan(const CudaContext& context, ConvGemmPlan& plan, const at::Tensor& x,
+                       const OptionalTensor& packed) {
+  plan.params.weights_stand = packed.has_value() && packed->defined();
   at::Tensor partial, counters, prepared;
   if (plan.partial_floats > 0) {
     partial = at::empty({plan.partial_floats}, x.options().dtype(at::kFloat));
@@ -94,7 +97,8 @@ inline void start_plan(const CudaContext& context, ConvGemmPlan& plan, const at:
   }
   if (plan.prepared_bytes > 0) {
     prepared = at::empty({plan.prepared_bytes}, x.options().dtype(at::kByte));
-    plan.prepared.to = plan.params.x.data = prepared.mutable_data_ptr();
+    plan.prepared.to = prepared.mutable_data_ptr();
+    plan.params.x.data = plan.prepared.to;
   }
   plan.start(context, plan);
 }

@@ -193,8 +193,8 @@ at::Tensor residual_unit_cuda(const at::Tensor& x, const at::Tensor& alpha1, con
   if (plan.fused) {
     plan.start(context, plan);
   } else {
-    start_plan(context, plan.first, x);
-    start_plan(context, plan.second, x);
+    start_plan(context, plan.first, x, packed);
+    start_plan(context, plan.second, x, packed);
   }
   return y;
 }

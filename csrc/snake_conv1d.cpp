@@ -156,7 +156,7 @@ at::Tensor snake_conv1d_cuda(const at::Tensor& x, const at::Tensor& weight, cons
   p.lengths = data_or_null<int64_t>(length_values);
   const CudaContext context = cuda_context();
   ConvGemmPlan plan = plan_snake_conv1d_cuda(context, p);
-  start_plan(context, plan, x);
+  start_plan(context, plan, x, packed);
   return y;
 }
 

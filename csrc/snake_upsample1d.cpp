@@ -213,7 +213,7 @@ at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, c
   p.lengths = data_or_null<int64_t>(length_values);
   const CudaContext context = cuda_context();
   ConvGemmPlan plan = plan_snake_upsample1d_cuda(context, p);
-  start_plan(context, plan, x);
+  start_plan(context, plan, x, packed);
   return y;
 }
 

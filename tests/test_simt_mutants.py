@@ -15,6 +15,7 @@ from tolerances import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONV, TILE, DWCONV = "common/conv_gemm.cuh", "common/gemm_tile.cuh", "causal_dwconv1d/causal_dwconv1d.cuh"
+FINISH, WGMMA = "common/conv_finish.cuh", "common/conv_wgmma.cuh"
 NARROW = "snake_conv1d/snake_conv1d.cuh"
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -24,7 +25,7 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             CONV, "      sync_threads();\n      issue(step + kStages - 1);", "      issue(step + kStages - 1);"
         ),
         "missing barrier: the last block's flag is read early": Mutant(
-            CONV, "p.counters + block_x(), 1);\n    sync_threads();", "p.counters + block_x(), 1);"
+            FINISH, "p.counters + block_x(), 1);\n  sync_threads();", "p.counters + block_x(), 1);"
         ),
         "missing barrier: few outputs": Mutant(
             NARROW, "      sync_threads();\n      for (int64_t j", "      for (int64_t j"
@@ -45,6 +46,19 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             TILE, "for (int k = 0; k < kDepth; k += 4)", "for (int k = 0; k < kDepth - 4; k += 4)"
         ),
         "missing cp.async wait": Mutant(CONV, "      cp_async_wait<kStages - 2>();\n", ""),
+        "warpgroups, missing barrier": Mutant(WGMMA, "      fence_async();\n      sync_threads();\n", ""),
+        "warpgroups, missing cp.async wait": Mutant(WGMMA, "      cp_async_wait<kAhead - 1>();\n", ""),
+        "warpgroups, products are not waited for": Mutant(WGMMA, "        wgmma_wait<1>();\n", ""),
+        "warpgroups, wrong tap": Mutant(WGMMA, "now.tap * tap_bytes", "now.tap * kPanelRowBytes"),
+        "warpgroups, dropped tail: the channels past whole chunks": Mutant(
+            WGMMA, "static_cast<int>(p.channels_padded) + kChunk - 1) / kChunk", "static_cast<int>(p.channels) / kChunk)"
+        ),
+        "warpgroups, out of bounds, global memory: weights past the last channel": Mutant(
+            WGMMA, "cell * kVector < left && k < deep;", "cell * kVector < left;"
+        ),
+        "warpgroups, out of bounds, shared memory: one stage of weights too few": Mutant(
+            WGMMA, "tiles = kStages * int64_t{kStageBytes}", "tiles = (kStages - 1) * int64_t{kStageBytes}"
+        ),
     },
     "causal_dwconv1d": {
         "missing barrier: statistics of a row that is not there": Mutant(
@@ -76,8 +90,10 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
 }
 CASES: dict[str, list[SimtCase]] = {
     "snake_conv1d": [
-        conv_case(40, 72, steps=20, dilation=3, residual=True),
-        conv_case(160, 24, steps=3, batch=2, padding=(6, 0), multiprocessors=1000),
+        conv_case(40, 72, steps=20, dilation=3, residual=True, wgmma=0),
+        conv_case(160, 24, steps=3, batch=2, padding=(6, 0), multiprocessors=1000, wgmma=0),
+        conv_case(72, 40, steps=70, dilation=3, residual=True, wgmma=1),
+        conv_case(160, 24, steps=3, batch=2, padding=(6, 0), multiprocessors=1000, wgmma=1),
         conv_case(40, 24, taps=3, steps=20, dtype=F32),
         conv_case(40, 2, taps=3, steps=20),
     ],
@@ -135,7 +151,7 @@ def test_a_planted_bug_is_caught(
     tensors = [case.tensors for case in CASES[op]]
     found = simt_mutants.caught_by(programs[op, name], tmp_path, tensors, expected[op])
     assert found is not None
-    if name.startswith("out of bounds"):
+    if "out of bounds" in name:
         assert "AddressSanitizer" in found, found
 
 

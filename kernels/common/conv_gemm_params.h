@@ -48,8 +48,9 @@ struct ConvGemmParams {
   int64_t segment;                // rows in shared memory per clip
   int ranges;                     // parts of the reduction that are summed apart and then added in order
   int row_buffers;
-  bool spread;                                  // a block per range
-  bool per_tap;                                 // rows are loaded again for every tap
+  bool spread;         // a block per range
+  bool weights_stand;  // nothing that may still run in front of the kernel in its stream writes them
+  bool per_tap;        // rows are loaded again for every tap
   bool vectors, vector_store, vector_residual;  // rows of x, y, residual move 16 bytes at a time
 };
 

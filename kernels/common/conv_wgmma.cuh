@@ -20,7 +20,7 @@ struct ConvWgmma {
   using Params = ConvGemmParams;
   using Element = T;
   static constexpr int kThreads = 128 * kGroups, kMinBlocks = kBlocks;
-  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kHasRanges = kRanged;
+  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kWaitsItself = true, kHasRanges = kRanged;
   static constexpr int kTileRows = 64 * kGroups, kTileColumns = kColumns;
   static constexpr int kChunk = kPanelColumns, kAhead = kStages - 2;
   static constexpr int kVector = Vector16<T>::kCount, kCells = kChunk / kVector;
@@ -32,7 +32,9 @@ struct ConvWgmma {
 
   static int64_t row_bytes(const Params& p) { return round_up(p.segment, 8) * kPanelRowBytes; }
   static int64_t smem_bytes(const Params& p) {
-    return maximum(kStages * int64_t{kStageBytes} + p.row_buffers * row_bytes(p), int64_t{kTileRows} * kSumLd * 4 + 16);
+    const int64_t tiles = kStages * int64_t{kStageBytes} + p.row_buffers * row_bytes(p);
+    const int64_t own = p.per_tap ? kTileRows * static_cast<int64_t>(sizeof(OwnRow)) : 0;
+    return maximum(tiles + own, int64_t{kTileRows} * kSumLd * 4 + 16);
   }
 
   static DCX_DEVICE void* cell_at(unsigned char* panel, int row, int cell) {
@@ -93,35 +95,34 @@ struct ConvWgmma {
     }
   }
 
-  // A thread's rows of a step that brings its own: the time of the first tap's first channel, and the clip's steps.
-  struct OwnRows {
-    const T* source[kOwnRows];
-    int t[kOwnRows], steps[kOwnRows];
+  // A row of a tile that brings its rows anew for every step: the time of the first tap's first channel, its clip's
+  // place in x and the steps that count there.
+  struct OwnRow {
+    int64_t clip;
+    int t, steps;
   };
-  static DCX_DEVICE OwnRows own_rows(const Params& p, const ConvPlace& at) {
-    OwnRows rows;
-    const int tile_rows = static_cast<int>(p.tile_rows), used = tile_rows * static_cast<int>(p.tile_items);
+  static DCX_DEVICE void fill_own(const Params& p, const ConvPlace& at, OwnRow* rows) {
+    const int row = thread_index(), tile_rows = static_cast<int>(p.tile_rows);
+    if (row >= kTileRows) return;
+    const int item = p.tile_items == 1 ? 0 : row / tile_rows;
+    const int64_t clip = at.clip + item, q = at.row + row - item * tile_rows;
+    const bool used = row < tile_rows * static_cast<int>(p.tile_items) && clip < p.batch;
+    rows[row] =
+        OwnRow{used ? clip * p.x.stride_b : 0, static_cast<int>((q * p.row_scale + at.first) * p.row_step - p.pad_left),
+               used ? input_steps(p, clip) : 0};
+  }
+  static DCX_DEVICE void load_own(const Params& p, const OwnRow* rows, int chunk, int tap, unsigned char* to) {
+    const Channel own = channel_of(p, chunk);
+    const int shift = tap * static_cast<int>(p.dilation * p.row_step) + own.later;
+    const T* x = static_cast<const T*>(p.x.data);
     DCX_UNROLL
     for (int i = 0; i < kOwnRows; ++i) {
       const int row = thread_index() / kCells + i * kRowsAtOnce;
-      const int item = p.tile_items == 1 ? 0 : row / tile_rows;
-      const int64_t clip = at.clip + item;
-      const int64_t q = at.row + row - item * tile_rows;
-      rows.t[i] = static_cast<int>((q * p.row_scale + at.first) * p.row_step - p.pad_left);
-      rows.steps[i] = row < used && clip < p.batch ? input_steps(p, clip) : 0;
-      rows.source[i] = static_cast<const T*>(p.x.data) + (rows.steps[i] > 0 ? clip * p.x.stride_b : 0);
-    }
-    return rows;
-  }
-  static DCX_DEVICE void load_own(const Params& p, const OwnRows& rows, int chunk, int tap, unsigned char* to) {
-    const Channel own = channel_of(p, chunk);
-    const int shift = tap * static_cast<int>(p.dilation * p.row_step) + own.later;
-    DCX_UNROLL
-    for (int i = 0; i < kOwnRows; ++i) {
-      const int t = rows.t[i] + shift;
-      const bool valid = own.valid && static_cast<unsigned>(t) < static_cast<unsigned>(rows.steps[i]);
-      cp_async16(cell_at(to, thread_index() / kCells + i * kRowsAtOnce, thread_index() % kCells),
-                 valid ? rows.source[i] + t * p.x.stride_t + own.channel : rows.source[i], valid);
+      const OwnRow place = rows[row];
+      const int t = place.t + shift;
+      const bool valid = own.valid && static_cast<unsigned>(t) < static_cast<unsigned>(place.steps);
+      cp_async16(cell_at(to, row, thread_index() % kCells), valid ? x + place.clip + t * p.x.stride_t + own.channel : x,
+                 valid);
     }
   }
 
@@ -170,15 +171,28 @@ struct ConvWgmma {
     const T* phase = static_cast<const T*>(p.weight) + at.weight_rows * p.columns_padded + at.column;
     const int left = static_cast<int>(p.columns_padded - at.column);
     const bool per_tap = p.per_tap;
-    const int steps = input_steps(p, at.clip);
-    OwnRows own;
-    if (per_tap) own = own_rows(p, at);
 
+    // The first steps' weights come before the wait for what is in front of this kernel in the stream.
+    if (!p.weights_stand) grid_wait();
     Step ahead{first_chunk, 0, 0};  // the next to be copied in
+    DCX_NO_UNROLL
+    for (int i = 0; i < kAhead && i < count; ++i) {
+      load_weights(p, phase, left, ahead.chunk, ahead.tap, stages + i * kStageBytes);
+      ahead.advance(taps, false, 1);
+    }
+    if (p.weights_stand) grid_wait();
+    const int steps = input_steps(p, at.clip);
+    OwnRow* own = reinterpret_cast<OwnRow*>(rows + p.row_buffers * row_bytes);
+    if (per_tap) {
+      fill_own(p, at, own);
+      sync_threads();
+    }
+    ahead = Step{first_chunk, 0, 0};
     int issued = 0;
     const auto issue = [&] {
       if (issued < count) {
-        load_weights(p, phase, left, ahead.chunk, ahead.tap, stages + issued % kStages * kStageBytes);
+        if (issued >= kAhead)
+          load_weights(p, phase, left, ahead.chunk, ahead.tap, stages + issued % kStages * kStageBytes);
         unsigned char* to = rows + ahead.rows * row_bytes;
         if (per_tap)
           load_own(p, own, ahead.chunk, ahead.tap, to);

@@ -190,6 +190,20 @@ DCX_DEVICE void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], float b0, fl
 #endif
 }
 
+// A kernel may be started before the one in front of it in the stream has ended (launch.cuh). grid_wait waits for that
+// end, and for its stores; until then a kernel may read nothing but what was there long before, and write nothing.
+DCX_DEVICE void grid_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the kernel behind start once every block has come here.
+DCX_DEVICE void grid_release() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 DCX_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value) { return atomicAdd(p, value); }
 DCX_DEVICE void atomic_min(int64_t* p, int64_t value) {
   atomicMin(reinterpret_cast<long long*>(p), static_cast<long long>(value));

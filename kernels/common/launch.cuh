@@ -18,7 +18,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Kernels of wgmma.cuh say so by a member kNeedsSm90a.
+// Kernels of wgmma.cuh say so by a member kNeedsSm90a; one that calls grid_wait on its own has a member kWaitsItself.
 template <class K>
 constexpr bool kRunsHere =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -32,6 +32,8 @@ constexpr bool kRunsHere =
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) run_kernel(const __grid_constant__ typename K::Params p) {
   extern __shared__ __align__(1024) unsigned char smem[];
+  grid_release();
+  if constexpr (!requires { K::kWaitsItself; }) grid_wait();
   if constexpr (kRunsHere<K>) K::run(p, smem);
 }
 
@@ -46,8 +48,18 @@ void launch(const CudaContext& context, const typename K::Params& p, Grid grid, 
     if (context.device < kDevices) raised[context.device] = context.shared_bytes;
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  run_kernel<K><<<blocks, K::kThreads, static_cast<size_t>(smem_bytes), static_cast<cudaStream_t>(context.stream)>>>(p);
-  check_cuda(cudaGetLastError(), "kernel launch");
+  // From 9.0 on a kernel is brought to its start while the one in front of it in the stream still runs: see grid_wait.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(K::kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  config.attrs = &early;
+  config.numAttrs = context.capability >= 90 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, run_kernel<K>, p), "kernel launch");
 }
 
 #else

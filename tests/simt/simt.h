@@ -190,6 +190,8 @@ inline void wgmma(float (&d)[kColumns / 2], Panel a, Panel b) {
   simt::multiply_later(d, a.start, b.start, b.panel_bytes, kColumns, [](uint16_t bits) { return to_float(T{bits}); });
 }
 
+inline void grid_wait() {}
+inline void grid_release() {}
 uint32_t atomic_add(uint32_t* p, uint32_t value);
 void atomic_min(int64_t* p, int64_t value);
 inline void thread_fence() {}
