@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'"(.+)"', (ROOT / "dualcodec_ext/_version.py").read_text())[1]
 OLDEST_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+CXX_RUNTIME = "libstdc++.so.6"
 DEPENDENCIES = [
     "numpy>=1.26",
     "safetensors>=0.4.3",
@@ -227,6 +228,8 @@ def make_build_ext(version, cuda, compiler):
                 "commit": first_line("git", "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else None,
             }
             module = Path(self.get_ext_fullpath("dualcodec_ext._C"))
+            if sys.platform == "linux":
+                check_cxx_runtime(module)
             module.with_name("_build_record.json").write_text(json.dumps(record, indent=1) + "\n")
 
     return BuildExt
@@ -251,6 +254,28 @@ def openmp_link(torch_lib):
     return [f"-L{torch_lib}", f"-l:{bundled[0]}"] if bundled else ["-fopenmp"]
 
 
+def cxx_runtime(compiler):
+    """Return how to link the shared libstdc++ even where the compiler is set up to link its archive.
+
+    torch throws its errors and writes their text with the shared library. A module with a copy of its own has two
+    sets of locales: an op's error lost its numbers, or ended the process. What comes first on the line is taken.
+    """
+    if sys.platform != "linux":
+        return []
+    found = first_line(*compiler.split(), f"-print-file-name={CXX_RUNTIME}") or ""
+    if not os.path.isabs(found):  # the compiler does not know it: torch has loaded it
+        mapped = re.search(rf"/.*/{re.escape(CXX_RUNTIME)}.*", Path("/proc/self/maps").read_text())
+        found = mapped[0] if mapped else ""
+    return [found] if found else []
+
+
+def check_cxx_runtime(module):
+    """Stop where a module does not load the shared libstdc++, and leave none behind."""
+    if CXX_RUNTIME.encode() not in module.read_bytes():
+        module.unlink()
+        stop(f"the module must load torch's {CXX_RUNTIME}, and the compiler did not link it: set CXX to another one")
+
+
 def compiled_options(torch, version, cuda):
     """Return setup()'s arguments for a build that compiles."""
     compiler = check_tools()
@@ -269,7 +294,7 @@ def compiled_options(torch, version, cuda):
             "cxx": ["-O2", "-g0", "-fvisibility=hidden", "-fopenmp", *defines],
             "nvcc": ["-O3", "--generate-line-info", *defines],
         },
-        extra_link_args=openmp_link(Path(cpp_extension.TORCH_LIB_PATH)),
+        extra_link_args=[*cxx_runtime(compiler), *openmp_link(Path(cpp_extension.TORCH_LIB_PATH))],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext, "build_py": BuildPy}}
 
