@@ -157,6 +157,15 @@ def test_causal_dwconv1d_layouts(monkeypatch: pytest.MonkeyPatch, layout: Any, t
     check(dwconv(monkeypatch, 768, 7, False, torch.float32, layout), 80, tmp_path)
 
 
+def test_causal_dwconv1d_adds_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum over more would follow the layout in registers, hence x's strides and alignment; two have no order."""
+    for channels in (768, 1536):
+        launch = dwconv(monkeypatch, channels, 7, True, torch.float32, LAYOUTS["batch"])
+        shapes = re.findall(r"\(tensor<([\dx]+)xf32>\) -> tensor<", compile_launch(launch, 90).asm["ttir"])
+        axes = re.findall(r'"tt.reduce".*axis = (\d)', compile_launch(launch, 90).asm["ttir"])
+        assert shapes and {shape.split("x")[int(axis)] for shape, axis in zip(shapes, axes, strict=True)} == {"2"}
+
+
 # mode, stride, Cin, Cout: the first and the last layer of the presets' decoders, and a layer of few channels.
 UPSAMPLE = [("transposed", 2, 1536, 768), ("repeat", 4, 96, 48), ("transposed", 2, 8, 4)]
 KINDS = {  # signal, weight, tf32

@@ -59,20 +59,32 @@ def _convolve(
     return acc
 
 
+# A row is added in pairs of neighbours, then in pairs of those sums, ..: two addends have no order. Over more of them
+# tl.sum adds in the order in which a tile lies in registers, which follows from x's strides and alignment.
 @triton.jit
-def _square_sum(h, mean, c, channels):
+def _row_sum(h, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    for level in tl.static_range(BLOCK_C.bit_length() - 1):
+        h = tl.sum(tl.reshape(h, [BLOCK_T, BLOCK_C >> (level + 1), 2]), axis=2)
+    return tl.reshape(h, [BLOCK_T])
+
+
+@triton.jit
+def _square_sum(h, mean, c, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     rest = tl.where((c < channels)[None, :], h - mean[:, None], 0.0)
-    return tl.sum(rest * rest, axis=1)
+    # Plain products the compiler could fuse into the first sums, one or the other of a pair.
+    return _row_sum(tl.fma(rest, rest, tl.zeros([BLOCK_T, BLOCK_C], tl.float32)), BLOCK_T, BLOCK_C)
 
 
 @triton.jit
 def _normalise(h, mean, variance, eps, ln_weight, ln_bias, c, channels, HAS_LN_BIAS: tl.constexpr):
     inside = c < channels
     h = (h - mean[:, None]) * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]
-    h *= tl.load(ln_weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    scale = tl.broadcast_to(tl.load(ln_weight + c, mask=inside, other=0.0).to(tl.float32)[None, :], h.shape)
     if HAS_LN_BIAS:
-        h += tl.load(ln_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return h
+        shift = tl.broadcast_to(tl.load(ln_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :], h.shape)
+        return tl.fma(h, scale, shift)
+    else:
+        return h * scale
 
 
 @triton.jit
@@ -85,7 +97,8 @@ def _store(h, y, t, c, channels, out_steps, out_valid, y_stride_c, y_stride_t):
 # h[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - left + k]; y = LayerNorm over c of h where NORM, else h.
 # A program owns BLOCK_T steps of a clip: with NORM all channels, in C_BLOCKS blocks that are convolved again for the
 # mean, for the variance of what is left, and for the output; without NORM one block. float32 accumulation, the order
-# of additions follows from channels and taps alone. No alignment is needed; stride 1 on C loads whole lines.
+# of additions follows from channels and taps alone, not from strides or lengths. No alignment is needed; stride 1 on C
+# loads whole lines.
 @triton.jit
 def causal_dwconv1d_kernel(
     x,  # [B, C, T] f32|f16|bf16
@@ -139,8 +152,8 @@ def causal_dwconv1d_kernel(
     elif C_BLOCKS == 1:
         h = _convolve(x, weight, bias, first, c0, channels, valid, x_stride_c, x_stride_t,
                       weight_stride_c, weight_stride_k, HAS_BIAS, TAPS, BLOCK_T, BLOCK_C)  # fmt: skip
-        mean = tl.div_rn(tl.sum(h, axis=1), count)
-        squares = _square_sum(h, mean, c0, channels)
+        mean = tl.div_rn(_row_sum(h, BLOCK_T, BLOCK_C), count)
+        squares = _square_sum(h, mean, c0, channels, BLOCK_T, BLOCK_C)
         h = _normalise(h, mean, tl.div_rn(squares, count), eps, ln_weight, ln_bias, c0, channels, HAS_LN_BIAS)
         _store(h, y, t, c0, channels, out_steps, out_valid, y_stride_c, y_stride_t)
     else:
@@ -148,14 +161,14 @@ def causal_dwconv1d_kernel(
         for i in range(C_BLOCKS):
             h = _convolve(x, weight, bias, first, c0 + i * BLOCK_C, channels, valid, x_stride_c, x_stride_t,
                           weight_stride_c, weight_stride_k, HAS_BIAS, TAPS, BLOCK_T, BLOCK_C)  # fmt: skip
-            total += tl.sum(h, axis=1)
+            total += _row_sum(h, BLOCK_T, BLOCK_C)
         mean = tl.div_rn(total, count)
         squares = tl.zeros([BLOCK_T], tl.float32)
         for i in range(C_BLOCKS):
             c = c0 + i * BLOCK_C
             h = _convolve(x, weight, bias, first, c, channels, valid, x_stride_c, x_stride_t,
                           weight_stride_c, weight_stride_k, HAS_BIAS, TAPS, BLOCK_T, BLOCK_C)  # fmt: skip
-            squares += _square_sum(h, mean, c, channels)
+            squares += _square_sum(h, mean, c, channels, BLOCK_T, BLOCK_C)
         variance = tl.div_rn(squares, count)
         for i in range(C_BLOCKS):
             c = c0 + i * BLOCK_C

@@ -8,7 +8,7 @@ import triton.language as tl
 def snake(x, alpha, inverse):
     """Return x + sin(alpha x)^2 inverse; inverse is 1 / (alpha + 1e-9), all float32."""
     y = alpha * x
-    n = tl.floor(y * 0.318309886183790672 + 0.5)
+    n = tl.floor(tl.fma(y, 0.318309886183790672, 0.5))
     # Whole multiples of pi, in three parts whose first two products are exact for |y| <= 1e4.
     t = tl.fma(n, -3.140625, y)
     t = tl.fma(n, -9.67502593994140625e-4, t)

@@ -93,7 +93,12 @@ def snake_upsample1d_kernel(
         value = snake(value, tl.broadcast_to(a[None, :], value.shape), tl.broadcast_to(i[None, :], value.shape))
         line = (tap * in_channels + c).to(tl.int64) * columns
         w = tl.load(weight + line[:, None] + column[None, :], mask=inside[:, None] & column_ok[None, :], other=0.0)
-        acc = dot(round_to(value, x.dtype.element_ty), w.to(x.dtype.element_ty), acc, PRECISION)
+        value, w = round_to(value, x.dtype.element_ty), w.to(x.dtype.element_ty)
+        if x.dtype.element_ty == tl.float32:
+            # A sum of its own for each step: one chain over thousands of products loses twice what plain PyTorch does.
+            acc += dot(value, w, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        else:
+            acc = dot(value, w, acc, PRECISION)
 
     phase = column // out_channels
     channel = column % out_channels
