@@ -2,7 +2,8 @@
 
 Needs torch, nvcc, ninja and pytest in the Python that runs it, and installs nothing. Every part has a limit; what a
 part leaves of its time goes to the next, and a part that fails stops none. Each op is tested and sanitized in processes
-of its own, since an illegal access ends all CUDA calls of a process. Logs and summary.json are written as they come.
+of its own, since an illegal access ends all CUDA calls of a process, and tests go on behind one that ended its process.
+Logs and summary.json are written as they come.
 """
 
 from __future__ import annotations
@@ -171,17 +172,45 @@ def build(check: Check) -> None:
     check.run_all("build", {"doctor": ([sys.executable, "-c", "import dualcodec_ext as dx; print(dx.doctor())"], {})})
 
 
+def pytests() -> dict[str, list[str]]:
+    """What pytest is told in each process: one a file, and one an op where a file tests all of them."""
+    files = [*sorted(path.stem for path in ROOT.glob("tests/test_cuda_*.py")), "test_graphs"]
+    found = {name: [f"tests/{name}.py"] for name in files if name != "test_cuda_ops"}
+    found |= {f"test_cuda_ops-{op}": ["tests/test_cuda_ops.py", "-k", op] for op in OPS}
+    for path in sorted(ROOT.glob("tests/triton_ops/test_*.py")):
+        found[path.stem] = [f"tests/triton_ops/{path.name}"]
+    rvq = found.pop("test_triton_rvq")
+    found |= {"test_triton_rvq-lookup": [*rvq, "-k", "lookup"], "test_triton_rvq-search": [*rvq, "-k", "not lookup"]}
+    found["test_streaming_graphs"] = ["tests/test_streaming_graphs.py", "-k", "on_a_gpu"]
+    return found
+
+
 def test(check: Check) -> None:
     # Without the options that need plugins: the machine may lack them.
-    options = ["-v", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "--durations=5"]
-    pytest = [sys.executable, "-m", "pytest", *options]
-    files = [*sorted(path.stem for path in ROOT.glob("tests/test_cuda_*.py")), "test_graphs"]
-    commands = {name: [*pytest, f"tests/{name}.py"] for name in files if name != "test_cuda_ops"}
-    commands["triton_ops"] = [*pytest, "tests/triton_ops"]
-    commands |= {f"test_cuda_ops-{op}": [*pytest, "tests/test_cuda_ops.py", "-k", op] for op in OPS}
+    options = ["-v", "--tb=short", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "--durations=5"]
     # Asked for by name, so that nothing is skipped for want of a GPU.
-    more = {"DUALCODEC_EXT_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}
-    check.run_all("test", {name: (words, more) for name, words in commands.items()}, at_once=len(commands))
+    more = {"DUALCODEC_EXT_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 8))}
+    words: dict[str, list[str]] = {}
+    for name, own in pytests().items():
+        begun = check.work / "begun" / name
+        begun.parent.mkdir(exist_ok=True)
+        begun.unlink(missing_ok=True)
+        words[name] = [sys.executable, "-m", "pytest", *options, "-p", "at_once", "--begun", str(begun), *own]
+    run_through(check, "test", {name: (one, more) for name, one in words.items()})
+
+
+def run_through(check: Check, part: str, commands: Mapping[str, Command], rounds: int = 6) -> None:
+    """Run all commands at once, and again those that a signal ended: they go on behind what ended them."""
+    for attempt in range(1, rounds + 1):
+        if not commands:
+            return
+        named = {name if attempt == 1 else f"{name}-{attempt}": command for name, command in commands.items()}
+        steps = {step.name: step for step in check.run_all(part, named, at_once=len(named))}
+        commands = {
+            name: command
+            for (name, command), label in zip(commands.items(), named, strict=True)
+            if (steps[label].code or 0) < 0
+        }
 
 
 def sanitize(check: Check) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -47,6 +48,38 @@ def test_a_part_ends_in_time_and_leaves_its_rest_to_the_next(tmp_path: Path) -> 
     assert time.monotonic() - start < 30
     assert [(s.name, s.status) for s in steps] == [("late", "skipped"), ("long", "out of time")]
     assert steps[1].code is None
+
+
+ENDING = """
+import os, signal
+def test_wrong(): assert [1] == [2]
+def test_ends(): os.kill(os.getpid(), signal.SIGSEGV)
+def test_right(): pass
+def test_ends_too(): os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+def test_tests_go_on_behind_one_that_ended_its_process(tmp_path: Path) -> None:
+    """And a failure is told at once, or it would be lost with the process."""
+    check = a_check(tmp_path)
+    (tmp_path / "test_some.py").write_text(ENDING)
+    begun = tmp_path / "begun"
+    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "at_once", "--begun", str(begun)]
+    gpu_check.run_through(check, "build", {"some": ([*words, str(tmp_path / "test_some.py")], {})})
+    steps = json.loads((tmp_path / "logs" / "summary.json").read_text())
+    assert [(s["name"], s["code"]) for s in steps] == [("some", -11), ("some-2", -11), ("some-3", 0)]
+    first, second, third = ((tmp_path / "logs" / f"build-{s['name']}.log").read_text() for s in steps)
+    assert "assert [1] == [2]" in first and "test_right" not in first
+    assert "test_right PASSED" in second and "test_wrong" not in second
+    assert "4 deselected" in third
+
+
+def test_every_test_of_a_gpu_runs() -> None:
+    runs = [" ".join(words) for words in gpu_check.pytests().values()]
+    files = [*ROOT.glob("tests/test_cuda_*.py"), *ROOT.glob("tests/triton_ops/test_*.py")]
+    files += [path for path in ROOT.glob("tests/test_*.py") if re.search("^@needs_device", path.read_text(), re.M)]
+    for path in files:
+        assert any(str(path.relative_to(ROOT)) in words for words in runs), path
 
 
 def test_parts_and_ops_are_known(capsys: pytest.CaptureFixture[str]) -> None:
