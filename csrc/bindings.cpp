@@ -11,6 +11,7 @@
 
 #include "../kernels/common/runtime.h"
 #include "rvq.h"
+#include "snapshot.h"
 
 namespace {
 
@@ -129,4 +130,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_rvq_search_bound_factor", &dcx::set_rvq_search_bound_factor,
         "For tests: multiplies the error bound below which rvq_search redoes a code in float64.");
   m.def("set_gemm", &set_gemm, "Switches the small GEMM to own or brgemm (torch's); False when that is not built in.");
+  dcx::bind_snapshot(m);
 }

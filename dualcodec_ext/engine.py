@@ -60,6 +60,7 @@ class Engine:
         self.hop_samples = model.dac.hop_length
         self.semantic_entries = self._semantic_quantizer.codebooks.shape[1]
         self.acoustic_entries = self._acoustic_quantizer.codebooks.shape[1]
+        self._samples: dict[int, int] = {}
         self.set_tiles(None)
 
     @property
@@ -211,10 +212,13 @@ class Engine:
 
     def decoded_samples(self, frames: int) -> int:
         """Return the samples that decoding `frames` frames gives."""
-        lengths = torch.tensor([frames])
-        for step in self._decoder:
-            lengths = step.output_lengths(lengths)
-        return int(lengths)
+        known = self._samples.get(frames)  # a dictionary: each step's lengths are tensors, slow to work out
+        if known is None:
+            lengths = torch.tensor([frames])
+            for step in self._decoder:
+                lengths = step.output_lengths(lengths)
+            known = self._samples[frames] = int(lengths)
+        return known
 
     def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, lengths: Tensor | None) -> Tensor:
         """Turn codes into audio.

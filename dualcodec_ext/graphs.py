@@ -72,14 +72,42 @@ class CudaRecorder:
         return graph.replay, outputs, max(0, torch.cuda.memory_reserved() - before)
 
 
+class _Beside:
+    """A block that a GPU may run beside what follows it, up to `join`; elsewhere it runs in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._streams = (torch.cuda.current_stream(), torch.cuda.Stream()) if device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        if self._streams is not None:
+            current, side = self._streams
+            side.wait_stream(current)
+            torch.cuda.set_stream(side)
+
+    def __exit__(self, *error: object) -> None:
+        if self._streams is not None:
+            torch.cuda.set_stream(self._streams[0])
+
+    def join(self) -> None:
+        if self._streams is not None:
+            current, side = self._streams
+            current.wait_stream(side)
+
+
+def _own(tensor: Tensor, steps: int) -> Tensor:
+    """Return a copy of the first steps, of which there may be as many as there are."""
+    return (tensor if tensor.shape[-1] <= steps else tensor[..., :steps]).clone()
+
+
 @dataclass
 class _Recording:
     inputs: dict[str, Tensor]
     replay: Callable[[], Any]
     outputs: tuple[Tensor, ...]
     bytes: int
+    rows_of: Tensor | None  # of a decode `Engine.decode_lengths` of every length, on the CPU: slow to work out
     lengths: tuple[Any, ...] | None = None  # what inputs["lengths"] holds now
-    free: Any = None  # the event behind the last use
+    free: Any = None  # the event behind the last use, on CUDA
 
 
 @dataclass
@@ -108,29 +136,62 @@ class Graphs:
         """Return the memory that the recordings hold."""
         return sum(recording.bytes for recording in self._recordings.values())
 
+    @property
+    def records(self) -> bool:
+        """Whether calls are recorded at all."""
+        return self.recorder is not None and self.cap_bytes > 0
+
     def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
         """As `Engine.decode`, with the codes' own lengths [B] on the CPU or None."""
-        batch, _, frames = semantic_codes.shape
-        stages = 0 if acoustic_codes is None else acoustic_codes.shape[1]
+        audio = self._decode(semantic_codes, acoustic_codes, frame_lengths, None)
+        # Of a code out of range the eager engine names the place, unless it lies where nobody looks.
+        return self.engine.decode_clips(semantic_codes, acoustic_codes, frame_lengths) if audio is None else audio
+
+    def replay_decode(
+        self,
+        semantic_codes: Tensor,
+        acoustic_codes: Tensor | None,
+        frame_lengths: Tensor | None,
+        holds: Callable[[], bool],
+    ) -> Tensor | None:
+        """As `decode` where that would replay a recording, else None.
+
+        Args:
+            semantic_codes, acoustic_codes, frame_lengths: as for `decode`.
+            holds: called while the GPU works; False drops what comes of it: None.
+
+        Returns:
+            The audio; None also for a code out of range.
+        """
+        return self._decode(semantic_codes, acoustic_codes, frame_lengths, holds)
+
+    def _decode(
+        self, semantic: Tensor, acoustic: Tensor | None, frame_lengths: Tensor | None, holds: Callable[[], bool] | None
+    ) -> Tensor | None:
+        batch, _, frames = semantic.shape
+        stages = 0 if acoustic is None else acoustic.shape[1]
         wide = bucket_frames(frames)
         key = ("decode", batch, wide, stages)
         with self._lock, self._on_device():
+            if holds is not None and key not in self._recordings:
+                return None
             recording = self._find(key, lambda: self._record_decode(batch, wide or 0, stages))
-            if recording is not None:
-                self._fill(recording, "semantic", semantic_codes)
-                if acoustic_codes is not None:
-                    self._fill(recording, "acoustic", acoustic_codes)
-                own = [frames] * batch if frame_lengths is None else frame_lengths.tolist()
-                self._fill_lengths(recording, (tuple(own),), self.engine.decode_lengths)
-                audio, lowest, highest = self._replay(recording)
-                samples = self.engine.decoded_samples(frames)
-                audio = audio[..., :samples].clone()
-                extremes = torch.stack([lowest, highest])
-                self._release(recording)
-        if recording is None or self._out_of_range(extremes, stages):
-            # Of a code out of range the eager engine names the place, unless it lies where nobody looks.
-            return self.engine.decode_clips(semantic_codes, acoustic_codes, frame_lengths)
-        return audio
+            if recording is None:
+                return None
+            self._fill(recording, "semantic", semantic)
+            if acoustic is not None:
+                self._fill(recording, "acoustic", acoustic)
+            own = [frames] * batch if frame_lengths is None else frame_lengths.tolist()
+            rows_of = recording.rows_of
+            assert rows_of is not None
+            self._fill_lengths(recording, (tuple(own),), lambda n: rows_of[:, n])
+            recording.replay()
+            audio = _own(recording.outputs[0], self.engine.decoded_samples(frames))
+            fine = recording.outputs[1].clone()
+            self._release(recording)
+        if holds is not None and not holds():
+            return None
+        return audio if fine.item() else None  # waits for the replay
 
     def encode(
         self,
@@ -159,7 +220,8 @@ class Graphs:
                     samples = [audio.shape[-1]] * batch if sample_lengths is None else sample_lengths.tolist()
                 lengths = (tuple(own), None if samples is None else tuple(samples))
                 self._fill_lengths(recording, lengths, self.engine.encode_lengths)
-                codes = [c[..., :frames].clone() for c in self._replay(recording)]
+                recording.replay()
+                codes = [_own(c, frames) for c in recording.outputs]
                 self._release(recording)
                 return codes[0], codes[1] if len(codes) > 1 else None
         return self.engine.encode_clips(audio, semantic_repr, num_quantizers, frame_lengths, sample_lengths)
@@ -177,7 +239,8 @@ class Graphs:
             self._seen.add(key)
             return None
         else:
-            recording = record()
+            with torch.inference_mode(False):  # or calls outside of it could not fill its inputs
+                recording = record()
             if recording.bytes > self.cap_bytes:
                 self._too_large.add(key)
                 return None
@@ -196,20 +259,20 @@ class Graphs:
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Make the engine's device the current one, whose streams and graphs are used."""
-        cuda = self.engine.device.type == "cuda"
-        return torch.cuda.device(self.engine.device) if cuda else contextlib.nullcontext()
+        device = self.engine.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return contextlib.nullcontext()
+        return torch.cuda.device(device)
 
     def _release(self, recording: _Recording) -> None:
         if self.engine.device.type == "cuda":
-            recording.free = torch.cuda.Event()
+            if recording.free is None:
+                recording.free = torch.cuda.Event()
             recording.free.record()
 
-    def _replay(self, recording: _Recording) -> tuple[Tensor, ...]:
-        recording.replay()
-        return recording.outputs
-
     def _fill(self, recording: _Recording, name: str, value: Tensor) -> None:
-        recording.inputs[name][..., : value.shape[-1]].copy_(value)
+        to = recording.inputs[name]
+        (to if to.shape == value.shape else to[..., : value.shape[-1]]).copy_(value)
 
     def _fill_lengths(
         self, recording: _Recording, lengths: tuple[Sequence[int] | None, ...], rows: Callable[..., Tensor]
@@ -219,27 +282,33 @@ class Graphs:
             recording.inputs["lengths"].copy_(rows(*tensors))
             recording.lengths = lengths
 
-    def _record(self, inputs: dict[str, Tensor], run: Run) -> _Recording:
+    def _record(self, inputs: dict[str, Tensor], run: Run, rows_of: Tensor | None = None) -> _Recording:
         assert self.recorder is not None
         with torch.no_grad():
             replay, outputs, held = self.recorder.record(run)
         held += sum(x.numel() * x.element_size() for x in inputs.values())
-        return _Recording(inputs, replay, outputs, held)
+        return _Recording(inputs, replay, outputs, held, rows_of)
 
     def _record_decode(self, batch: int, frames: int, stages: int) -> _Recording:
         engine, device = self.engine, self.engine.device
         inputs = {"semantic": torch.zeros(batch, 1, frames, dtype=torch.int64, device=device)}
         if stages:
             inputs["acoustic"] = torch.zeros(batch, stages, frames, dtype=torch.int64, device=device)
-        inputs["lengths"] = engine.decode_lengths(torch.full((batch,), frames)).to(device)
+        rows_of = engine.decode_lengths(torch.arange(frames + 1))
+        inputs["lengths"] = rows_of[:, torch.full((batch,), frames)].to(device)
+
+        limits = {"semantic": engine.semantic_entries, "acoustic": engine.acoustic_entries}
 
         def run() -> tuple[Tensor, ...]:
-            codes = [inputs["semantic"], *([inputs["acoustic"]] if stages else [])]
-            extremes = [torch.aminmax(c) for c in codes]
+            beside = _Beside(device)  # the decode does not wait for the check
+            with beside:
+                checks = [(inputs[c].clamp(0, n - 1) == inputs[c]).all() for c, n in limits.items() if c in inputs]
+                fine = checks[0] & checks[-1]
             audio = engine.decode(inputs["semantic"], inputs.get("acoustic"), inputs["lengths"])
-            return audio, torch.stack([e.min for e in extremes]), torch.stack([e.max for e in extremes])
+            beside.join()
+            return audio, fine
 
-        return self._record(inputs, run)
+        return self._record(inputs, run, rows_of)
 
     def _record_encode(
         self, batch: int, frames: int, acoustic: bool, num_quantizers: int | None, like: Tensor
@@ -257,9 +326,3 @@ class Graphs:
             return tuple(c for c in codes if c is not None)
 
         return self._record(inputs, run)
-
-    def _out_of_range(self, extremes: Tensor, stages: int) -> bool:
-        """Whether a code lies outside its codebook; waits for the replay."""
-        limits = [self.engine.semantic_entries, *([self.engine.acoustic_entries] if stages else [])]
-        lowest, highest = extremes.tolist()
-        return any(low < 0 or high >= n for low, high, n in zip(lowest, highest, limits, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import reference
+from ._snapshot import snapshot_of
 from .errors import DualCodecError
 from .ops import _common
 from .ops._choice import ENGINE
@@ -203,14 +204,6 @@ class DualCodec(reference.DualCodec):
         if not self._released:
             self._engine_state = None
 
-    def _fingerprint(self) -> tuple[Any, ...]:
-        # An inference tensor has no version counter: repack()'s docstring says what follows.
-        return (
-            self.compute_dtype,
-            self._fast,
-            tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()),
-        )
-
     def _engine(self) -> Any | None:
         """Return the engine to run on, or None when the reference is to run."""
         if self._released:
@@ -222,23 +215,29 @@ class DualCodec(reference.DualCodec):
         parameter = next(self.parameters())
         self._freed = self._freed or parameter.numel() == 0  # through another object that shares them
         self._check_parameters()
-        dtype = self.compute_dtype
+        dtype = self._compute_dtype or parameter.dtype
         if dtype not in _ENGINE_DTYPES or _common.choose_backend(parameter.device, dtype, ENGINE) == "reference":
             return None
         if self._fast:
             _check_fast(parameter.device, dtype)
-        fingerprint, state = self._fingerprint(), self._engine_state
-        if state is None or state[0] != fingerprint:
+        state = self._engine_state
+        if state is None or not self._is_current(state):
             from .engine import Engine
             from .graphs import Graphs
 
             with _building:
                 state = self._engine_state
-                if state is None or state[0] != fingerprint:
+                if state is None or not self._is_current(state):
                     self._engine_state = state = None  # the old weights go before the new ones come
-                    self._engine_state = state = (fingerprint, Graphs(Engine(self, dtype, self._fast)))
+                    packed = (self._compute_dtype, self._fast, snapshot_of(self))
+                    self._engine_state = state = (packed, Graphs(Engine(self, dtype, self._fast)))
                     _packed_models.add(self)
         return state[1]
+
+    def _is_current(self, state: tuple[Any, Any]) -> bool:
+        """Whether an engine has the settings and the weights of now."""
+        dtype, fast, snapshot = state[0]
+        return dtype == self._compute_dtype and fast == self._fast and snapshot.holds()
 
     def _check_parameters(self) -> None:
         if self._freed:
@@ -298,10 +297,30 @@ class DualCodec(reference.DualCodec):
         return engine.encode(*_as_engines_take(audio, feat, num_quantizers, sample_lengths, frame_lengths))
 
     def _decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
+        own = None if frame_lengths is None else frame_lengths.cpu()
+        audio = self._replay(semantic_codes, acoustic_codes, own)
+        if audio is not None:
+            return audio
         engine = self._engine()
         if engine is None:
             return super()._decode(semantic_codes, acoustic_codes, frame_lengths)
-        return engine.decode(semantic_codes, acoustic_codes, None if frame_lengths is None else frame_lengths.cpu())
+        return engine.decode(semantic_codes, acoustic_codes, own)
+
+    def _replay(self, semantic: Tensor, acoustic: Tensor | None, own: Tensor | None) -> Tensor | None:
+        """Decode by a recording of the last engine; None where there is none, or where it is not to run any more.
+
+        Its weights are looked at while the GPU works on them already, and what comes of old ones is dropped.
+        """
+        state = self._engine_state
+        if state is None or not state[1].records:
+            return None
+        graphs = state[1]
+        if _common.choose_backend(graphs.engine.device, graphs.engine.dtype, ENGINE) == "reference":
+            return None
+        audio: Tensor | None = graphs.replay_decode(
+            semantic, acoustic, own, lambda: self._released or self._is_current(state)
+        )
+        return audio
 
     # Long clips -------------------------------------------------------------------------------------------------------
 

@@ -21,13 +21,14 @@ class Repeating:
     """Records on the CPU: a replay runs the function again into the tensors of the first run."""
 
     def __init__(self, held: int = 1000) -> None:
-        self.recorded, self.held = 0, held
+        self.recorded, self.replayed, self.held = 0, 0, held
 
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], Any], tuple[Tensor, ...], int]:
         self.recorded += 1
         outputs = run()
 
         def replay() -> None:
+            self.replayed += 1
             for to, value in zip(outputs, run(), strict=True):
                 to.copy_(value)
 
@@ -116,6 +117,61 @@ def test_codes_out_of_range_raise_from_a_replay_too(engine: Engine) -> None:
     cut = torch.tensor([4])
     assert torch.equal(graphs.decode(semantic, wrong, cut), engine.decode(semantic, wrong, engine.decode_lengths(cut)))
     graphs.decode(semantic, acoustic, None)
+
+
+def recorded_model(recorder: Repeating) -> tuple[Any, Tensor, Tensor]:
+    """A model that has recorded the decode of these codes."""
+    model = dx.accelerate(testing.seeded_model())
+    model.prepare()
+    assert model._engine_state is not None
+    graphs = model._engine_state[1]
+    graphs.recorder = recorder
+    semantic, acoustic = codes_for(graphs.engine, 1, 5)
+    for _ in range(2):
+        model.decode_from_codes(semantic, acoustic)
+    return model, semantic, acoustic
+
+
+def test_a_replay_of_old_weights_is_dropped() -> None:
+    recorder = Repeating()
+    model, semantic, acoustic = recorded_model(recorder)
+    assert (recorder.recorded, recorder.replayed) == (1, 1)
+    before, graphs = model.decode_from_codes(semantic, acoustic), model._engine_state[1]
+    assert recorder.replayed == 2
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    after = model.decode_from_codes(semantic, acoustic)
+    assert recorder.replayed == 3 and model._engine_state[1] is not graphs
+    assert not torch.equal(after, before)
+    assert torch.equal(after, Engine(model, torch.float32).decode(semantic, acoustic, None))
+
+
+def test_a_recording_made_in_inference_mode_serves_calls_outside_of_it() -> None:
+    with torch.inference_mode():
+        model, semantic, acoustic = recorded_model(Repeating())
+    wanted = Engine(model, torch.float32).decode(semantic, acoustic, None)
+    assert torch.equal(model.decode_from_codes(semantic, acoustic), wanted)
+
+
+def test_no_replay_where_the_reference_is_to_run() -> None:
+    recorder = Repeating()
+    model, semantic, acoustic = recorded_model(recorder)
+    with dx.backend("reference"):
+        model.decode_from_codes(semantic, acoustic)
+    assert recorder.replayed == 1
+    model.release()
+    model.decode_from_codes(semantic, acoustic)
+    assert recorder.replayed == 2
+
+
+def test_a_models_replay_names_a_wrong_code() -> None:
+    model, semantic, acoustic = recorded_model(Repeating())
+    for value in (-1, model._engine_state[1].engine.acoustic_entries):
+        wrong = acoustic.clone()
+        wrong[0, 1, 4] = value
+        with pytest.raises(ValueError, match=rf"acoustic_codes must be in \[0, \d+\), got {value} at"):
+            model.decode_from_codes(semantic, wrong)
 
 
 def test_the_cap_drops_what_was_used_longest_ago(engine: Engine) -> None:

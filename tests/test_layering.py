@@ -19,6 +19,7 @@ LAYERS = (
     (
         "_compare",
         "_files",
+        "_snapshot",
         "audio",
         "_w2v_bert",
         "_w2v_fbank",
