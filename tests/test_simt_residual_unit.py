@@ -21,9 +21,14 @@ from dualcodec_ext.reference import residual_unit_ref
 pytestmark = pytest.mark.skipif(bool(simt_cases.missing()), reason=simt_cases.missing() or "it can run")
 
 IDLE = 1000  # so many multiprocessors that short tiles are chosen
-# [channels, kColumns, kRows]: all kernels; the last is the tile that a device of one multiprocessor gets.
+WITHOUT: dict[str, Any] = {"wgmma": 0}
+# [channels, kColumns, kRows]: all kernels of any GPU; WIDE is what a device of one multiprocessor gets.
 SHORT = [(32, 32, 64), (48, 48, 64), (64, 64, 64), (96, 96, 64), (128, 128, 64), (192, 192, 64)]
 WIDE = [(32, 32, 256), (48, 48, 256), (64, 64, 128), (96, 96, 128), (128, 128, 128), (192, 192, 128)]
+
+# Those of Hopper's warpgroup products: [channels, kColumns, warpgroups of 64 rows].
+GROUPS_SHORT = [(channels, columns, 1) for channels, columns, _ in SHORT]
+GROUPS_WIDE = [(32, 32, 2), (48, 48, 2), (64, 64, 2), (96, 96, 2), (128, 128, 2), (192, 192, 2)]
 
 
 def case(
@@ -100,15 +105,28 @@ def kernel(dtype: torch.dtype, columns: int, rows: int) -> str:
     return f"dcx::FusedUnit<dcx::{'bf16' if dtype == BF16 else 'f16'}, {columns}, {rows}, "
 
 
+def group_kernel(dtype: torch.dtype, columns: int, groups: int) -> str:
+    return f"dcx::WgmmaUnit<dcx::{'bf16' if dtype == BF16 else 'f16'}, {columns}, {groups}, "
+
+
+def check_groups(program: Path, folder: Path, tensors: dict[str, Any], expected: Tensor, seed: int = 1) -> set[str]:
+    """As check, and the bits are those of the kernel that does without warpgroup products."""
+    names = check(program, folder, tensors, expected, seed)
+    outputs, _ = simt_cases.run(program, folder, [tensors, {**tensors, "wgmma": 0}], seed)
+    assert torch.equal(*(bits(o["y"]) for o in outputs))
+    return names
+
+
 @pytest.fixture(scope="module")
 def program() -> Path:
     return simt_cases.program("residual_unit")
 
 
 def test_every_kernel_has_a_case() -> None:
-    text = (ROOT / "kernels/residual_unit/residual_unit.cuh").read_text()
-    shipped = {(int(columns), int(rows)) for columns, rows in re.findall(r"= FusedUnit<T, (\d+), (\d+),", text)}
-    assert shipped == {tile[1:] for tile in SHORT + WIDE}
+    text = (ROOT / "kernels/residual_unit/residual_unit_launch.cuh").read_text()
+    for name, tiles in ("FusedUnit", SHORT + WIDE), ("WgmmaUnit", GROUPS_SHORT + GROUPS_WIDE):
+        shipped = {(int(columns), int(rows)) for columns, rows in re.findall(rf"= {name}<T, (\d+), (\d+),", text)}
+        assert shipped == {tile[1:] for tile in tiles}
 
 
 @pytest.mark.parametrize("channels, columns, rows", WIDE, ids=str)
@@ -117,7 +135,7 @@ def test_long(program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, 
     # A full tile and a tail; of 256 rows a tail so long that short tiles would take longer.
     steps = 330 if rows == 256 else rows + 2
     dilation, causal = (9, False) if dtype == BF16 else (3, True)
-    options = case(channels, steps, dilation=dilation, causal=causal, dtype=dtype)
+    options = case(channels, steps, dilation=dilation, causal=causal, dtype=dtype, **WITHOUT)
     names = check(program, tmp_path, *options)
     assert len(names) == 1 and names.pop().startswith(kernel(dtype, columns, rows))
 
@@ -126,9 +144,54 @@ def test_long(program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_short(program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, columns: int, rows: int) -> None:
     dilation, causal = (1, True) if dtype == BF16 else (9, False)
-    options = case(channels, rows + 3, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=IDLE)
+    options = case(channels, rows + 3, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=IDLE, **WITHOUT)
     names = check(program, tmp_path, *options)
     assert len(names) == 1 and names.pop().startswith(kernel(dtype, columns, rows))
+
+
+@pytest.mark.parametrize("channels, columns, groups", GROUPS_WIDE, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_groups_long(
+    program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, columns: int, groups: int
+) -> None:
+    # More tiles than blocks, and a tail.
+    steps = 64 * groups * (5 if columns <= 48 else 1) + 2
+    dilation, causal = (9, False) if dtype == BF16 else (3, True)
+    options = case(channels, steps, dilation=dilation, causal=causal, dtype=dtype)
+    names = check_groups(program, tmp_path, *options)
+    assert len(names) == 1 and names.pop().startswith(group_kernel(dtype, columns, groups))
+
+
+@pytest.mark.parametrize("channels, columns, groups", GROUPS_SHORT, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_groups_short(
+    program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, columns: int, groups: int
+) -> None:
+    dilation, causal = (1, True) if dtype == BF16 else (9, False)
+    options = case(channels, 67, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=IDLE)
+    names = check_groups(program, tmp_path, *options)
+    assert len(names) == 1 and names.pop().startswith(group_kernel(dtype, columns, groups))
+
+
+GROUPS: dict[str, dict[str, Any]] = {
+    "shorter than the reach": {"steps": 5, "dilation": 9},
+    "one step": {"steps": 1, "dilation": 3, "causal": True},
+    "lengths": {"batch": 5, "steps": 200, "lengths": [200, 129, 65, 1, 0], "dilation": 3},
+    "lengths, 96 channels": {"channels": 96, "batch": 4, "steps": 150, "lengths": [3, 0, 150, 128], "dilation": 9},
+    "no padding, lengths": {"batch": 3, "padding": (0, 0), "dilation": 2, "lengths": [70, 40, 12]},
+    "lopsided padding, lengths": {"batch": 2, "padding": (20, 3), "dilation": 2, "lengths": [70, 8]},
+    "8 channels": {"channels": 8},
+    "40 channels": {"channels": 40, "dilation": 3},
+    "72 channels": {"channels": 72, "causal": True, "dtype": F16},
+    "136 channels": {"channels": 136, "steps": 10},
+    "no bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("options", GROUPS.values(), ids=GROUPS.keys())
+def test_groups(program: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    names = check_groups(program, tmp_path, *case(**options))
+    assert len(names) == 1 and names.pop().startswith("dcx::WgmmaUnit<")
 
 
 FUSED: dict[str, dict[str, Any]] = {
@@ -152,7 +215,7 @@ FUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", FUSED.values(), ids=FUSED.keys())
 def test_one_kernel(program: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    names = check(program, tmp_path, *case(**options))
+    names = check(program, tmp_path, *case(**WITHOUT, **options))
     assert len(names) == 1 and names.pop().startswith("dcx::FusedUnit<")
 
 

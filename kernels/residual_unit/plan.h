@@ -19,6 +19,7 @@ struct FusedUnitParams {
   int64_t in_steps, out_steps, dilation, pad_left, pad_right;
   int64_t residual_shift;  // y[t] takes x[t + residual_shift]
   int64_t row_tiles;       // per clip
+  int64_t tiles, blocks;   // of all clips; where a block takes more than one, every blocks-th from its own on
   int segment;             // rows of shared memory
   bool vectors, vector_store;
 };

@@ -1,4 +1,4 @@
-#include "residual_unit.cuh"
+#include "residual_unit_launch.cuh"
 
 namespace dcx {
 

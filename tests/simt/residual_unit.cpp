@@ -1,4 +1,4 @@
-#include "../../kernels/residual_unit/residual_unit.cuh"
+#include "../../kernels/residual_unit/residual_unit_launch.cuh"
 
 #include "views.h"
 

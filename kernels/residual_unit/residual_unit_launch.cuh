@@ -1,0 +1,242 @@
+// Which kernels residual_unit has on a GPU, and which of them runs.
+#pragma once
+#include "residual_unit_wgmma.cuh"
+
+namespace dcx {
+
+template <int kNumber>
+struct Constant {
+  static constexpr int kValue = kNumber;
+};
+
+// Every fused kernel that ships: kColumns is the channels' next width; Wide for long signals, Short where those would
+// leave multiprocessors idle or do not fit. Both add in the same order.
+template <class T, int kColumns>
+struct FusedKernels;
+template <class T>
+struct FusedKernels<T, 32> {
+  using Wide = FusedUnit<T, 32, 256, 8, 1, 32, 3>;
+  using Short = FusedUnit<T, 32, 64, 4, 1, 32, 4>;
+};
+template <class T>
+struct FusedKernels<T, 48> {
+  using Wide = FusedUnit<T, 48, 256, 8, 1, 48, 2>;
+  using Short = FusedUnit<T, 48, 64, 4, 1, 48, 4>;
+};
+template <class T>
+struct FusedKernels<T, 64> {
+  using Wide = FusedUnit<T, 64, 128, 4, 2, 64, 2>;
+  using Short = FusedUnit<T, 64, 64, 2, 2, 64, 3>;
+};
+template <class T>
+struct FusedKernels<T, 96> {
+  using Wide = FusedUnit<T, 96, 128, 4, 2, 48, 2>;
+  using Short = FusedUnit<T, 96, 64, 4, 2, 48, 2>;
+};
+template <class T>
+struct FusedKernels<T, 128> {
+  using Wide = FusedUnit<T, 128, 128, 2, 4, 32, 2>;
+  using Short = FusedUnit<T, 128, 64, 2, 4, 32, 2>;
+};
+template <class T>
+struct FusedKernels<T, 192> {
+  using Wide = FusedUnit<T, 192, 128, 2, 4, 32, 1>;
+  using Short = FusedUnit<T, 192, 64, 2, 4, 32, 2>;
+};
+
+// The same on Hopper, where rows move 16 bytes at a time: bit for bit the results of the above. Wide, Middle and Short as
+// the planner's cost has it.
+template <class T, int kColumns>
+struct WgmmaKernels;
+template <class T>
+struct WgmmaKernels<T, 32> {
+  using Wide = WgmmaUnit<T, 32, 2, 32, 0, 4>;
+  using Short = WgmmaUnit<T, 32, 1, 32, 0, 4>;
+};
+template <class T>
+struct WgmmaKernels<T, 48> {
+  using Wide = WgmmaUnit<T, 48, 2, 48, 0, 3>;
+  using Short = WgmmaUnit<T, 48, 1, 48, 0, 3>;
+};
+template <class T>
+struct WgmmaKernels<T, 64> {
+  using Wide = WgmmaUnit<T, 64, 2, 64, 0, 2>;
+  using Short = WgmmaUnit<T, 64, 1, 64, 0, 2>;
+};
+template <class T>
+struct WgmmaKernels<T, 96> {
+  using Wide = WgmmaUnit<T, 96, 2, 48, 5, 2>;
+  using Short = WgmmaUnit<T, 96, 1, 48, 5, 2>;
+};
+template <class T>
+struct WgmmaKernels<T, 128> {
+  using Wide = WgmmaUnit<T, 128, 2, 64, 4, 2>;
+  using Short = WgmmaUnit<T, 128, 1, 64, 4, 2>;
+};
+template <class T>
+struct WgmmaKernels<T, 192> {
+  using Wide = WgmmaUnit<T, 192, 2, 64, 5, 1>;
+  using Short = WgmmaUnit<T, 192, 1, 64, 5, 1>;
+};
+
+// Calls visit with the next width; false where there is none.
+template <class Visit>
+bool with_width(int64_t channels, const Visit& visit) {
+  if (channels <= 32) return visit(Constant<32>{});
+  if (channels <= 48) return visit(Constant<48>{});
+  if (channels <= 64) return visit(Constant<64>{});
+  if (channels <= 96) return visit(Constant<96>{});
+  if (channels <= 128) return visit(Constant<128>{});
+  if (channels <= 192) return visit(Constant<192>{});
+  return false;
+}
+
+template <class K>
+void plan_fused(const ResidualUnitParams& p, ResidualUnitPlan& plan, int64_t blocks = INT64_MAX) {
+  plan.params.row_tiles = ceil_div(p.out_steps, int64_t{K::kTileRows});
+  plan.params.segment = static_cast<int>(K::segment(p.dilation));
+  plan.params.tiles = p.batch * plan.params.row_tiles;
+  plan.params.blocks = minimum(plan.params.tiles, blocks);
+  plan.grid = Grid{plan.params.blocks, 1, 1};
+  plan.smem_bytes = K::smem_bytes(p.dilation);
+  plan.start = [](const CudaContext& where, const ResidualUnitPlan& made) {
+    launch<K>(where, made.params, made.grid, made.smem_bytes);
+  };
+}
+
+// In rows' time on a multiprocessor: a tile takes its rows, but not less than reading the weights from L2 takes, which
+// is about 100 rows' time on an H100 whatever the width (README.md).
+template <class K>
+int64_t fused_cost(const CudaContext& context, const ResidualUnitParams& p) {
+  constexpr int64_t kWeightRows = 100;
+  const int64_t tiles = p.batch * ceil_div(p.out_steps, int64_t{K::kTileRows});
+  return ceil_div(tiles, int64_t{context.multiprocessors}) * maximum(int64_t{K::kTileRows}, kWeightRows);
+}
+
+template <class Wide, class Short>
+bool takes_wide(const CudaContext& context, const ResidualUnitParams& p) {
+  return Wide::smem_bytes(p.dilation) <= context.shared_bytes &&
+         fused_cost<Wide>(context, p) <= fused_cost<Short>(context, p);
+}
+
+// False where the rows' layout or the device does not suit the wgmma kernels.
+template <class T, int kColumns>
+bool plan_wgmma(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
+  using Wide = typename WgmmaKernels<T, kColumns>::Wide;
+  using Short = typename WgmmaKernels<T, kColumns>::Short;
+  constexpr int64_t kSteps = 1 << 30;  // steps are 32-bit there
+  if (!context.wgmma || !plan.params.vectors || !plan.params.vector_store) return false;
+  if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right >= kSteps) return false;
+  if (Short::smem_bytes(p.dilation) > context.shared_bytes) return false;
+  if (takes_wide<Wide, Short>(context, p))
+    plan_fused<Wide>(p, plan, int64_t{context.multiprocessors} * Wide::kMinBlocks);
+  else
+    plan_fused<Short>(p, plan, int64_t{context.multiprocessors} * Short::kMinBlocks);
+  return true;
+}
+
+// False where this device has too little shared memory for the smallest tile, or the unit is too wide.
+template <class T>
+bool plan_fused_of(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan* plan) {
+  return with_width(p.channels, [&](auto width) {
+    constexpr int kColumns = decltype(width)::kValue;
+    using Wide = typename FusedKernels<T, kColumns>::Wide;
+    using Short = typename FusedKernels<T, kColumns>::Short;
+    if (Short::smem_bytes(p.dilation) > context.shared_bytes) return false;
+    if (plan == nullptr || plan_wgmma<T, kColumns>(context, p, *plan)) return true;
+    if (takes_wide<Wide, Short>(context, p))
+      plan_fused<Wide>(p, *plan);
+    else
+      plan_fused<Short>(p, *plan);
+    return true;
+  });
+}
+
+inline bool plan_fused_if(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan* plan) {
+  if (p.x.dtype == DType::kBF16 && context.capability >= 80) return plan_fused_of<bf16>(context, p, plan);
+  return p.x.dtype == DType::kF16 && plan_fused_of<f16>(context, p, plan);
+}
+
+inline int64_t residual_unit_hidden_of(const CudaContext& context, const ResidualUnitParams& p) {
+  return plan_fused_if(context, p, nullptr) ? 0 : p.batch * p.out_steps * p.channels;
+}
+
+inline void plan_two_kernels(const CudaContext& context, const ResidualUnitParams& p, void* hidden,
+                             ResidualUnitPlan& plan) {
+  ConvGemmParams first{};
+  first.x = signal_of(p.x);
+  first.y = Signal{hidden, p.out_steps * p.channels, p.channels, 1};
+  first.weight = p.weight1;
+  first.bias = static_cast<const float*>(p.bias1);
+  first.alpha = static_cast<const float*>(p.alpha1);
+  first.out_alpha = static_cast<const float*>(p.alpha2);
+  first.lengths = p.lengths;
+  first.batch = p.batch;
+  first.in_steps = p.in_steps;
+  first.in_channels = first.channels = first.columns = p.channels;
+  first.channels_padded = round_up(p.channels, kChannelUnit);
+  first.columns_padded = round_up(p.channels, kColumnUnit);
+  first.out_steps = first.rows = p.out_steps;
+  first.row_step = first.row_scale = 1;
+  first.taps = first.conv_taps = kResidualUnitTaps;
+  first.dilation = first.conv_dilation = p.dilation;
+  first.pad_left = first.conv_left = p.pad_left;
+  first.conv_right = p.pad_right;
+  first.conv_stride = 1;
+
+  ConvGemmParams second = first;
+  second.x = first.y;
+  second.y = signal_of(p.y);
+  second.residual = signal_of(p.x);
+  second.residual_shift = p.centre * p.dilation - p.pad_left;
+  second.residual_valid = 1;
+  second.weight = p.weight2;
+  second.bias = static_cast<const float*>(p.bias2);
+  second.alpha = second.out_alpha = nullptr;
+  second.in_steps = p.out_steps;
+  second.op_in_steps = p.in_steps;
+  second.taps = second.dilation = 1;
+  second.pad_left = 0;
+  plan.first = plan_conv_gemm(context, p.x.dtype, first);
+  plan.second = plan_conv_gemm(context, p.x.dtype, second);
+}
+
+// What every fused kernel is told alike.
+inline ResidualUnitPlan prepare_fused(const ResidualUnitParams& p) {
+  ResidualUnitPlan plan;
+  FusedUnitParams& f = plan.params;
+  f.x = signal_of(p.x);
+  f.y = signal_of(p.y);
+  f.weight = p.weight1;
+  f.bias1 = static_cast<const float*>(p.bias1);
+  f.bias2 = static_cast<const float*>(p.bias2);
+  f.alpha1 = static_cast<const float*>(p.alpha1);
+  f.alpha2 = static_cast<const float*>(p.alpha2);
+  f.lengths = p.lengths;
+  f.channels = p.channels;
+  f.channels_padded = round_up(p.channels, kChannelUnit);
+  f.columns_padded = round_up(p.channels, kColumnUnit);
+  f.in_steps = p.in_steps;
+  f.out_steps = p.out_steps;
+  f.dilation = p.dilation;
+  f.pad_left = p.pad_left;
+  f.pad_right = p.pad_right;
+  f.residual_shift = p.centre * p.dilation - p.pad_left;
+  const auto aligned = [&](const Signal& s) {
+    constexpr int64_t kHalves = 8;  // in 16 bytes
+    return s.stride_c == 1 && s.stride_t % kHalves == 0 && s.stride_b % kHalves == 0 && p.channels % kHalves == 0 &&
+           reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
+  };
+  f.vectors = aligned(f.x);
+  f.vector_store = aligned(f.y);
+  return plan;
+}
+
+inline ResidualUnitPlan plan_residual_unit_of(const CudaContext& context, const ResidualUnitParams& p, void* hidden) {
+  ResidualUnitPlan plan = prepare_fused(p);
+  plan.fused = plan_fused_if(context, p, &plan);
+  if (!plan.fused) plan_two_kernels(context, p, hidden, plan);
+  return plan;
+}
+
+}  // namespace dcx

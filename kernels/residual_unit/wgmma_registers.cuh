@@ -1,0 +1,81 @@
+// wgmma.cuh's product with a from registers, so that values which a thread has just computed from one product's sums
+// are the next one's operand without a way through shared memory.
+#pragma once
+#include "../common/wgmma.cuh"
+
+namespace dcx {
+
+// d[64 x kColumns] += a[64 x 16] b[16 x kColumns]. With g = lane / 4 and t = 2 (lane % 4), a thread of warp w of the
+// group holds row 16 w + g, columns t, t + 1 in a[0] and t + 8, t + 9 in a[2], of row 16 w + g + 8 those in a[1] and
+// a[3]: the layout of sums 8 k to 8 k + 7 of a product. a may not change before the wgmma_wait that covers the product.
+template <class T, int kColumns>
+DCX_DEVICE void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], Panel b);
+
+#ifdef __CUDACC__
+
+// moved() by so few bytes that the address's half of the word does not overflow.
+DCX_DEVICE Panel moved_within(Panel panel, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(panel.bits) + static_cast<uint32_t>(bytes >> 4);
+  return Panel{(panel.bits & 0xffffffff00000000ull) | low};
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define DCX_WGMMA(type, name, columns, sums, a_at, b_at, one_at, ...)                                      \
+  template <>                                                                                              \
+  DCX_DEVICE void wgmma<type, columns>(float (&d)[columns / 2], const uint32_t (&a)[4], Panel b) {         \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " one_at ", 0; wgmma.mma_async.sync.aligned.m64n" #columns \
+                 "k16.f32." name "." name " {" sums "}, {" a_at "}, " b_at ", p, 1, 1, 1;}"                \
+                 : __VA_ARGS__                                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(1));                       \
+  }
+#else
+#define DCX_WGMMA(type, name, columns, sums, a_at, b_at, one_at, ...)                             \
+  template <>                                                                                     \
+  DCX_DEVICE void wgmma<type, columns>(float (&)[columns / 2], const uint32_t (&)[4], Panel) {    \
+    __trap();                                                                                     \
+  }
+#endif
+#define DCX_WGMMA_BOTH(columns, sums, a_at, b_at, one_at, ...)            \
+  DCX_WGMMA(bf16, "bf16", columns, sums, a_at, b_at, one_at, __VA_ARGS__) \
+  DCX_WGMMA(f16, "f16", columns, sums, a_at, b_at, one_at, __VA_ARGS__)
+#define DCX_SUMS48 DCX_N0 ", " DCX_N8 ", " DCX_N16
+#define DCX_SUMS96 DCX_SUMS48 ", " DCX_N24 ", " DCX_N32 ", " DCX_N40
+#define DCX_SUMS128 DCX_SUMS96 ", " DCX_N48 ", " DCX_N56
+DCX_WGMMA_BOTH(32, DCX_N0 ", " DCX_N8, "%16, %17, %18, %19", "%20", "%21", DCX_OUTS32)
+DCX_WGMMA_BOTH(48, DCX_SUMS48, "%24, %25, %26, %27", "%28", "%29", DCX_OUTS48)
+DCX_WGMMA_BOTH(64, DCX_SUMS48 ", " DCX_N24, "%32, %33, %34, %35", "%36", "%37", DCX_OUTS64)
+DCX_WGMMA_BOTH(96, DCX_SUMS96, "%48, %49, %50, %51", "%52", "%53", DCX_OUTS96)
+DCX_WGMMA_BOTH(128, DCX_SUMS128, "%64, %65, %66, %67", "%68", "%69", DCX_OUTS128)
+DCX_WGMMA_BOTH(192, DCX_SUMS128 ", " DCX_N64 ", " DCX_N72 ", " DCX_N80 ", " DCX_N88, "%96, %97, %98, %99", "%100",
+               "%101", DCX_OUTS192)
+#undef DCX_SUMS48
+#undef DCX_SUMS96
+#undef DCX_SUMS128
+#undef DCX_WGMMA_BOTH
+#undef DCX_WGMMA
+
+#else
+
+inline Panel moved_within(Panel panel, int bytes) { return moved(panel, bytes); }
+
+// The warp writes its rows of a into a panel of the emulator's own, as many in turn as products are under way.
+template <class T, int kColumns>
+inline void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], Panel b) {
+  constexpr int kWarps = 32, kInTurn = 16, kRows = 64;
+  alignas(1024) static unsigned char panels[kWarps / 4][kInTurn][kRows * kPanelRowBytes];
+  static int turn[kWarps * kWarp];
+  const int thread = thread_index(), lane = thread % kWarp;
+  unsigned char* panel = panels[thread / (4 * kWarp)][turn[thread]++ % kInTurn];
+  sync_warp();  // who still reads the product before last round's has not passed its wait
+  for (int i = 0; i < 4; ++i) {
+    const int row = thread / kWarp % 4 * 16 + i % 2 * 8 + lane / 4;
+    memcpy(panel + panel_cell(row, i / 2) * 16 + lane % 4 * 4, &a[i], 4);
+  }
+  sync_warp();
+  simt::multiply_later(d, panel, b.start, b.panel_bytes, kColumns,
+                       [](uint16_t bits) { return to_float(T{bits}); });
+}
+
+#endif  // __CUDACC__
+
+}  // namespace dcx
