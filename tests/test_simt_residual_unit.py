@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,8 +305,8 @@ PLANTED = {
     "no barrier after the residual": ("    sync_threads();  // the residual is everyone's\n", ""),
     "a wrong tap": ("rows + step / kChunks * tap_offset", "rows + (step + 1) / kChunks * tap_offset"),
     "a dropped tail": (
-        "plan.grid = Grid{p.batch * plan.params.row_tiles, 1, 1}",
-        "plan.grid = Grid{p.batch * (p.out_steps / K::kTileRows), 1, 1}",
+        "    if (begin >= out_valid) {",
+        "    if (begin + kRows > p.out_steps) return;\n    if (begin >= out_valid) {",
     ),
     "a read outside x": ("t >= 0 && t < valid && channel < p.channels;", "t >= 0 && channel < p.channels;"),
     "a write outside y": ("if (t >= p.out_steps || channel >= p.channels) continue;", ""),
@@ -315,40 +314,96 @@ PLANTED = {
 }
 
 
+# The same of the kernels on warpgroup products: case 0 has weights that stay, case 1 weights that stream.
+GROUPS_PLANTED = {
+    "no barrier before the taps": (
+        "        fence_async();\n        sync_threads();\n        wgmma_fence();\n        multiply<",
+        "        fence_async();\n        wgmma_fence();\n        multiply<",
+    ),
+    "no barrier before a step": (
+        "      sync_threads();\n      wgmma_fence();\n      products(",
+        "      wgmma_fence();\n      products(",
+    ),
+    "no wait for a stage's products": ("      wgmma_wait<1>();\n", ""),
+    "no wait for a stage's weights": ("cp_async_wait<kResident ? 0 : kStages - 3>()", "cp_async_wait<kStages>()"),
+    "no wait for the sums": (
+        "      wgmma_wait<0>();\n      settle(sums);\n      sync_threads();  // the rows' memory is free\n",
+        "      sync_threads();\n",
+    ),
+    "no barrier before the residual": ("      sync_threads();  // the rows' memory is free\n", ""),
+    "no barrier after the residual": ("      sync_threads();  // the residual is everyone's\n", ""),
+    "no wait for the residual": (
+        "      cp_async_wait<0>();\n      sync_threads();  // the residual",
+        "      sync_threads();  // the residual",
+    ),
+    "no barrier before y": (
+        "      sync_threads();\n      store_rows(p, at, own, rows);",
+        "      store_rows(p, at, own, rows);",
+    ),
+    "a wrong tap, weights that stay": (
+        "moved_within(first, tap * dilation * kPanelRowBytes), panel_bytes",
+        "moved_within(first, (tap - 1) * dilation * kPanelRowBytes), panel_bytes",
+    ),
+    "a wrong tap, weights that stream": (
+        "const Panel a = moved_within(first, tap * dilation",
+        "const Panel a = moved_within(first, (tap - 1) * dilation",
+    ),
+    "a wrong panel": ("k / 4 * panel_bytes + k % 4 * 32", "k / 5 * panel_bytes + k % 4 * 32"),
+    "a dropped tail": ("tile < p.tiles; tile += p.blocks", "tile < p.tiles - 1; tile += p.blocks"),
+    "a read outside x": (
+        "const bool valid = counts && static_cast<unsigned>(begin + row) < static_cast<unsigned>(at.in_valid);",
+        "const bool valid = counts && begin + row >= 0;",
+    ),
+    "a write outside y": ("minimum(kTileRows, static_cast<int>(p.out_steps) - at.begin)", "kTileRows"),
+    "a tile too small": ("kWeightBytes + kPanels * segment", "kWeightBytes - 1024 + kPanels * segment"),
+}
+
+
+def build_planted(op: str, file: str, bugs: dict[str, tuple[str, str]], folder: Path) -> dict[str, Path]:
+    """A program per planted bug, and one without ("none")."""
+    mutants = {name: simt_mutants.Mutant(f"residual_unit/{file}", *change) for name, change in bugs.items()}
+    return {"none": simt_cases.program(op), **simt_mutants.build(op, mutants, folder)}
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A program of one kernel per planted bug, and one without ("none")."""
-    base = tmp_path_factory.mktemp("planted")
-    sound = simt_cases.program("residual_unit_one")
-
-    def build(name: str) -> Path:
-        old, new = PLANTED[name]
-        root = simt_cases.copy_sources(base / name)
-        header = root / "kernels/residual_unit/residual_unit.cuh"
-        text = header.read_text()
-        assert text.count(old) == 1, f"{name}: the kernel no longer has this text once"
-        header.write_text(text.replace(old, new))
-        return simt_cases.build("residual_unit_one", root / "build", root, simt_mutants.FLAGS)
-
-    with ThreadPoolExecutor(2) as pool:
-        return {"none": sound, **dict(zip(PLANTED, pool.map(build, PLANTED), strict=True))}
+    return build_planted("residual_unit_one", "residual_unit.cuh", PLANTED, tmp_path_factory.mktemp("planted"))
 
 
-def seen(program: Path, folder: Path) -> bool:
+@pytest.fixture(scope="module")
+def groups_planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("groups_planted")
+    return build_planted("residual_unit_groups", "residual_unit_wgmma.cuh", GROUPS_PLANTED, folder)
+
+
+def seen(program: Path, folder: Path, *cases: tuple[dict[str, Any], Tensor]) -> bool:
     """Whether some order of threads shows a bug: a report, or an output that differs from the reference."""
-    tensors, expected = case(steps=67, dilation=3)
     for seed in (1, 2, 3):
-        try:
-            check(program, folder, tensors, expected, seed)
-        except (simt_cases.Failed, AssertionError):
-            return True
+        for tensors, expected in cases:
+            try:
+                check(program, folder, tensors, expected, seed)
+            except (simt_cases.Failed, AssertionError):
+                return True
     return False
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted(planted: dict[str, Path], tmp_path: Path, name: str) -> None:
-    assert seen(planted[name], tmp_path)
+    assert seen(planted[name], tmp_path, case(steps=67, dilation=3))
 
 
 def test_nothing_planted(planted: dict[str, Path], tmp_path: Path) -> None:
-    assert not seen(planted["none"], tmp_path)
+    assert not seen(planted["none"], tmp_path, case(steps=67, dilation=3))
+
+
+def group_cases() -> list[tuple[dict[str, Any], Tensor]]:
+    return [case(steps=67, dilation=3), case(96, 67, dilation=3)]
+
+
+@pytest.mark.parametrize("name", GROUPS_PLANTED)
+def test_groups_planted(groups_planted: dict[str, Path], tmp_path: Path, name: str) -> None:
+    assert seen(groups_planted[name], tmp_path, *group_cases())
+
+
+def test_nothing_planted_in_groups(groups_planted: dict[str, Path], tmp_path: Path) -> None:
+    assert not seen(groups_planted["none"], tmp_path, *group_cases())

@@ -19,8 +19,8 @@ struct FusedUnitParams {
   int64_t in_steps, out_steps, dilation, pad_left, pad_right;
   int64_t residual_shift;  // y[t] takes x[t + residual_shift]
   int64_t row_tiles;       // per clip
-  int64_t tiles, blocks;   // of all clips; where a block takes more than one, every blocks-th from its own on
   int segment;             // rows of shared memory
+  int tiles, blocks;       // of all clips, where a block takes every blocks-th tile from its own on
   bool vectors, vector_store;
 };
 

@@ -92,16 +92,23 @@ bool with_width(int64_t channels, const Visit& visit) {
 }
 
 template <class K>
-void plan_fused(const ResidualUnitParams& p, ResidualUnitPlan& plan, int64_t blocks = INT64_MAX) {
+void plan_fused(const ResidualUnitParams& p, ResidualUnitPlan& plan) {
   plan.params.row_tiles = ceil_div(p.out_steps, int64_t{K::kTileRows});
   plan.params.segment = static_cast<int>(K::segment(p.dilation));
-  plan.params.tiles = p.batch * plan.params.row_tiles;
-  plan.params.blocks = minimum(plan.params.tiles, blocks);
-  plan.grid = Grid{plan.params.blocks, 1, 1};
+  plan.grid = Grid{p.batch * plan.params.row_tiles, 1, 1};
   plan.smem_bytes = K::smem_bytes(p.dilation);
   plan.start = [](const CudaContext& where, const ResidualUnitPlan& made) {
     launch<K>(where, made.params, made.grid, made.smem_bytes);
   };
+}
+
+// Blocks take tile after tile, as many as find room at once.
+template <class K>
+void plan_tiles(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
+  plan_fused<K>(p, plan);
+  plan.params.tiles = static_cast<int>(plan.grid.x);
+  plan.grid.x = minimum(plan.grid.x, int64_t{context.multiprocessors} * K::kMinBlocks);
+  plan.params.blocks = static_cast<int>(plan.grid.x);
 }
 
 // In rows' time on a multiprocessor: a tile takes its rows, but not less than reading the weights from L2 takes, which
@@ -124,14 +131,15 @@ template <class T, int kColumns>
 bool plan_wgmma(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
   using Wide = typename WgmmaKernels<T, kColumns>::Wide;
   using Short = typename WgmmaKernels<T, kColumns>::Short;
-  constexpr int64_t kSteps = 1 << 30;  // steps are 32-bit there
+  constexpr int64_t kMost = 1 << 30;  // steps and tiles are 32-bit there
   if (!context.wgmma || !plan.params.vectors || !plan.params.vector_store) return false;
-  if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right >= kSteps) return false;
+  if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right >= kMost) return false;
+  if (p.batch * ceil_div(p.out_steps, int64_t{Short::kTileRows}) >= kMost) return false;
   if (Short::smem_bytes(p.dilation) > context.shared_bytes) return false;
   if (takes_wide<Wide, Short>(context, p))
-    plan_fused<Wide>(p, plan, int64_t{context.multiprocessors} * Wide::kMinBlocks);
+    plan_tiles<Wide>(context, p, plan);
   else
-    plan_fused<Short>(p, plan, int64_t{context.multiprocessors} * Short::kMinBlocks);
+    plan_tiles<Short>(context, p, plan);
   return true;
 }
 

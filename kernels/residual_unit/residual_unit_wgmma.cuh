@@ -9,6 +9,15 @@
 
 namespace dcx {
 
+// The two values of a word.
+template <class T>
+DCX_DEVICE Pair<float> unpack_pair(uint32_t word) {
+#ifdef __CUDACC__
+  if constexpr (DTypeOf<T>::value == DType::kBF16) return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+#endif
+  return {to_float(T{static_cast<uint16_t>(word)}), to_float(T{static_cast<uint16_t>(word >> 16)})};
+}
+
 // kStages stages of kStep channels' weights; kStages = 0: all weights stay, kStep = kColumns.
 template <class T, int kColumns, int kGroups, int kStep, int kStages, int kBlocks>
 struct WgmmaUnit {
@@ -60,8 +69,9 @@ struct WgmmaUnit {
     return Own{row, vector, (vector % 8 ^ row % 8) * 16, row < kRowsAtOnce};
   }
 
-  static DCX_DEVICE Where place(const Params& p, int64_t tile) {
-    Where at{tile / p.row_tiles, static_cast<int>(tile % p.row_tiles) * kTileRows, static_cast<int>(p.in_steps),
+  static DCX_DEVICE Where place(const Params& p, int tile) {
+    const int per_clip = static_cast<int>(p.row_tiles);
+    Where at{tile / per_clip, tile % per_clip * kTileRows, static_cast<int>(p.in_steps),
              static_cast<int>(p.out_steps)};
     if (p.lengths != nullptr) {
       const int64_t valid = maximum(int64_t{0}, minimum(p.lengths[at.clip], p.in_steps));
@@ -77,13 +87,18 @@ struct WgmmaUnit {
                                    unsigned char* rows) {
     if (!own.active) return;
     const T* x = static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b;
-    const bool counts = own.vector * kVector < p.channels;
     const T* from = x + (begin + own.row) * p.x.stride_t + own.vector * kVector;
-    unsigned char* to = rows + own.vector / 8 * (p.segment * kPanelRowBytes);
-    for (int row = own.row; row < count; row += kRowsAtOnce) {
+    rows += own.vector / 8 * (p.segment * kPanelRowBytes);
+    if (p.x.stride_t == kColumns && p.channels == kColumns && begin >= 0 && begin + count <= at.in_valid) {
+      for (int row = own.row; row < count; row += kRowsAtOnce, from += kRowsAtOnce * kColumns)
+        cp_async16(rows + own.at(row), from, true);
+      return;
+    }
+    const bool counts = own.vector * kVector < p.channels;
+    DCX_NO_UNROLL
+    for (int row = own.row; row < count; row += kRowsAtOnce, from += kRowsAtOnce * p.x.stride_t) {
       const bool valid = counts && static_cast<unsigned>(begin + row) < static_cast<unsigned>(at.in_valid);
-      cp_async16(to + own.at(row), valid ? from : x, valid);
-      from += kRowsAtOnce * p.x.stride_t;
+      cp_async16(rows + own.at(row), valid ? from : x, valid);
     }
   }
 
@@ -106,13 +121,14 @@ struct WgmmaUnit {
     rows += own.vector / 8 * (p.segment * kPanelRowBytes);
     for (int row = own.row; row < count; row += kRowsAtOnce) {
       unsigned char* at = rows + own.at(row);
-      const auto values = *reinterpret_cast<const Vector16<T>*>(at);
-      Vector16<uint32_t> made;
+      auto words = *reinterpret_cast<const Vector16<uint32_t>*>(at);
       DCX_UNROLL
-      for (int i = 0; i < kVector; i += 2)
-        made.values[i / 2] = pack_pair<T>(snake_as<T>(to_float(values.values[i]), alpha[i], inverse[i]),
-                                          snake_as<T>(to_float(values.values[i + 1]), alpha[i + 1], inverse[i + 1]));
-      *reinterpret_cast<Vector16<uint32_t>*>(at) = made;
+      for (int i = 0; i < kVector; i += 2) {
+        const Pair<float> x = unpack_pair<T>(words.values[i / 2]);
+        words.values[i / 2] = pack_pair<T>(snake_as<T>(x.low, alpha[i], inverse[i]),
+                                           snake_as<T>(x.high, alpha[i + 1], inverse[i + 1]));
+      }
+      *reinterpret_cast<Vector16<uint32_t>*>(at) = words;
     }
   }
 
@@ -148,18 +164,28 @@ struct WgmmaUnit {
     }
   }
 
-  static DCX_DEVICE void zero(float (&sums)[kColumns / 2]) {
-    DCX_UNROLL
-    for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0.0f;
-  }
-
-  // Products of kCount times 16 channels of one tap, from the k-th 16 on.
-  template <int kCount>
+  // Products of kCount times 16 channels of one tap, from the k-th 16 on; kStarts: the sums' first.
+  template <int kCount, bool kStarts>
   static DCX_DEVICE void multiply(float (&sums)[kColumns / 2], Panel rows, int panel_bytes, int first, Panel weights) {
     DCX_UNROLL
     for (int i = 0; i < kCount; ++i) {
       const int k = first + i;
-      wgmma<T, kColumns>(sums, moved_within(rows, k / 4 * panel_bytes + k % 4 * 32), moved_within(weights, i * 2048));
+      const Panel a = moved_within(rows, k / 4 * panel_bytes + k % 4 * 32), b = moved_within(weights, i * 2048);
+      if (kStarts && i == 0)
+        wgmma_rows<T, kColumns, false>(sums, a, b);
+      else
+        wgmma_rows<T, kColumns, true>(sums, a, b);
+    }
+  }
+
+  static DCX_DEVICE void multiply_hidden(float (&sums)[kColumns / 2], const uint32_t (&hidden)[kDeep][4], int first,
+                                         Panel weights) {
+    DCX_UNROLL
+    for (int i = 0; i < kStepDeep; ++i) {
+      if (first + i == 0)
+        wgmma_hidden<T, kColumns, false>(sums, hidden[first + i], moved_within(weights, i * 2048));
+      else
+        wgmma_hidden<T, kColumns, true>(sums, hidden[first + i], moved_within(weights, i * 2048));
     }
   }
 
@@ -186,16 +212,29 @@ struct WgmmaUnit {
     const int lane = thread_index() % kWarp, row = thread_index() / kWarp * 16 + lane / 4;
     const float* own = pairs + lane % 4 * 8 + 6;
     const int first = row * kPanelRowBytes + lane / 4 * 16 + lane % 4 * 4;
+    constexpr int kAtOnce = 2;  // loads that are under way together
     DCX_UNROLL
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const auto bias = *reinterpret_cast<const Pair<float>*>(own + n * 32);
-      unsigned char* at = rows + n / 8 * (p.segment * kPanelRowBytes) + (first ^ n % 8 * 16);
+    for (int first_n = 0; first_n < kColumns / 8; first_n += kAtOnce) {
+      const auto at = [&](int n, int half) {
+        return reinterpret_cast<uint32_t*>(rows + n / 8 * (p.segment * kPanelRowBytes) + (first ^ n % 8 * 16) +
+                                           half * 8 * kPanelRowBytes);
+      };
+      uint32_t words[kAtOnce][2];
+      Pair<float> bias[kAtOnce];
       DCX_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const auto old = *reinterpret_cast<const Pair<T>*>(at + half * 1024);
-        const float* sum = sums + n * 4 + half * 2;
-        *reinterpret_cast<uint32_t*>(at + half * 1024) =
-            pack_pair<T>(sum[0] + bias.low + to_float(old.low), sum[1] + bias.high + to_float(old.high));
+      for (int i = 0; i < kAtOnce; ++i) {
+        words[i][0] = *at(first_n + i, 0);
+        words[i][1] = *at(first_n + i, 1);
+        bias[i] = *reinterpret_cast<const Pair<float>*>(own + (first_n + i) * 32);
+      }
+      DCX_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        DCX_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const Pair<float> old = unpack_pair<T>(words[i][half]);
+          const float* sum = sums + (first_n + i) * 4 + half * 2;
+          *at(first_n + i, half) = pack_pair<T>(sum[0] + bias[i].low + old.low, sum[1] + bias[i].high + old.high);
+        }
       }
     }
   }
@@ -207,12 +246,20 @@ struct WgmmaUnit {
             (at.begin + own.row) * p.y.stride_t + own.vector * kVector;
     const unsigned char* from = rows + own.vector / 8 * (p.segment * kPanelRowBytes);
     const int count = minimum(kTileRows, static_cast<int>(p.out_steps) - at.begin);
-    DCX_UNROLL
-    for (int row = own.row; row < kTileRows; row += kRowsAtOnce, to += kRowsAtOnce * p.y.stride_t) {
-      if (row >= count) break;
-      Vector16<T> values{};
-      if (at.begin + row < at.out_valid) values = *reinterpret_cast<const Vector16<T>*>(from + own.at(row));
-      *reinterpret_cast<Vector16<T>*>(to) = values;
+    if (p.y.stride_t == kColumns && at.begin + kTileRows <= minimum(at.out_valid, static_cast<int>(p.out_steps))) {
+      DCX_UNROLL
+      for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
+        if (kTileRows % kRowsAtOnce != 0 && i + own.row >= kTileRows) break;
+        *reinterpret_cast<Vector16<uint32_t>*>(to + i * kColumns) =
+            *reinterpret_cast<const Vector16<uint32_t>*>(from + own.at(i + own.row));
+      }
+      return;
+    }
+    DCX_NO_UNROLL
+    for (int row = own.row; row < count; row += kRowsAtOnce, to += kRowsAtOnce * p.y.stride_t) {
+      Vector16<uint32_t> words{};
+      if (at.begin + row < at.out_valid) words = *reinterpret_cast<const Vector16<uint32_t>*>(from + own.at(row));
+      *reinterpret_cast<Vector16<uint32_t>*>(to) = words;
     }
   }
 
@@ -258,7 +305,7 @@ struct WgmmaUnit {
     sync_threads();  // the vectors
 
     DCX_NO_UNROLL
-    for (int64_t tile = block_x(); tile < p.tiles; tile += p.blocks) {
+    for (int tile = static_cast<int>(block_x()); tile < p.tiles; tile += p.blocks) {
       const Where at = place(p, tile);
       if (at.begin >= at.out_valid) {
         store_rows(p, at, own, rows);
@@ -272,27 +319,29 @@ struct WgmmaUnit {
       snake_rows(p, own, count, vectors, rows);
 
       float sums[kColumns / 2];
-      zero(sums);
       if constexpr (kResident) {
         fence_async();
         sync_threads();
         wgmma_fence();
+        multiply<kDeep, true>(sums, first, panel_bytes, 0, weights);
         DCX_UNROLL
-        for (int tap = 0; tap < kTaps; ++tap)
-          multiply<kDeep>(sums, moved_within(first, tap * dilation * kPanelRowBytes), panel_bytes, 0,
-                          moved_within(weights, tap * kStageBytes));
+        for (int tap = 1; tap < kTaps; ++tap)
+          multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes), panel_bytes, 0,
+                                 moved_within(weights, tap * kStageBytes));
         wgmma_commit();
       } else {
         step = stage = 0;
         filled = kRing - 2;
+        stream([&](Panel b) { multiply<kStepDeep, true>(sums, first, panel_bytes, 0, b); });
+        DCX_UNROLL
+        for (int chunk = 1; chunk < kChunks; ++chunk)
+          stream([&](Panel b) { multiply<kStepDeep, false>(sums, first, panel_bytes, chunk * kStepDeep, b); });
         DCX_NO_UNROLL
-        for (int tap = 0; tap < kTaps; ++tap) {
-          const Panel moved_rows = moved_within(first, tap * dilation * kPanelRowBytes);
+        for (int tap = 1; tap < kTaps; ++tap) {
+          const Panel a = moved_within(first, tap * dilation * kPanelRowBytes);
           DCX_UNROLL
           for (int chunk = 0; chunk < kChunks; ++chunk)
-            stream([&](Panel stage_weights) {
-              multiply<kStepDeep>(sums, moved_rows, panel_bytes, chunk * kStepDeep, stage_weights);
-            });
+            stream([&](Panel b) { multiply<kStepDeep, false>(sums, a, panel_bytes, chunk * kStepDeep, b); });
         }
       }
       wgmma_wait<0>();
@@ -301,22 +350,15 @@ struct WgmmaUnit {
       load_rows(p, at, own, at.begin + static_cast<int>(p.residual_shift), kTileRows, rows);
       uint32_t hidden[kDeep][4];
       hide(sums, pairs, hidden);
-      zero(sums);
       if constexpr (kResident) {
         cp_async_commit();
         wgmma_fence();
-        DCX_UNROLL
-        for (int k = 0; k < kDeep; ++k)
-          wgmma<T, kColumns>(sums, hidden[k], moved_within(weights, kTaps * kStageBytes + k * 2048));
+        multiply_hidden(sums, hidden, 0, moved_within(weights, kTaps * kStageBytes));
         wgmma_commit();
       } else {
         DCX_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk)
-          stream([&](Panel stage_weights) {
-            DCX_UNROLL
-            for (int k = 0; k < kStepDeep; ++k)
-              wgmma<T, kColumns>(sums, hidden[chunk * kStepDeep + k], moved_within(stage_weights, k * 2048));
-          });
+          stream([&](Panel b) { multiply_hidden(sums, hidden, chunk * kStepDeep, b); });
       }
       wgmma_wait<0>();
       settle(sums);

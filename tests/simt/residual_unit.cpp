@@ -31,7 +31,20 @@ dcx::ResidualUnitParams params_of(Case& c) {
 
 }  // namespace
 
-#ifdef DCX_ONE_KERNEL  // quick to compile
+#if defined(DCX_GROUP_KERNELS)  // quick to compile
+
+// By channels a kernel whose weights stay and one whose weights stream.
+void run_case(Case& c) {
+  const dcx::ResidualUnitParams p = params_of(c);
+  dcx::ResidualUnitPlan plan = dcx::prepare_fused(p);
+  if (p.channels == 48)
+    dcx::plan_tiles<dcx::WgmmaKernels<dcx::bf16, 48>::Short>(context_of(c), p, plan);
+  else
+    dcx::plan_tiles<dcx::WgmmaKernels<dcx::bf16, 96>::Short>(context_of(c), p, plan);
+  plan.start(context_of(c), plan);
+}
+
+#elif defined(DCX_ONE_KERNEL)
 
 void run_case(Case& c) {
   const dcx::ResidualUnitParams p = params_of(c);

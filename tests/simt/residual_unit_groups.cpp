@@ -1,0 +1,2 @@
+#define DCX_GROUP_KERNELS
+#include "residual_unit.cpp"
