@@ -19,12 +19,21 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 // Kernels of wgmma.cuh say so by a member kNeedsSm90a; one that calls grid_wait on its own has a member kWaitsItself.
+template <class K, class = void>
+constexpr bool kNeedsHopper = false;
+template <class K>
+constexpr bool kNeedsHopper<K, decltype(void(K::kNeedsSm90a))> = true;
+template <class K, class = void>
+constexpr bool kWaitsAlone = false;
+template <class K>
+constexpr bool kWaitsAlone<K, decltype(void(K::kWaitsItself))> = true;
+
 template <class K>
 constexpr bool kRunsHere =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     !K::kNeedsSm80;
 #elif defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    !requires { K::kNeedsSm90a; };
+    !kNeedsHopper<K>;
 #else
     true;
 #endif
@@ -33,7 +42,7 @@ template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) run_kernel(const __grid_constant__ typename K::Params p) {
   extern __shared__ __align__(1024) unsigned char smem[];
   grid_release();
-  if constexpr (!requires { K::kWaitsItself; }) grid_wait();
+  if constexpr (!kWaitsAlone<K>) grid_wait();
   if constexpr (kRunsHere<K>) K::run(p, smem);
 }
 
