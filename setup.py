@@ -30,6 +30,7 @@ VERSION = re.search(r'"(.+)"', (ROOT / "dualcodec_ext/_version.py").read_text())
 OLDEST_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 CXX_RUNTIME = "libstdc++.so.6"
+CXX_STANDARD = "-std=c++20"
 DEPENDENCIES = [
     "numpy>=1.26",
     "safetensors>=0.4.3",
@@ -290,9 +291,10 @@ def compiled_options(torch, version, cuda):
         "dualcodec_ext._C",
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")) + (cuda.sources if cuda else []),
         extra_compile_args={
-            # at::parallel_for is a header: without -fopenmp it compiles to a loop on one thread.
-            "cxx": ["-O2", "-g0", "-fvisibility=hidden", "-fopenmp", *defines],
-            "nvcc": ["-O3", "--generate-line-info", *defines],
+            # C++20 as for the kernels; torch 2.11 would add C++17. at::parallel_for is a header: without -fopenmp it
+            # compiles to a loop on one thread.
+            "cxx": [CXX_STANDARD, "-O2", "-g0", "-fvisibility=hidden", "-fopenmp", *defines],
+            "nvcc": [CXX_STANDARD, "-O3", "--generate-line-info", *defines],
         },
         extra_link_args=[*cxx_runtime(compiler), *openmp_link(Path(cpp_extension.TORCH_LIB_PATH))],
     )
