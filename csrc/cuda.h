@@ -10,6 +10,7 @@
 
 #include "../kernels/common/conv_gemm_params.h"
 #include "checks.h"
+#include "counters.h"
 
 namespace dcx {
 
@@ -91,7 +92,7 @@ inline void start_plan(const CudaContext& context, ConvGemmPlan& plan, const at:
   at::Tensor partial, counters, prepared;
   if (plan.partial_floats > 0) {
     partial = at::empty({plan.partial_floats}, x.options().dtype(at::kFloat));
-    counters = at::zeros({plan.tiles}, x.options().dtype(at::kInt));
+    counters = take_counters(context, plan.tiles, x);
     plan.params.partial = partial.mutable_data_ptr<float>();
     plan.params.counters = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
   }

@@ -69,7 +69,7 @@ DCX_DEVICE bool gather_ranges(const ConvGemmParams& p, float (&total)[kSums], ui
   for (int i = 0; i < kSums; ++i) own[i * kThreads] = total[i];
   thread_fence();
   sync_threads();
-  if (thread_index() == 0) *flag = atomic_add(p.counters + block_x(), 1);
+  if (thread_index() == 0) *flag = atomic_count(p.counters + block_x(), static_cast<uint32_t>(p.ranges - 1));
   sync_threads();
   if (*flag != static_cast<uint32_t>(p.ranges - 1)) return false;
   thread_fence();

@@ -26,7 +26,7 @@ struct ConvGemmParams {
   const float* out_alpha;  // [columns]: Snake on the output, before the residual; null: none
   const int64_t* lengths;  // [B], null: in_steps each
   float* partial;          // one tile's sums per block, where ranges run in blocks of their own
-  uint32_t* counters;      // [tiles], zeros
+  uint32_t* counters;      // [tiles], zeros, and left so
   int64_t batch, in_steps, in_channels, columns, columns_padded;
   int64_t out_steps;        // of the op
   int64_t rows;             // q's range in one clip
@@ -73,7 +73,7 @@ struct ConvGemmPlan {
   Grid grid;
   int64_t smem_bytes = 0;
   int64_t partial_floats = 0;  // what params.partial must hold
-  int64_t tiles = 0;           // what params.counters must hold, zeroed; both only where partial_floats > 0
+  int64_t tiles = 0;           // zeros that params.counters must hold; both only where partial_floats > 0
   void (*start)(const CudaContext&, const ConvGemmPlan&) = nullptr;
 };
 

@@ -205,6 +205,8 @@ DCX_DEVICE void grid_release() {
 }
 
 DCX_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value) { return atomicAdd(p, value); }
+// Adds one, past `last` from zero again; returns what was there.
+DCX_DEVICE uint32_t atomic_count(uint32_t* p, uint32_t last) { return atomicInc(p, last); }
 DCX_DEVICE void atomic_min(int64_t* p, int64_t value) {
   atomicMin(reinterpret_cast<long long*>(p), static_cast<long long>(value));
 }

@@ -451,6 +451,11 @@ uint32_t atomic_add(uint32_t* p, uint32_t value) {
   *p = old + value;
   return old;
 }
+uint32_t atomic_count(uint32_t* p, uint32_t last) {
+  const uint32_t old = *p;
+  *p = old >= last ? 0 : old + 1;
+  return old;
+}
 void atomic_min(int64_t* p, int64_t value) {
   if (value < *p) *p = value;
 }

@@ -193,6 +193,7 @@ inline void wgmma(float (&d)[kColumns / 2], Panel a, Panel b) {
 inline void grid_wait() {}
 inline void grid_release() {}
 uint32_t atomic_add(uint32_t* p, uint32_t value);
+uint32_t atomic_count(uint32_t* p, uint32_t last);
 void atomic_min(int64_t* p, int64_t value);
 inline void thread_fence() {}
 inline float load_coherent(const float* p) { return *p; }

@@ -46,4 +46,6 @@ inline void start(Case& c, dcx::ConvGemmPlan plan) {
     plan.params.x.data = plan.prepared.to;
   }
   plan.start(context_of(c), plan);
+  for (int64_t i = 0; i < (plan.partial_floats > 0 ? plan.tiles : 0); ++i)
+    if (plan.params.counters[i] != 0) throw std::runtime_error("a kernel must leave its counters at zero");
 }
