@@ -16,7 +16,7 @@ from tolerances import TOLERANCE
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONV, TILE, DWCONV = "common/conv_gemm.cuh", "common/gemm_tile.cuh", "causal_dwconv1d/causal_dwconv1d.cuh"
 FINISH, WGMMA = "common/conv_finish.cuh", "common/conv_wgmma.cuh"
-NARROW = "snake_conv1d/snake_conv1d.cuh"
+NARROW, SLIDING = "snake_conv1d/snake_conv1d.cuh", "snake_conv1d/sliding_conv.cuh"
 F32, BF16 = torch.float32, torch.bfloat16
 
 MUTANTS: dict[str, dict[str, Mutant]] = {
@@ -25,7 +25,7 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             CONV, "      sync_threads();\n      issue(step + kStages - 1);", "      issue(step + kStages - 1);"
         ),
         "missing barrier: the last block's flag is read early": Mutant(
-            FINISH, "p.counters + block_x(), 1);\n  sync_threads();", "p.counters + block_x(), 1);"
+            FINISH, "static_cast<uint32_t>(p.ranges - 1));\n  sync_threads();", "static_cast<uint32_t>(p.ranges - 1));"
         ),
         "missing barrier: few outputs": Mutant(
             NARROW, "      sync_threads();\n      for (int64_t j", "      for (int64_t j"
@@ -46,12 +46,26 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             TILE, "for (int k = 0; k < kDepth; k += 4)", "for (int k = 0; k < kDepth - 4; k += 4)"
         ),
         "missing cp.async wait": Mutant(CONV, "      cp_async_wait<kStages - 2>();\n", ""),
+        "the counters are left as they are": Mutant(
+            FINISH,
+            "atomic_count(p.counters + block_x(), static_cast<uint32_t>(p.ranges - 1))",
+            "atomic_add(p.counters + block_x(), 1)",
+        ),
+        "one output, missing barrier": Mutant(SLIDING, "    sync_threads();\n", ""),
+        "one output, wrong tap": Mutant(SLIDING, "(k - j + kTaps) % kTaps", "(k + j) % kTaps"),
+        "one output, a row past the clip's end": Mutant(SLIDING, "r0 + kTaps <= end", "r0 < end"),
+        "one output, dropped tail: the last group of channels": Mutant(SLIDING, "g < count; ++g", "g < count - 1; ++g"),
+        "one output, out of bounds, shared memory: no place for the last stretch": Mutant(
+            SLIDING, "stretches(p) * pitch(p) * static_cast", "(stretches(p) - 1) * pitch(p) * static_cast"
+        ),
         "warpgroups, missing barrier": Mutant(WGMMA, "      fence_async();\n      sync_threads();\n", ""),
         "warpgroups, missing cp.async wait": Mutant(WGMMA, "      cp_async_wait<kAhead - 1>();\n", ""),
         "warpgroups, products are not waited for": Mutant(WGMMA, "        wgmma_wait<1>();\n", ""),
         "warpgroups, wrong tap": Mutant(WGMMA, "now.tap * tap_bytes", "now.tap * kPanelRowBytes"),
         "warpgroups, dropped tail: the channels past whole chunks": Mutant(
-            WGMMA, "static_cast<int>(p.channels_padded) + kChunk - 1) / kChunk", "static_cast<int>(p.channels) / kChunk)"
+            WGMMA,
+            "static_cast<int>(p.channels_padded) + kChunk - 1) / kChunk",
+            "static_cast<int>(p.channels) / kChunk)",
         ),
         "warpgroups, out of bounds, global memory: weights past the last channel": Mutant(
             WGMMA, "cell * kVector < left && k < deep;", "cell * kVector < left;"
@@ -96,6 +110,7 @@ CASES: dict[str, list[SimtCase]] = {
         conv_case(160, 24, steps=3, batch=2, padding=(6, 0), multiprocessors=1000, wgmma=1),
         conv_case(40, 24, taps=3, steps=20, dtype=F32),
         conv_case(40, 2, taps=3, steps=20),
+        conv_case(48, 1, steps=200, batch=2, lengths=[200, 101], multiprocessors=1000),
     ],
     "causal_dwconv1d": [
         dwconv_case(301, steps=11, batch=2, dtype=F32),

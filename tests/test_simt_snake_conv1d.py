@@ -95,9 +95,18 @@ FLOAT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 NARROW: dict[str, dict[str, Any]] = {
-    "the decoder's last": {"channels": 96, "columns": 1, "steps": 140, "activation": "tanh"},
+    "many channels": {"channels": 96, "columns": 2, "steps": 140, "activation": "tanh"},
     "a tail of channels": {"channels": 48, "columns": 3, "steps": 130, "batch": 2, "lengths": [130, 50]},
     "strided": {"channels": 40, "columns": 4, "taps": 3, "steps": 60, "dilation": 2, "stride": 2, "residual": True},
+}
+SLIDING: dict[str, dict[str, Any]] = {
+    "the decoder's last": {"channels": 48, "steps": 1500, "activation": "tanh"},
+    "short stretches": {"channels": 48, "steps": 400, "batch": 2, "lengths": [400, 50], "multiprocessors": 1000},
+    "one row": {"channels": 48, "steps": 1, "batch": 3, "lengths": [1, 0, 1], "padding": (6, 0), "residual": True},
+    "odd channels": {"channels": 37, "steps": 300, "bias": False},
+    "no Snake, channels first": {"channels": 16, "steps": 150, "batch": 2, "alpha": False, "first": True},
+    "many channels": {"channels": 256, "steps": 200, "padding": (0, 9), "multiprocessors": 1000},
+    "nothing left": {"channels": 40, "steps": 4, "padding": (0, 0)},
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "the encoder's first": {"channels": 1, "columns": 32, "steps": 100, "alpha": False},
@@ -151,6 +160,26 @@ def test_tiles_of_float32(kernel: str, options: dict[str, Any], tmp_path: Path) 
 @pytest.mark.parametrize("options", NARROW.values(), ids=NARROW.keys())
 def test_few_outputs(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     check(options, "NarrowConv", tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("options", SLIDING.values(), ids=SLIDING.keys())
+def test_one_output_of_seven_taps(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    kernel = "" if options["steps"] == 4 else "SlidingConv"
+    check({"columns": 1, **options}, kernel, tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_bits_of_one_output_depend_on_no_stretch_and_no_layout(dtype: torch.dtype, tmp_path: Path) -> None:
+    whole = conv_case(48, 1, steps=800, dtype=dtype, padding=(6, 0))
+    y, _ = bits(tmp_path, whole)
+    for multiprocessors in (3, 5, 1000):
+        assert same_bits(y, bits(tmp_path, whole, multiprocessors=multiprocessors)[0])
+    first, _ = bits(tmp_path, conv_case(48, 1, steps=800, dtype=dtype, padding=(6, 0), first=True))
+    assert same_bits(y.flatten(), first.flatten())
+    x = whole.tensors["x"]
+    assert isinstance(x, torch.Tensor)
+    assert same_bits(y[:, :91], bits(tmp_path, whole.with_(x=x[:, :91].contiguous()))[0])
 
 
 @pytest.mark.parametrize(("dtype", "wgmma"), [(F32, 0), (F16, 0), (F16, 1), (BF16, 1)], ids=str)

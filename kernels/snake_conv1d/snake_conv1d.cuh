@@ -1,10 +1,12 @@
-// y = act(bias + conv(snake(x))) + residual on a GPU: conv_gemm.cuh, but for convolutions of at most four outputs (the
-// decoder's last), whose columns would fill a sixteenth of a tensor-core tile: there a thread owns one output step, a
-// block 128 neighbouring ones, whose snaked rows stand in shared memory as floats, 32 channels at a time. float32 sums.
+// y = act(bias + conv(snake(x))) + residual on a GPU: conv_gemm.cuh, but for convolutions of at most four outputs,
+// whose columns would fill a sixteenth of a tensor-core tile: sliding_conv.cuh for layers shaped as the decoder's last;
+// else a thread owns one output step, a block 128 neighbouring ones, whose snaked rows stand in shared memory as
+// floats, 32 channels at a time. float32 sums.
 #pragma once
 #include "../common/conv_gemm.cuh"
 #include "../common/conv_geometry.h"
 #include "params.h"
+#include "sliding_conv.cuh"
 
 namespace dcx {
 
@@ -86,6 +88,10 @@ template <class T>
 bool plan_narrow(const CudaContext& context, ConvGemmPlan& plan) {
   using K = NarrowConv<T>;
   ConvGemmParams& p = plan.params;
+  if (slides(p)) {
+    plan_sliding<T>(context, plan);
+    return plan.smem_bytes <= context.shared_bytes;
+  }
   p.row_tiles = ceil_div(p.rows, int64_t{K::kThreads});
   p.segment = (K::kThreads - 1) * p.row_scale + (p.taps - 1) * p.dilation + 1;
   p.segment = round_up(p.segment, 4);  // the weights behind the rows are read 16 bytes at a time
