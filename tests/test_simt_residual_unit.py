@@ -25,9 +25,11 @@ WITHOUT: dict[str, Any] = {"wgmma": 0}
 SHORT = [(32, 32, 64), (48, 48, 64), (64, 64, 64), (96, 96, 64), (128, 128, 64), (192, 192, 64)]
 WIDE = [(32, 32, 256), (48, 48, 256), (64, 64, 128), (96, 96, 128), (128, 128, 128), (192, 192, 128)]
 
-# Those of Hopper's warpgroup products: [channels, kColumns, warpgroups of 64 rows].
-GROUPS_SHORT = [(channels, columns, 1) for channels, columns, _ in SHORT]
-GROUPS_WIDE = [(32, 32, 2), (48, 48, 2), (64, 64, 2), (96, 96, 2), (128, 128, 2), (192, 192, 2)]
+# Those of Hopper's warpgroup products: [channels, kColumns, warpgroups of 64 rows; steps and a device that take them].
+GROUPS_LONG = [(32, 32, 2, 642, 1), (48, 48, 2, 642, 1), (64, 64, 2, 300, 1), (96, 96, 2, 194, 1), (128, 128, 2, 194, 1)]
+GROUPS_LONG += [(192, 192, 3, 190, 1), (192, 192, 2, 200, 2)]
+TEAMS = [(96, 96, 2, 700, 1)]
+GROUPS_SHORT = [(channels, columns, 1, 67, IDLE) for channels, columns, _ in SHORT]
 
 
 def case(
@@ -105,7 +107,7 @@ def kernel(dtype: torch.dtype, columns: int, rows: int) -> str:
 
 
 def group_kernel(dtype: torch.dtype, columns: int, groups: int) -> str:
-    return f"dcx::WgmmaUnit<dcx::{'bf16' if dtype == BF16 else 'f16'}, {columns}, {groups}, "
+    return f"<dcx::{'bf16' if dtype == BF16 else 'f16'}, {columns}, {groups}"
 
 
 def check_groups(program: Path, folder: Path, tensors: dict[str, Any], expected: Tensor, seed: int = 1) -> set[str]:
@@ -123,9 +125,9 @@ def program() -> Path:
 
 def test_every_kernel_has_a_case() -> None:
     text = (ROOT / "kernels/residual_unit/residual_unit_launch.cuh").read_text()
-    for name, tiles in ("FusedUnit", SHORT + WIDE), ("WgmmaUnit", GROUPS_SHORT + GROUPS_WIDE):
-        shipped = {(int(columns), int(rows)) for columns, rows in re.findall(rf"= {name}<T, (\d+), (\d+),", text)}
-        assert shipped == {tile[1:] for tile in tiles}
+    for name, tiles in ("FusedUnit", SHORT + WIDE), ("WgmmaUnit", GROUPS_SHORT + GROUPS_LONG), ("WgmmaTeams", TEAMS):
+        shipped = {(int(columns), int(rows)) for columns, rows in re.findall(rf"{name}<T, (\d+), (\d+)", text)}
+        assert shipped == {tile[1:3] for tile in tiles}
 
 
 @pytest.mark.parametrize("channels, columns, rows", WIDE, ids=str)
@@ -148,28 +150,26 @@ def test_short(program: Path, tmp_path: Path, dtype: torch.dtype, channels: int,
     assert len(names) == 1 and names.pop().startswith(kernel(dtype, columns, rows))
 
 
-@pytest.mark.parametrize("channels, columns, groups", GROUPS_WIDE, ids=str)
+@pytest.mark.parametrize("channels, columns, groups, steps, multiprocessors", GROUPS_LONG + TEAMS + GROUPS_SHORT, ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_groups_long(
-    program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, columns: int, groups: int
+def test_groups_kernels(
+    program: Path,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    channels: int,
+    columns: int,
+    groups: int,
+    steps: int,
+    multiprocessors: int,
 ) -> None:
-    # More tiles than blocks, and a tail.
-    steps = 64 * groups * (5 if columns <= 48 else 1) + 2
-    dilation, causal = (9, False) if dtype == BF16 else (3, True)
-    options = case(channels, steps, dilation=dilation, causal=causal, dtype=dtype)
+    # Whole tiles and a tail; of few channels more tiles than blocks.
+    dilation, causal = (9, False) if (dtype == BF16) == (groups > 1) else (3, True)
+    options = case(
+        channels, steps, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=multiprocessors
+    )
     names = check_groups(program, tmp_path, *options)
-    assert len(names) == 1 and names.pop().startswith(group_kernel(dtype, columns, groups))
-
-
-@pytest.mark.parametrize("channels, columns, groups", GROUPS_SHORT, ids=str)
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_groups_short(
-    program: Path, tmp_path: Path, dtype: torch.dtype, channels: int, columns: int, groups: int
-) -> None:
-    dilation, causal = (1, True) if dtype == BF16 else (9, False)
-    options = case(channels, 67, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=IDLE)
-    names = check_groups(program, tmp_path, *options)
-    assert len(names) == 1 and names.pop().startswith(group_kernel(dtype, columns, groups))
+    name = "WgmmaTeams" if (channels, columns, groups, steps, multiprocessors) in TEAMS else "WgmmaUnit"
+    assert len(names) == 1 and names.pop().startswith(f"dcx::{name}{group_kernel(dtype, columns, groups)}")
 
 
 GROUPS: dict[str, dict[str, Any]] = {
@@ -184,13 +184,14 @@ GROUPS: dict[str, dict[str, Any]] = {
     "72 channels": {"channels": 72, "causal": True, "dtype": F16},
     "136 channels": {"channels": 136, "steps": 10},
     "no bias": {"bias": False},
+    "teams, lengths": {"channels": 72, "batch": 6, "steps": 130, "lengths": [130, 0, 129, 5, 128, 70], "dilation": 3},
 }
 
 
 @pytest.mark.parametrize("options", GROUPS.values(), ids=GROUPS.keys())
 def test_groups(program: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     names = check_groups(program, tmp_path, *case(**options))
-    assert len(names) == 1 and names.pop().startswith("dcx::WgmmaUnit<")
+    assert len(names) == 1 and names.pop().startswith("dcx::Wgmma")
 
 
 FUSED: dict[str, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 // Which kernels residual_unit has on a GPU, and which of them runs.
 #pragma once
+#include "residual_unit_teams.cuh"
 #include "residual_unit_wgmma.cuh"
 
 namespace dcx {
@@ -44,39 +45,34 @@ struct FusedKernels<T, 192> {
   using Short = FusedUnit<T, 192, 64, 2, 4, 32, 2>;
 };
 
-// The same on Hopper, where rows move 16 bytes at a time: bit for bit the results of the above. Wide, Middle and Short as
-// the planner's cost has it.
+// The same on Hopper where rows move 16 bytes at a time, bit for bit their results; the planner takes the cheapest.
+template <class... K>
+struct Kernels {};
 template <class T, int kColumns>
 struct WgmmaKernels;
 template <class T>
 struct WgmmaKernels<T, 32> {
-  using Wide = WgmmaUnit<T, 32, 2, 32, 0, 4>;
-  using Short = WgmmaUnit<T, 32, 1, 32, 0, 4>;
+  using All = Kernels<WgmmaUnit<T, 32, 2, 32, 0, 4>, WgmmaUnit<T, 32, 1, 32, 0, 4>>;
 };
 template <class T>
 struct WgmmaKernels<T, 48> {
-  using Wide = WgmmaUnit<T, 48, 2, 48, 0, 3>;
-  using Short = WgmmaUnit<T, 48, 1, 48, 0, 3>;
+  using All = Kernels<WgmmaUnit<T, 48, 2, 48, 0, 3>, WgmmaUnit<T, 48, 1, 48, 0, 3>>;
 };
 template <class T>
 struct WgmmaKernels<T, 64> {
-  using Wide = WgmmaUnit<T, 64, 2, 64, 0, 2>;
-  using Short = WgmmaUnit<T, 64, 1, 64, 0, 2>;
+  using All = Kernels<WgmmaUnit<T, 64, 2, 64, 0, 2>, WgmmaUnit<T, 64, 1, 64, 0, 2>>;
 };
 template <class T>
 struct WgmmaKernels<T, 96> {
-  using Wide = WgmmaUnit<T, 96, 2, 48, 5, 2>;
-  using Short = WgmmaUnit<T, 96, 1, 48, 5, 2>;
+  using All = Kernels<WgmmaTeams<T, 96, 2>, WgmmaUnit<T, 96, 2, 48, 5, 2>, WgmmaUnit<T, 96, 1, 48, 5, 2>>;
 };
 template <class T>
 struct WgmmaKernels<T, 128> {
-  using Wide = WgmmaUnit<T, 128, 2, 64, 4, 2>;
-  using Short = WgmmaUnit<T, 128, 1, 64, 4, 2>;
+  using All = Kernels<WgmmaUnit<T, 128, 2, 64, 4, 2>, WgmmaUnit<T, 128, 1, 64, 4, 2>>;
 };
 template <class T>
 struct WgmmaKernels<T, 192> {
-  using Wide = WgmmaUnit<T, 192, 2, 64, 5, 1>;
-  using Short = WgmmaUnit<T, 192, 1, 64, 5, 1>;
+  using All = Kernels<WgmmaUnit<T, 192, 3, 64, 5, 1>, WgmmaUnit<T, 192, 2, 64, 5, 1>, WgmmaUnit<T, 192, 1, 64, 5, 1>>;
 };
 
 // Calls visit with the next width; false where there is none.
@@ -107,7 +103,7 @@ template <class K>
 void plan_tiles(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
   plan_fused<K>(p, plan);
   plan.params.tiles = static_cast<int>(plan.grid.x);
-  plan.grid.x = minimum(plan.grid.x, int64_t{context.multiprocessors} * K::kMinBlocks);
+  plan.grid.x = minimum(ceil_div(plan.grid.x, int64_t{K::kTeams}), int64_t{context.multiprocessors} * K::kMinBlocks);
   plan.params.blocks = static_cast<int>(plan.grid.x);
 }
 
@@ -120,27 +116,38 @@ int64_t fused_cost(const CudaContext& context, const ResidualUnitParams& p) {
   return ceil_div(tiles, int64_t{context.multiprocessors}) * maximum(int64_t{K::kTileRows}, kWeightRows);
 }
 
-template <class Wide, class Short>
-bool takes_wide(const CudaContext& context, const ResidualUnitParams& p) {
-  return Wide::smem_bytes(p.dilation) <= context.shared_bytes &&
-         fused_cost<Wide>(context, p) <= fused_cost<Short>(context, p);
+// In rows' products on a multiprocessor: a tile takes its own, and what stands around them takes as long as of 48. Teams
+// have that at the same time, but for a tile's at either end.
+template <class K>
+int64_t wgmma_cost(const CudaContext& context, const ResidualUnitParams& p) {
+  constexpr int64_t kAround = 48;
+  if (K::smem_bytes(p.dilation) > context.shared_bytes) return INT64_MAX;
+  const int64_t tiles = p.batch * ceil_div(p.out_steps, int64_t{K::kTileRows});
+  const int64_t rounds = ceil_div(tiles, int64_t{context.multiprocessors});
+  return K::kTeams > 1 ? (rounds + 2) * K::kTileRows : rounds * (K::kTileRows + kAround);
 }
 
-// False where the rows' layout or the device does not suit the wgmma kernels.
+// Takes the cheapest, of equals the first; false where none fits.
+template <class... K>
+bool plan_cheapest(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan, Kernels<K...>) {
+  int64_t least = INT64_MAX;
+  const auto offer = [&](int64_t cost, auto* plan_it) {
+    if (cost >= least) return;
+    least = cost;
+    plan_it(context, p, plan);
+  };
+  (offer(wgmma_cost<K>(context, p), plan_tiles<K>), ...);
+  return least < INT64_MAX;
+}
+
+// False where the rows' layout, the signal's length or the device does not suit the wgmma kernels.
 template <class T, int kColumns>
 bool plan_wgmma(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
-  using Wide = typename WgmmaKernels<T, kColumns>::Wide;
-  using Short = typename WgmmaKernels<T, kColumns>::Short;
   constexpr int64_t kMost = 1 << 30;  // steps and tiles are 32-bit there
   if (!context.wgmma || !plan.params.vectors || !plan.params.vector_store) return false;
-  if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right >= kMost) return false;
-  if (p.batch * ceil_div(p.out_steps, int64_t{Short::kTileRows}) >= kMost) return false;
-  if (Short::smem_bytes(p.dilation) > context.shared_bytes) return false;
-  if (takes_wide<Wide, Short>(context, p))
-    plan_tiles<Wide>(context, p, plan);
-  else
-    plan_tiles<Short>(context, p, plan);
-  return true;
+  if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right + kResidualUnitTaps * p.dilation >= kMost) return false;
+  if (p.batch * p.out_steps >= kMost * 32) return false;
+  return plan_cheapest(context, p, plan, typename WgmmaKernels<T, kColumns>::All{});
 }
 
 // False where this device has too little shared memory for the smallest tile, or the unit is too wide.
@@ -152,7 +159,8 @@ bool plan_fused_of(const CudaContext& context, const ResidualUnitParams& p, Resi
     using Short = typename FusedKernels<T, kColumns>::Short;
     if (Short::smem_bytes(p.dilation) > context.shared_bytes) return false;
     if (plan == nullptr || plan_wgmma<T, kColumns>(context, p, *plan)) return true;
-    if (takes_wide<Wide, Short>(context, p))
+    if (Wide::smem_bytes(p.dilation) <= context.shared_bytes &&
+        fused_cost<Wide>(context, p) <= fused_cost<Short>(context, p))
       plan_fused<Wide>(p, *plan);
     else
       plan_fused<Short>(p, *plan);

@@ -38,9 +38,9 @@ void run_case(Case& c) {
   const dcx::ResidualUnitParams p = params_of(c);
   dcx::ResidualUnitPlan plan = dcx::prepare_fused(p);
   if (p.channels == 48)
-    dcx::plan_tiles<dcx::WgmmaKernels<dcx::bf16, 48>::Short>(context_of(c), p, plan);
+    dcx::plan_tiles<dcx::WgmmaUnit<dcx::bf16, 48, 1, 48, 0, 3>>(context_of(c), p, plan);
   else
-    dcx::plan_tiles<dcx::WgmmaKernels<dcx::bf16, 96>::Short>(context_of(c), p, plan);
+    dcx::plan_tiles<dcx::WgmmaUnit<dcx::bf16, 96, 1, 48, 5, 2>>(context_of(c), p, plan);
   plan.start(context_of(c), plan);
 }
 

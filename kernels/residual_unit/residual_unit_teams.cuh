@@ -1,0 +1,127 @@
+// residual_unit_wgmma.cuh's unit for 65 to 96 channels of a long signal: all weights stay in shared memory, which leaves
+// room for one block. So two teams of warpgroups take turns in it: while one team's taps are multiplied, the other has
+// the work around them, and from barrier to barrier they change places. The last 32 channels of both teams' rows share
+// a panel, and those columns of every two taps' weights do: 64 bytes of a row each.
+#pragma once
+#include "wgmma_parts.cuh"
+
+namespace dcx {
+
+template <class T, int kColumns, int kGroups>
+struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
+  using Parts = WgmmaParts<T, kColumns, kGroups, 2>;
+  using typename Parts::Own;
+  using typename Parts::Where;
+  using Params = FusedUnitParams;
+  using Parts::kDeep;
+  using Parts::kTaps;
+  using Parts::kTileRows;
+  static constexpr int kTeams = 2, kThreads = kTeams * Parts::kTeamThreads, kMinBlocks = 1;
+  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true;
+  static_assert(kColumns == 96, "a panel and a half");
+  static constexpr int kPanel = kColumns * kPanelRowBytes;  // a tap's 64 columns, or two taps' last 32
+  static constexpr int kFirstPanels = (kTaps + 1) * kPanel, kWeightBytes = kFirstPanels + (kTaps + 1) / 2 * kPanel;
+  static constexpr int kHalf = kPanelRowBytes / 2;
+
+  static int64_t smem_bytes(int64_t dilation) {
+    return kWeightBytes + 3 * Parts::segment(dilation) * kPanelRowBytes + kColumns * 6 * 4;
+  }
+
+  // A tap's weights: its last columns lie this far behind the first 64.
+  static DCX_DEVICE Panel weights_of(const unsigned char* smem, int tap) {
+    return panel_at(smem + tap * kPanel, kFirstPanels + tap / 2 * kPanel + tap % 2 * kHalf - tap * kPanel);
+  }
+
+  static DCX_DEVICE void load_weights(const Params& p, unsigned char* smem) {
+    const int wide = static_cast<int>(p.columns_padded), deep = static_cast<int>(p.channels_padded);
+    const T* weight = static_cast<const T*>(p.weight);
+    DCX_NO_UNROLL
+    for (int i = thread_index(); i < (kTaps + 1) * kColumns * (kColumns / 8); i += kThreads) {
+      const int vector = i % (kColumns / 8), k = i / (kColumns / 8) % kColumns, tap = i / (kColumns / 8) / kColumns;
+      const bool valid = vector * 8 < wide && k < deep;
+      const int to = vector < 8 ? tap * kPanel + panel_cell(k, vector) * 16
+                                : kFirstPanels + tap / 2 * kPanel + panel_cell(k, vector - 8 + tap % 2 * 4) * 16;
+      cp_async16(smem + to, valid ? weight + (tap * deep + k) * wide + vector * 8 : weight, valid);
+    }
+    cp_async_commit();
+  }
+
+  static DCX_DEVICE void run(const Params& p, unsigned char* smem) {
+    const int team = shuffle(thread_index() / Parts::kTeamThreads, 0);
+    const int group = shuffle(thread_index() / 128 % kGroups, 0);
+    const int segment_bytes = p.segment * kPanelRowBytes, dilation = static_cast<int>(p.dilation);
+    unsigned char* all_rows = smem + kWeightBytes;
+    unsigned char* rows = all_rows + team * segment_bytes;
+    const int panel_bytes = (kTeams - team) * segment_bytes, shift = team * kHalf;
+    float* vectors = reinterpret_cast<float*>(all_rows + 3 * segment_bytes);
+    const float* pairs = vectors + 2 * kColumns;
+    const Own own = Parts::own_cells(panel_bytes, shift);
+    const Panel first = panel_at(rows + group * (64 * kPanelRowBytes), kPanelRowBytes);
+    const int count = kTileRows + (kTaps - 1) * dilation;
+    load_weights(p, smem);
+    Parts::load_vectors(p, vectors, kThreads);
+    sync_threads();  // the vectors
+
+    // Tile r of this team; tiles past the end have no steps.
+    const auto tile_at = [&](int round) {
+      const int tile = (round * p.blocks + static_cast<int>(block_x())) * kTeams + team;
+      return round >= 0 && tile < p.tiles ? Parts::place(p, tile) : Where{-1, 0, 0, 0};
+    };
+    const auto counts = [](const Where& at) { return at.begin < at.out_valid; };
+    const int first_tile = static_cast<int>(block_x()) * kTeams;
+    const int rounds = first_tile < p.tiles ? (p.tiles - first_tile - 1) / (p.blocks * kTeams) + 1 : 0;
+    float sums[kColumns / 2];
+    const auto prepare = [&](const Where& next) {
+      if (counts(next)) Parts::load_rows(p, next, own, next.begin - static_cast<int>(p.pad_left), count, rows);
+      cp_async_commit();
+      cp_async_wait<0>();  // the first time, the weights too
+      if (counts(next)) Parts::snake_rows(own, count, vectors, rows);
+      fence_async();
+    };
+    prepare(team == 0 ? tile_at(0) : Where{-1, 0, 0, 0});
+    sync_threads();
+
+    // Phase f: team f % 2 has its taps of round f / 2. Both pass three barriers in it.
+    DCX_NO_UNROLL
+    for (int phase = 0; phase <= 2 * rounds; ++phase) {
+      if (phase % 2 == team) {
+        const bool works = counts(tile_at(phase / 2));
+        if (works) {
+          wgmma_fence();
+          Parts::template multiply<kDeep, true>(sums, first, panel_bytes, shift, 0, weights_of(smem, 0));
+          DCX_UNROLL
+          for (int tap = 1; tap < kTaps; ++tap)
+            Parts::template multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes),
+                                                   panel_bytes, shift, 0, weights_of(smem, tap));
+          wgmma_commit();
+        }
+        sync_threads();
+        sync_threads();
+        wgmma_wait<0>();
+        settle(sums);
+      } else {
+        const Where at = tile_at((phase - 1) / 2 - (phase == 0));
+        if (counts(at)) {
+          Parts::load_rows(p, at, own, at.begin + static_cast<int>(p.residual_shift), kTileRows, rows);
+          cp_async_commit();
+          uint32_t hidden[kDeep][4];
+          Parts::hide(sums, pairs, hidden);
+          wgmma_fence();
+          Parts::template multiply_hidden<kColumns, kDeep>(sums, hidden, 0, weights_of(smem, kTaps));
+          wgmma_commit();
+          wgmma_wait<0>();
+          settle(sums);
+          cp_async_wait<0>();
+        }
+        sync_threads();  // the residual is the team's
+        if (counts(at)) Parts::template add_residual<0, kColumns>(sums, pairs, rows, panel_bytes, shift);
+        sync_threads();
+        if (at.clip >= 0) Parts::store_rows(p, at, own, rows);
+        prepare(tile_at((phase + 1) / 2));
+      }
+      sync_threads();
+    }
+  }
+};
+
+}  // namespace dcx
