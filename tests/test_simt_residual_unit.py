@@ -26,7 +26,13 @@ SHORT = [(32, 32, 64), (48, 48, 64), (64, 64, 64), (96, 96, 64), (128, 128, 64),
 WIDE = [(32, 32, 256), (48, 48, 256), (64, 64, 128), (96, 96, 128), (128, 128, 128), (192, 192, 128)]
 
 # Those of Hopper's warpgroup products: [channels, kColumns, warpgroups of 64 rows; steps and a device that take them].
-GROUPS_LONG = [(32, 32, 2, 642, 1), (48, 48, 2, 642, 1), (64, 64, 2, 300, 1), (96, 96, 2, 194, 1), (128, 128, 2, 194, 1)]
+GROUPS_LONG = [
+    (32, 32, 2, 642, 1),
+    (48, 48, 2, 642, 1),
+    (64, 64, 2, 300, 1),
+    (96, 96, 2, 194, 1),
+    (128, 128, 2, 194, 1),
+]
 GROUPS_LONG += [(192, 192, 3, 190, 1), (192, 192, 2, 200, 2)]
 TEAMS = [(96, 96, 2, 700, 1)]
 GROUPS_SHORT = [(channels, columns, 1, 67, IDLE) for channels, columns, _ in SHORT]
@@ -150,7 +156,9 @@ def test_short(program: Path, tmp_path: Path, dtype: torch.dtype, channels: int,
     assert len(names) == 1 and names.pop().startswith(kernel(dtype, columns, rows))
 
 
-@pytest.mark.parametrize("channels, columns, groups, steps, multiprocessors", GROUPS_LONG + TEAMS + GROUPS_SHORT, ids=str)
+@pytest.mark.parametrize(
+    "channels, columns, groups, steps, multiprocessors", GROUPS_LONG + TEAMS + GROUPS_SHORT, ids=str
+)
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_groups_kernels(
     program: Path,
@@ -164,9 +172,7 @@ def test_groups_kernels(
 ) -> None:
     # Whole tiles and a tail; of few channels more tiles than blocks.
     dilation, causal = (9, False) if (dtype == BF16) == (groups > 1) else (3, True)
-    options = case(
-        channels, steps, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=multiprocessors
-    )
+    options = case(channels, steps, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=multiprocessors)
     names = check_groups(program, tmp_path, *options)
     name = "WgmmaTeams" if (channels, columns, groups, steps, multiprocessors) in TEAMS else "WgmmaUnit"
     assert len(names) == 1 and names.pop().startswith(f"dcx::{name}{group_kernel(dtype, columns, groups)}")

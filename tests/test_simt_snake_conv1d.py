@@ -50,29 +50,29 @@ HALF: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # The tiles of warpgroup products: rows / 64, columns, stages, ranges.
 WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
-    "Large": ("2, 128, 4, true", {"channels": 96, "columns": 128, "taps": 3, "steps": 150}),
+    "Large": ("2, 128, 6, true", {"channels": 96, "columns": 128, "taps": 3, "steps": 150}),
     "Large, a tail of columns": (
-        "2, 128, 4, true",
+        "2, 128, 6, true",
         {"channels": 48, "columns": 232, "taps": 1, "steps": 131, "alpha": False, "activation": "gelu"},
     ),
-    "Large, ranges": ("2, 128, 4, true", {"channels": 160, "columns": 128, "steps": 140, "dilation": 9}),
-    "Large, spread": ("2, 128, 4, true", {"channels": 320, "columns": 128, "steps": 60, "multiprocessors": 5}),
+    "Large, ranges": ("2, 128, 6, true", {"channels": 160, "columns": 128, "steps": 140, "dilation": 9}),
+    "Large, spread": ("2, 128, 6, true", {"channels": 320, "columns": 128, "steps": 60, "multiprocessors": 5}),
     "Narrow": (
-        "2, 96, 4, false",
+        "2, 96, 6, false",
         {"channels": 96, "columns": 96, "steps": 130, "batch": 2, "lengths": [130, 77], "residual": True},
     ),
-    "Narrow, a tail of columns": ("2, 96, 4, false", {"channels": 48, "columns": 168, "taps": 3, "steps": 129}),
+    "Narrow, a tail of columns": ("2, 96, 6, false", {"channels": 48, "columns": 168, "taps": 3, "steps": 129}),
     "Half": ("2, 64, 5, false", {"channels": 64, "columns": 64, "taps": 2, "steps": 140, "alpha": False}),
     "Slim": ("2, 48, 5, false", {"channels": 48, "columns": 48, "steps": 200, "dilation": 3, "residual": True}),
     "Slim, a tail of columns": (
         "2, 48, 5, false",
         {"channels": 40, "columns": 19, "steps": 135, "dilation": 9, "bias": False},
     ),
-    "Small": ("1, 64, 6, true", {"channels": 96, "columns": 192, "steps": 70, "residual": True, "multiprocessors": 99}),
-    "Small, spread": ("1, 64, 6, true", {"channels": 192, "columns": 72, "steps": 70, "multiprocessors": 1000}),
-    "Small, a frame": ("1, 64, 6, true", {"channels": 384, "columns": 40, "steps": 1, "multiprocessors": 1000}),
+    "Small": ("1, 64, 8, true", {"channels": 96, "columns": 192, "steps": 70, "residual": True, "multiprocessors": 99}),
+    "Small, spread": ("1, 64, 8, true", {"channels": 192, "columns": 72, "steps": 70, "multiprocessors": 1000}),
+    "Small, a frame": ("1, 64, 8, true", {"channels": 384, "columns": 40, "steps": 1, "multiprocessors": 1000}),
     "Small, several clips": (
-        "1, 64, 6, true",
+        "1, 64, 8, true",
         {"channels": 96, "columns": 64, "steps": 3, "batch": 25, "lengths": [3, 0, 1, 2, 3] * 5, "multiprocessors": 9},
     ),
 }

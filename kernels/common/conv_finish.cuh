@@ -35,17 +35,23 @@ struct ConvPlace {
   int64_t phase, first;       // first: the phase's first tap
   int64_t weight_rows;        // of all channels, in front of the phase's taps
   int taps;
+  int columns;  // of the phase, or of all phases that stand side by side, from this one on
 };
+
+// Rows of the tile, from its number among the tiles of one column.
+DCX_DEVICE void place_rows(const ConvGemmParams& p, int tile_row, ConvPlace& at) {
+  const int row_tiles = static_cast<int>(p.row_tiles);
+  at.clip = tile_row / row_tiles * p.tile_items;
+  at.row = tile_row % row_tiles * p.tile_rows;
+}
 
 template <int kColumns>
 DCX_DEVICE ConvPlace conv_place(const ConvGemmParams& p) {
   ConvPlace at;
   const int phases = p.phases.stride > 0 ? static_cast<int>(p.phases.stride) : 1;
-  const int across = static_cast<int>(p.column_tiles) * phases, row_tiles = static_cast<int>(p.row_tiles);
-  const int block = static_cast<int>(block_x());
-  const int tile_row = block / across, tile_column = block % across;
-  at.clip = tile_row / row_tiles * p.tile_items;
-  at.row = tile_row % row_tiles * p.tile_rows;
+  const int across = static_cast<int>(p.column_tiles) * phases;
+  const int block = static_cast<int>(block_x()), tile_column = block % across;
+  place_rows(p, block / across, at);
   at.phase = tile_column / static_cast<int>(p.column_tiles);
   at.column = tile_column % static_cast<int>(p.column_tiles) * kColumns;
   at.first = 0;
@@ -57,6 +63,25 @@ DCX_DEVICE ConvPlace conv_place(const ConvGemmParams& p) {
     for (int64_t i = 0; i < at.phase; ++i) tap += p.phases.taps(i);
   }
   at.weight_rows = tap * p.channels_padded;
+  at.columns = static_cast<int>(p.columns);
+  return at;
+}
+
+// The same where the phases of a run stand side by side.
+template <int kColumns>
+DCX_DEVICE ConvPlace run_place(const ConvGemmParams& p) {
+  ConvPlace at;
+  const int across = static_cast<int>(p.column_tiles), block = static_cast<int>(block_x());
+  const int tile_column = block % across;
+  place_rows(p, block / across, at);
+  int run = 0;
+  while (run + 1 < p.run_count && tile_column >= p.runs[run + 1].tile) ++run;
+  at.column = (tile_column - p.runs[run].tile) * kColumns;
+  at.phase = p.runs[run].phase;
+  at.first = p.runs[run].first;
+  at.taps = p.runs[run].taps;
+  at.weight_rows = p.runs[run].weight_taps * p.channels_padded;
+  at.columns = p.runs[run].phases * static_cast<int>(p.step_columns);
   return at;
 }
 
@@ -90,9 +115,10 @@ template <class T, int kRows, int kColumns, int kThreads, int kLd>
 DCX_DEVICE void conv_finish(const ConvGemmParams& p, const ConvPlace& at, const float* sums) {
   constexpr int kVector = Vector16<T>::kCount, kPerRow = kColumns / kVector, kRowsAtOnce = kThreads / kPerRow;
   static_assert(kLd % 4 == 0 && kRowsAtOnce > 0, "vectors of a row lie on 16 bytes");
-  const int offset = thread_index() % kPerRow * kVector;
-  const int columns = static_cast<int>(p.columns), column = static_cast<int>(at.column) + offset;
-  if (thread_index() >= kRowsAtOnce * kPerRow || column >= columns) return;
+  const int offset = thread_index() % kPerRow * kVector, wide = static_cast<int>(at.column) + offset;
+  if (thread_index() >= kRowsAtOnce * kPerRow || wide >= at.columns) return;
+  const int columns = static_cast<int>(p.step_columns), beside = wide / columns, column = wide - beside * columns;
+  const int64_t phase = at.phase + beside;
   const T* residual = static_cast<const T*>(p.residual.data);
   float bias[kVector], alpha[kVector], inverse[kVector];
   DCX_UNROLL
@@ -107,7 +133,7 @@ DCX_DEVICE void conv_finish(const ConvGemmParams& p, const ConvPlace& at, const 
   DCX_NO_UNROLL
   for (int row = thread_index() / kPerRow; row < kRows; row += kRowsAtOnce) {
     const int item = p.tile_items == 1 ? 0 : row / tile_rows;
-    const int64_t b = at.clip + item, q = at.row + row - item * tile_rows, t = q * stride + at.phase;
+    const int64_t b = at.clip + item, q = at.row + row - item * tile_rows, t = q * stride + phase;
     if (item >= p.tile_items || b >= p.batch || row - item * tile_rows >= tile_rows || q >= p.rows || t >= p.out_steps)
       continue;
     const bool counts = t < conv_out_valid(p, b);

@@ -22,11 +22,11 @@ struct HalfKernels {
 // On Hopper these take all 16-bit layers, whatever their size, since their channels go 64 at a time.
 template <class T>
 struct WgmmaKernels {
-  using Large = ConvWgmma<T, 2, 128, 4, true, 1>;
-  using Narrow = ConvWgmma<T, 2, 96, 4, false, 2>;
+  using Large = ConvWgmma<T, 2, 128, 6, true, 1>;
+  using Narrow = ConvWgmma<T, 2, 96, 6, false, 2>;
   using Slim = ConvWgmma<T, 2, 48, 5, false, 2>;
   using Half = ConvWgmma<T, 2, 64, 5, false, 2>;
-  using Small = ConvWgmma<T, 1, 64, 6, true, 3>;
+  using Small = ConvWgmma<T, 1, 64, 8, true, 3>;
 };
 using FloatSmall = ConvGemm<FloatTile<64, 64>, 64, 64, 4, false, 3>;
 using FloatFrame = ConvGemm<FloatTile<16, 64>, 16, 64, 6, false, 3>;
@@ -66,9 +66,9 @@ void lay_tiles(ConvGemmPlan& plan) {
 }
 
 template <class K>
-void spread_ranges(const CudaContext& context, ConvGemmPlan& plan) {
+void spread_ranges(const CudaContext& context, ConvGemmPlan& plan, int64_t phases) {
   ConvGemmParams& p = plan.params;
-  plan.tiles = ceil_div(p.batch, p.tile_items) * p.row_tiles * p.column_tiles * conv_phases(p);
+  plan.tiles = ceil_div(p.batch, p.tile_items) * p.row_tiles * p.column_tiles * phases;
   p.spread = p.ranges > 1 && plan.tiles < context.multiprocessors;
   plan.grid = Grid{plan.tiles, 1, p.spread ? p.ranges : 1};
   plan.partial_floats = p.spread ? plan.tiles * p.ranges * K::kTileRows * K::kTileColumns : 0;
@@ -91,27 +91,64 @@ bool fit(const CudaContext& context, ConvGemmPlan& plan) {
     if (p.per_tap) return false;
     p.per_tap = true;
   }
-  spread_ranges<K>(context, plan);
+  spread_ranges<K>(context, plan, conv_phases(p));
   plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
     launch<K>(where, made.params, made.grid, made.smem_bytes);
   };
   return true;
 }
 
-// As fit, for conv_wgmma.cuh. Where few taps reach far, rows are brought tap by tap.
+// Phases that stand side by side: neighbours that read the same steps, where a step's columns are whole 16 bytes. False
+// where there are too many runs.
+inline bool lay_runs(ConvGemmParams& p, int64_t vector) {
+  const int64_t phases = conv_phases(p);
+  int64_t taps_before = 0;
+  p.run_count = 0;
+  for (int64_t i = 0; i < phases; ++i) {
+    const int first = p.phases.stride > 0 ? static_cast<int>(p.phases.first(i)) : 0;
+    const int taps = static_cast<int>(p.phases.stride > 0 ? p.phases.taps(i) : p.taps);
+    ConvRun* last = p.run_count > 0 ? &p.runs[p.run_count - 1] : nullptr;
+    if (last != nullptr && last->first == first && last->taps == taps && p.step_columns % vector == 0) {
+      ++last->phases;
+    } else {
+      if (p.run_count == kMostRuns) return false;
+      p.runs[p.run_count++] = ConvRun{static_cast<int>(i), 1, first, taps, static_cast<int>(taps_before), 0};
+    }
+    taps_before += taps;
+  }
+  return true;
+}
+
+inline int64_t run_tiles(ConvGemmParams& p, int64_t tile_columns) {
+  int64_t tiles = 0;
+  for (int i = 0; i < p.run_count; ++i) {
+    p.runs[i].tile = static_cast<int>(tiles);
+    tiles += ceil_div(p.runs[i].phases * p.step_columns, tile_columns);
+  }
+  return tiles;
+}
+
+// As fit, for conv_wgmma.cuh, whose runs stand. Where taps reach far, rows are brought tap by tap.
 template <class K>
 bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   ConvGemmParams& p = plan.params;
   if (!K::kHasRanges && p.ranges > 1) return false;
   lay_tiles<K>(plan);
-  const TapRange taps = tap_range(p);
-  const int64_t reach = (taps.most - 1) * p.dilation;
-  p.per_tap = p.tile_items > 1 || p.row_scale > 1 || taps.most == 1 || reach > K::kTileRows;
+  p.column_tiles = run_tiles(p, K::kTileColumns);
+  int64_t fewest = p.runs[0].taps, most = fewest;
+  for (int i = 1; i < p.run_count; ++i) {
+    fewest = minimum(fewest, int64_t{p.runs[i].taps});
+    most = maximum(most, int64_t{p.runs[i].taps});
+  }
+  const int64_t reach = (most - 1) * p.dilation, chunks = ceil_div(p.channels_padded, int64_t{K::kChunk});
+  p.per_tap = p.tile_items > 1 || p.row_scale > 1 || most == 1 || reach > K::kTileRows;
   p.segment = K::kTileRows + (p.per_tap ? 0 : reach);
-  p.row_buffers = static_cast<int>(ceil_div(int64_t{K::kAhead + 1}, p.per_tap ? 1 : taps.fewest)) + 1;
+  p.stages = static_cast<int>(minimum(int64_t{K::kAhead + 2}, chunks * most));
+  p.row_buffers = static_cast<int>(
+      minimum(ceil_div(int64_t{K::kAhead + 1}, p.per_tap ? 1 : fewest) + 1, p.per_tap ? chunks * most : chunks));
   plan.smem_bytes = K::smem_bytes(p);
   if (plan.smem_bytes > context.shared_bytes) return false;
-  spread_ranges<K>(context, plan);
+  spread_ranges<K>(context, plan, 1);
   plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
     if (made.prepared_bytes > 0) launch<ConvRows<typename K::Element>>(where, made.prepared, made.prepared_grid, 0);
     launch<K>(where, made.params, made.grid, made.smem_bytes);
@@ -119,20 +156,19 @@ bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   return true;
 }
 
-// Has conv_rows.cuh make the rows where x can't be copied as it lies: Snake, channels not side by side in whole 16
-// bytes, or a GEMM row of several steps of them.
+// Has conv_rows.cuh make the rows where x can't be copied as it lies: channels not side by side in whole 16 bytes, or a
+// GEMM row of several steps of them.
 template <class T>
 void prepare_rows(ConvGemmPlan& plan) {
   constexpr int64_t kVector = Vector16<T>::kCount;
   ConvGemmParams& p = plan.params;
-  if (p.alpha == nullptr && p.vectors) return;
+  if (p.vectors) return;
   ConvRowsParams& r = plan.prepared;
   r.x = p.x;
   r.alpha = p.alpha;
   r.lengths = p.op_in_steps > 0 ? nullptr : p.lengths;
   r.in_steps = p.in_steps;
   r.in_channels = p.in_channels;
-  r.vectors = p.vectors;
   const bool gathers = p.channels != p.in_channels && p.in_channels % kVector != 0;
   r.channels = gathers ? p.channels : p.in_channels;
   r.width = round_up(r.channels, kVector);
@@ -161,14 +197,17 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   prepare_rows<T>(plan);
   ConvGemmParams& p = plan.params;
   p.ranges = conv_ranges(p, false, kPanelColumns);
-  const int64_t rows = ceil_div(p.batch * p.rows, int64_t{128}) * conv_phases(p);
+  if (!lay_runs(p, Vector16<T>::kCount)) return false;
+  const int64_t rows = ceil_div(p.batch * p.rows, int64_t{128});
   const auto fills = [&](int64_t columns) {
-    return rows * ceil_div(p.columns, columns) * p.ranges * 5 >= context.multiprocessors * int64_t{3};
+    return rows * run_tiles(p, columns) * p.ranges * 5 >= context.multiprocessors * int64_t{3};
   };
-  const auto waste = [&](int64_t columns) { return round_up(p.columns, columns) - p.columns; };
-  if (p.columns <= 48 && fills(48) && fit_wgmma<typename Kernels::Slim>(context, plan)) return true;
-  if (p.columns <= 64 && fills(64) && fit_wgmma<typename Kernels::Half>(context, plan)) return true;
-  if (waste(96) < waste(128) && fills(96) && fit_wgmma<typename Kernels::Narrow>(context, plan)) return true;
+  const auto computed = [&](int64_t columns) { return run_tiles(p, columns) * columns; };
+  const int64_t least = minimum(minimum(computed(48), computed(64)), minimum(computed(96), computed(128)));
+  if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
+  if (computed(96) == least && fills(96) && fit_wgmma<typename Kernels::Narrow>(context, plan)) return true;
+  if (computed(64) == least && fills(64) && fit_wgmma<typename Kernels::Half>(context, plan)) return true;
+  if (computed(48) == least && fills(48) && fit_wgmma<typename Kernels::Slim>(context, plan)) return true;
   if (fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
   return fit_wgmma<typename Kernels::Small>(context, plan);
 }
@@ -194,6 +233,7 @@ ConvGemmPlan plan_conv_gemm(const CudaContext& context, DType dtype, const ConvG
   ConvGemmPlan plan;
   plan.params = params;
   ConvGemmParams& p = plan.params;
+  p.step_columns = p.columns;
   const int64_t vector = 16 / element_size(dtype);
   const auto aligned = [vector](const Signal& s) {
     return s.stride_c == 1 && s.stride_t % vector == 0 && s.stride_b % vector == 0 &&

@@ -16,6 +16,16 @@ inline Signal signal_of(const TensorView& view) {
   return Signal{view.data, view.stride_b, view.stride_t, view.stride_c};
 }
 
+// Neighbouring phases of an upsampling that read the same steps: their outputs lie side by side in y, and stand side by
+// side as columns of one GEMM. A convolution is one run of one phase.
+struct ConvRun {
+  int phase, phases;  // the first, and how many
+  int first, taps;
+  int weight_taps;  // taps of the phases in front
+  int tile;         // the first column tile
+};
+constexpr int kMostRuns = 16;
+
 struct ConvGemmParams {
   Signal x;                // [B, in_steps, in_channels]
   Signal y;                // [B, out_steps, columns], written
@@ -48,7 +58,11 @@ struct ConvGemmParams {
   int64_t segment;                // rows in shared memory per clip
   int ranges;                     // parts of the reduction that are summed apart and then added in order
   int row_buffers;
-  bool spread;         // a block per range
+  int stages;            // of weights
+  bool spread;           // a block per range
+  int64_t step_columns;  // columns of one output step (conv_wgmma.cuh: columns counts those of a run)
+  ConvRun runs[kMostRuns];
+  int run_count;
   bool weights_stand;  // nothing that may still run in front of the kernel in its stream writes them
   bool per_tap;        // rows are loaded again for every tap
   bool vectors, vector_store, vector_residual;  // rows of x, y, residual move 16 bytes at a time
@@ -62,7 +76,6 @@ struct ConvRowsParams {
   const int64_t* lengths;  // [B], null: in_steps each
   int64_t in_steps, in_channels, channels, rows, width, row_step, pad_left;
   int64_t row_blocks;  // per clip
-  bool vectors;
 };
 
 struct ConvGemmPlan {

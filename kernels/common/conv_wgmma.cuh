@@ -1,9 +1,10 @@
 // conv_gemm.cuh's sum on Hopper's warpgroup products (wgmma.cuh), 16-bit. A block owns kGroups * 64 rows by kColumns
-// columns of one phase and walks the channels in chunks of 64 and, inside a chunk, the taps: a step is one tap of one
-// chunk. Rows stand in shared memory as a panel, so that a tap is the panel moved by rows; where rows of several clips
-// share a block, or lie apart, each step brings its own rows (per_tap). Both operands are copied in behind the threads'
-// back, kStages - 2 steps ahead; products of one step run while the next step is prepared. x is read as it lies, 16
-// bytes at a time, or as conv_rows.cuh has prepared it.
+// columns of a run of phases and walks the channels in chunks of 64 and, inside a chunk, the taps: a step is one tap of
+// one chunk. Rows stand in shared memory as a panel, so that a tap is the panel moved by rows; where rows of several
+// clips share a block, or lie apart, each step brings its own rows (per_tap). Both operands are copied in behind the
+// threads' back, kStages - 2 steps ahead; products of one step run while the next step is prepared, which with Snake on
+// the input means that its rows, where it brings new ones, are snaked in place. x is read as it lies, 16 bytes at a
+// time, or as conv_rows.cuh has made it.
 //
 // Buffers: at the barrier of step s every product up to step s - 2 is done, so that the copies for step s + kStages - 2
 // may take the place of step s - 2; the rows' ring is longer than the chunks that those steps touch.
@@ -28,11 +29,11 @@ struct ConvWgmma {
   static constexpr int kPanelBytes = kChunk * kPanelRowBytes, kStageBytes = kPanels * kPanelBytes;
   static constexpr int kRowsAtOnce = kThreads / kCells, kOwnRows = kTileRows / kRowsAtOnce;
   static constexpr int kSums = kColumns / 2, kSumLd = kColumns + 8;
-  static_assert(kRowsAtOnce % 8 == 0 && kAhead > 0, "a thread's cells keep their place in a row");
+  static_assert(kRowsAtOnce % 8 == 0 && kAhead > 1, "a thread's cells keep their place in a row");
 
   static int64_t row_bytes(const Params& p) { return round_up(p.segment, 8) * kPanelRowBytes; }
   static int64_t smem_bytes(const Params& p) {
-    const int64_t tiles = kStages * int64_t{kStageBytes} + p.row_buffers * row_bytes(p);
+    const int64_t tiles = p.stages * int64_t{kStageBytes} + p.row_buffers * row_bytes(p);
     const int64_t own = p.per_tap ? kTileRows * static_cast<int64_t>(sizeof(OwnRow)) : 0;
     return maximum(tiles + own, int64_t{kTileRows} * kSumLd * 4 + 16);
   }
@@ -41,20 +42,37 @@ struct ConvWgmma {
     return panel + panel_cell(row, cell) * 16;
   }
 
-  // The weights of one step: 64 channels' rows, zeros past the channels and the columns.
-  static DCX_DEVICE void load_weights(const Params& p, const T* phase, int left, int chunk, int tap,
-                                      unsigned char* to) {
-    constexpr int kPerRow = kColumns / kVector;
-    const int columns = static_cast<int>(p.columns_padded), channels = static_cast<int>(p.channels_padded);
-    const T* from = phase + (int64_t{tap} * channels + chunk * kChunk) * columns;
-    const int deep = channels - chunk * kChunk;
+  // The 16 bytes of weights that a thread copies in every step: where they lie behind the first tap's first channel,
+  // and their channel of the chunk; past the columns there is none.
+  static constexpr int kPerRow = kColumns / kVector, kCopies = (kChunk * kPerRow + kThreads - 1) / kThreads;
+  struct Copies {
+    int from[kCopies];
+    int channel[kCopies];
+  };
+  static DCX_DEVICE Copies weight_copies(const Params& p, const ConvPlace& at) {
+    Copies own;
+    const int step_columns = static_cast<int>(p.step_columns), padded = static_cast<int>(p.columns_padded);
+    const int phase_rows = at.taps * static_cast<int>(p.channels_padded);
     DCX_UNROLL
-    for (int i = 0; i < (kChunk * kPerRow + kThreads - 1) / kThreads; ++i) {
-      const int at = i * kThreads + thread_index();
-      if (kChunk * kPerRow % kThreads != 0 && at >= kChunk * kPerRow) break;
-      const int k = at / kPerRow, cell = at % kPerRow;
-      const bool valid = cell * kVector < left && k < deep;
-      cp_async16(cell_at(to + cell / 8 * kPanelBytes, k, cell % 8), valid ? from + k * columns + cell * kVector : phase,
+    for (int i = 0; i < kCopies; ++i) {
+      const int number = i * kThreads + thread_index(), k = number / kPerRow;
+      const int column = static_cast<int>(at.column) + number % kPerRow * kVector, beside = column / step_columns;
+      own.from[i] = (beside * phase_rows + k) * padded + column - beside * step_columns;
+      own.channel[i] = number < kChunk * kPerRow && column < at.columns ? k : 1 << 30;
+    }
+    return own;
+  }
+  // The weights of one step: 64 channels' rows, zeros past the channels and the columns.
+  static DCX_DEVICE void load_weights(const Params& p, const Copies& own, const T* weight, int chunk, int tap,
+                                      unsigned char* to) {
+    const int channels = static_cast<int>(p.channels_padded), deep = channels - chunk * kChunk;
+    const T* from = weight + int64_t{tap * channels + chunk * kChunk} * p.columns_padded;
+    DCX_UNROLL
+    for (int i = 0; i < kCopies; ++i) {
+      const int number = i * kThreads + thread_index(), cell = number % kPerRow;
+      if (kChunk * kPerRow % kThreads != 0 && number >= kChunk * kPerRow) break;
+      const bool valid = own.channel[i] < deep;
+      cp_async16(cell_at(to + cell / 8 * kPanelBytes, number / kPerRow, cell % 8), valid ? from + own.from[i] : weight,
                  valid);
     }
   }
@@ -126,6 +144,29 @@ struct ConvWgmma {
     }
   }
 
+  // Snake on the cells that this thread has copied, in place.
+  static DCX_DEVICE void snake_rows(const Params& p, int chunk, unsigned char* rows) {
+    const Channel own = channel_of(p, chunk);
+    if (!own.valid) return;
+    float alpha[kVector], inverse[kVector];
+    DCX_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+      alpha[i] = p.alpha[own.channel + i];
+      inverse[i] = snake_inverse(alpha[i]);
+    }
+    const int count = static_cast<int>(p.segment);
+    int row = thread_index() / kCells;
+    auto* cell = static_cast<unsigned char*>(cell_at(rows, row, thread_index() % kCells));
+    DCX_NO_UNROLL
+    for (; row < count; row += kRowsAtOnce, cell += kRowsAtOnce * kPanelRowBytes) {
+      auto values = *reinterpret_cast<const Vector16<T>*>(cell);
+      DCX_UNROLL
+      for (int i = 0; i < kVector; ++i)
+        values.values[i] = from_float<T>(snake_as<T>(to_float(values.values[i]), alpha[i], inverse[i]));
+      *reinterpret_cast<Vector16<T>*>(cell) = values;
+    }
+  }
+
   // Where a step stands in the reduction; taps are the faster index.
   struct Step {
     int chunk, tap, rows;  // rows: the buffer of its rows
@@ -159,17 +200,17 @@ struct ConvWgmma {
   }
 
   static DCX_DEVICE void run(const Params& p, unsigned char* smem) {
-    const ConvPlace at = conv_place<kColumns>(p);
+    const ConvPlace at = run_place<kColumns>(p);
     unsigned char* stages = smem;
-    unsigned char* rows = smem + kStages * kStageBytes;
+    unsigned char* rows = smem + p.stages * kStageBytes;
     const int row_bytes = (static_cast<int>(p.segment) + 7) / 8 * 8 * kPanelRowBytes;
     const int chunks = (static_cast<int>(p.channels_padded) + kChunk - 1) / kChunk, taps = at.taps;
     const int range = p.spread ? static_cast<int>(block_z()) : 0;
     const int first_chunk = chunks * range / p.ranges;
     const int end_chunk = p.spread ? chunks * (range + 1) / p.ranges : chunks;
     const int count = (end_chunk - first_chunk) * taps;
-    const T* phase = static_cast<const T*>(p.weight) + at.weight_rows * p.columns_padded + at.column;
-    const int left = static_cast<int>(p.columns_padded - at.column);
+    const T* weight = static_cast<const T*>(p.weight) + at.weight_rows * p.columns_padded;
+    const Copies copies = weight_copies(p, at);
     const bool per_tap = p.per_tap;
 
     // The first steps' weights come before the wait for what is in front of this kernel in the stream.
@@ -177,7 +218,7 @@ struct ConvWgmma {
     Step ahead{first_chunk, 0, 0};  // the next to be copied in
     DCX_NO_UNROLL
     for (int i = 0; i < kAhead && i < count; ++i) {
-      load_weights(p, phase, left, ahead.chunk, ahead.tap, stages + i * kStageBytes);
+      load_weights(p, copies, weight, ahead.chunk, ahead.tap, stages + i * kStageBytes);
       ahead.advance(taps, false, 1);
     }
     if (p.weights_stand) grid_wait();
@@ -192,7 +233,7 @@ struct ConvWgmma {
     const auto issue = [&] {
       if (issued < count) {
         if (issued >= kAhead)
-          load_weights(p, phase, left, ahead.chunk, ahead.tap, stages + issued % kStages * kStageBytes);
+          load_weights(p, copies, weight, ahead.chunk, ahead.tap, stages + issued % p.stages * kStageBytes);
         unsigned char* to = rows + ahead.rows * row_bytes;
         if (per_tap)
           load_own(p, own, ahead.chunk, ahead.tap, to);
@@ -213,17 +254,26 @@ struct ConvWgmma {
     int flush = kRanged && !p.spread ? chunks / p.ranges * taps : count;
     const int group_rows = thread_index() / 128 * 64;
     const int tap_bytes = per_tap ? 0 : static_cast<int>(p.dilation) * kPanelRowBytes;
+    if (p.alpha != nullptr) {
+      cp_async_wait<kAhead - 1>();
+      snake_rows(p, first_chunk, rows);
+    }
     DCX_NO_UNROLL
     for (int step = 0; step < count; ++step) {
-      cp_async_wait<kAhead - 1>();
+      if (p.alpha != nullptr)
+        cp_async_wait<kAhead - 2>();  // the next step's rows too
+      else
+        cp_async_wait<kAhead - 1>();
       fence_async();
       sync_threads();
       const Panel a =
           moved(panel_at(rows + now.rows * row_bytes, 0), group_rows * kPanelRowBytes + now.tap * tap_bytes);
-      const Panel b = panel_at(stages + step % kStages * kStageBytes, kPanelBytes);
+      const Panel b = panel_at(stages + step % p.stages * kStageBytes, kPanelBytes);
       multiply(sums, a, b);
       issue();
       now.advance(taps, per_tap, p.row_buffers);
+      if (p.alpha != nullptr && step + 1 < count && (now.tap == 0 || per_tap))
+        snake_rows(p, now.chunk, rows + now.rows * row_bytes);
       if (kRanged && step + 1 == flush) {
         wgmma_wait<0>();
         settle(sums);
