@@ -321,11 +321,11 @@ PLANTED = {
 }
 
 
-# The same of the kernels on warpgroup products: case 0 has weights that stay, case 1 weights that stream.
+# The same of the kernels on warpgroup products: case 0 has weights that stay, 1 weights that stream, 2 teams.
 GROUPS_PLANTED = {
     "no barrier before the taps": (
-        "        fence_async();\n        sync_threads();\n        wgmma_fence();\n        multiply<",
-        "        fence_async();\n        wgmma_fence();\n        multiply<",
+        "        fence_async();\n        sync_threads();\n        wgmma_fence();\n        Parts::template multiply<",
+        "        fence_async();\n        wgmma_fence();\n        Parts::template multiply<",
     ),
     "no barrier before a step": (
         "      sync_threads();\n      wgmma_fence();\n      products(",
@@ -344,12 +344,12 @@ GROUPS_PLANTED = {
         "      sync_threads();  // the residual",
     ),
     "no barrier before y": (
-        "      sync_threads();\n      store_rows(p, at, own, rows);",
-        "      store_rows(p, at, own, rows);",
+        "      sync_threads();\n      Parts::store_rows(p, at, own, rows);",
+        "      Parts::store_rows(p, at, own, rows);",
     ),
     "a wrong tap, weights that stay": (
-        "moved_within(first, tap * dilation * kPanelRowBytes), panel_bytes",
-        "moved_within(first, (tap - 1) * dilation * kPanelRowBytes), panel_bytes",
+        "panel_bytes, 0, 0, moved_within(weights, tap * kStageBytes)",
+        "panel_bytes, 0, 0, moved_within(weights, (tap - 1) * kStageBytes)",
     ),
     "a wrong tap, weights that stream": (
         "const Panel a = moved_within(first, tap * dilation",
@@ -362,25 +362,44 @@ GROUPS_PLANTED = {
         "const bool valid = counts && begin + row >= 0;",
     ),
     "a write outside y": ("minimum(kTileRows, static_cast<int>(p.out_steps) - at.begin)", "kTileRows"),
-    "a tile too small": ("kWeightBytes + kPanels * segment", "kWeightBytes - 1024 + kPanels * segment"),
+    "a tile too small": ("kWeightBytes + kPanels * Parts::seg", "kWeightBytes - 1024 + kPanels * Parts::seg"),
+    # Case 2: teams that take turns.
+    "teams: no barrier between phases": (
+        "      }\n      sync_threads();\n    }\n  }\n};",
+        "      }\n    }\n  }\n};",
+    ),
+    "teams: no barrier after the residual": ("        sync_threads();  // the residual is the team's\n", ""),
+    "teams: no wait for the sums": (
+        "        wgmma_wait<0>();\n        settle(sums);\n      } else {",
+        "      } else {",
+    ),
+    "teams: a wrong half of a panel": ("shift = team * kHalf", "shift = 0"),
+    "teams: a wrong tap": ("shift, 0, weights_of(smem, tap)", "shift, 0, weights_of(smem, tap - 1)"),
+    "teams: a dropped tail": ("tile < p.tiles ? Parts", "tile < p.tiles - 1 ? Parts"),
 }
 
 
-def build_planted(op: str, file: str, bugs: dict[str, tuple[str, str]], folder: Path) -> dict[str, Path]:
-    """A program per planted bug, and one without ("none")."""
-    mutants = {name: simt_mutants.Mutant(f"residual_unit/{file}", *change) for name, change in bugs.items()}
+def build_planted(op: str, files: tuple[str, ...], bugs: dict[str, tuple[str, str]], folder: Path) -> dict[str, Path]:
+    """A program per planted bug, each in the one of files that has its text, and one without ("none")."""
+    texts = {file: (ROOT / "kernels/residual_unit" / file).read_text() for file in files}
+    mutants = {}
+    for name, (old, new) in bugs.items():
+        found = [file for file, text in texts.items() if old in text]
+        assert len(found) == 1, f"{name}: {found} have its text"
+        mutants[name] = simt_mutants.Mutant(f"residual_unit/{found[0]}", old, new)
     return {"none": simt_cases.program(op), **simt_mutants.build(op, mutants, folder)}
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build_planted("residual_unit_one", "residual_unit.cuh", PLANTED, tmp_path_factory.mktemp("planted"))
+    return build_planted("residual_unit_one", ("residual_unit.cuh",), PLANTED, tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(scope="module")
 def groups_planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("groups_planted")
-    return build_planted("residual_unit_groups", "residual_unit_wgmma.cuh", GROUPS_PLANTED, folder)
+    files = ("wgmma_parts.cuh", "residual_unit_wgmma.cuh", "residual_unit_teams.cuh")
+    return build_planted("residual_unit_groups", files, GROUPS_PLANTED, folder)
 
 
 def seen(program: Path, folder: Path, *cases: tuple[dict[str, Any], Tensor]) -> bool:
@@ -404,7 +423,7 @@ def test_nothing_planted(planted: dict[str, Path], tmp_path: Path) -> None:
 
 
 def group_cases() -> list[tuple[dict[str, Any], Tensor]]:
-    return [case(steps=67, dilation=3), case(96, 67, dilation=3)]
+    return [case(steps=67, dilation=3), case(96, 67, dilation=3), case(72, 300, dilation=3)]
 
 
 @pytest.mark.parametrize("name", GROUPS_PLANTED)

@@ -116,8 +116,8 @@ int64_t fused_cost(const CudaContext& context, const ResidualUnitParams& p) {
   return ceil_div(tiles, int64_t{context.multiprocessors}) * maximum(int64_t{K::kTileRows}, kWeightRows);
 }
 
-// In rows' products on a multiprocessor: a tile takes its own, and what stands around them takes as long as of 48. Teams
-// have that at the same time, but for a tile's at either end.
+// In rows' products on a multiprocessor: a tile takes its own, and what stands around them takes as long as of 48.
+// Teams have that at the same time, but for a tile's at either end.
 template <class K>
 int64_t wgmma_cost(const CudaContext& context, const ResidualUnitParams& p) {
   constexpr int64_t kAround = 48;
@@ -145,7 +145,8 @@ template <class T, int kColumns>
 bool plan_wgmma(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
   constexpr int64_t kMost = 1 << 30;  // steps and tiles are 32-bit there
   if (!context.wgmma || !plan.params.vectors || !plan.params.vector_store) return false;
-  if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right + kResidualUnitTaps * p.dilation >= kMost) return false;
+  if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right + kResidualUnitTaps * p.dilation >= kMost)
+    return false;
   if (p.batch * p.out_steps >= kMost * 32) return false;
   return plan_cheapest(context, p, plan, typename WgmmaKernels<T, kColumns>::All{});
 }

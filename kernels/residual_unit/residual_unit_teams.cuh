@@ -1,7 +1,7 @@
-// residual_unit_wgmma.cuh's unit for 65 to 96 channels of a long signal: all weights stay in shared memory, which leaves
-// room for one block. So two teams of warpgroups take turns in it: while one team's taps are multiplied, the other has
-// the work around them, and from barrier to barrier they change places. The last 32 channels of both teams' rows share
-// a panel, and those columns of every two taps' weights do: 64 bytes of a row each.
+// residual_unit_wgmma.cuh's unit for 65 to 96 channels of a long signal: all weights stay in shared memory, which
+// leaves room for one block. So two teams of warpgroups take turns in it: while one team's taps are multiplied, the
+// other has the work around them, and from barrier to barrier they change places. The last 32 channels of both teams'
+// rows share a panel, and those columns of every two taps' weights do: 64 bytes of a row each.
 #pragma once
 #include "wgmma_parts.cuh"
 

@@ -118,14 +118,16 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
         Parts::template multiply<kDeep, true>(sums, first, panel_bytes, 0, 0, weights);
         DCX_UNROLL
         for (int tap = 1; tap < kTaps; ++tap)
-          Parts::template multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes), panel_bytes, 0, 0,
-                                 moved_within(weights, tap * kStageBytes));
+          Parts::template multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes),
+                                                 panel_bytes, 0, 0, moved_within(weights, tap * kStageBytes));
         wgmma_commit();
       } else {
         stream(0, 0, [&](Panel b) { Parts::template multiply<kStepDeep, true>(sums, first, panel_bytes, 0, 0, b); });
         int step = 1, stage = 1;
         const auto next = [&](Panel a, int chunk) {
-          stream(step, stage, [&](Panel b) { Parts::template multiply<kStepDeep, false>(sums, a, panel_bytes, 0, chunk * kStepDeep, b); });
+          stream(step, stage, [&](Panel b) {
+            Parts::template multiply<kStepDeep, false>(sums, a, panel_bytes, 0, chunk * kStepDeep, b);
+          });
           ++step;
           stage = stage + 1 == kRing ? 0 : stage + 1;
         };
@@ -153,8 +155,9 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       } else {
         DCX_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk)
-          stream(kTaps * kChunks + chunk, last_stage(chunk),
-                 [&](Panel b) { Parts::template multiply_hidden<kHead, kStepDeep>(head, hidden, chunk * kStepDeep, b); });
+          stream(kTaps * kChunks + chunk, last_stage(chunk), [&](Panel b) {
+            Parts::template multiply_hidden<kHead, kStepDeep>(head, hidden, chunk * kStepDeep, b);
+          });
       }
       wgmma_wait<0>();
       settle(head);
@@ -166,8 +169,9 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
         wgmma_fence();
         DCX_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk)
-          Parts::template multiply_hidden<kTail, kStepDeep>(tail, hidden, chunk * kStepDeep,
-                                 moved_within(weights, last_stage(chunk) * kStageBytes + kHead * kStep * 2));
+          Parts::template multiply_hidden<kTail, kStepDeep>(
+              tail, hidden, chunk * kStepDeep,
+              moved_within(weights, last_stage(chunk) * kStageBytes + kHead * kStep * 2));
         wgmma_commit();
         wgmma_wait<0>();
         settle(tail);

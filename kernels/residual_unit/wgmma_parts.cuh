@@ -10,7 +10,8 @@ namespace dcx {
 template <class T>
 DCX_DEVICE Pair<float> unpack_pair(uint32_t word) {
 #ifdef __CUDACC__
-  if constexpr (DTypeOf<T>::value == DType::kBF16) return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  if constexpr (DTypeOf<T>::value == DType::kBF16)
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 #endif
   return {to_float(T{static_cast<uint16_t>(word)}), to_float(T{static_cast<uint16_t>(word >> 16)})};
 }
@@ -46,7 +47,8 @@ struct WgmmaParts {
       return r * kPanelRowBytes + (kRowsAtOnce % 8 == 0 ? first : (vector % 8 ^ r % 8) * 16);
     }
     DCX_DEVICE int at(int r) const {
-      return vector / 8 * panel_bytes + (kTeams == 1 ? in_panel(r) : r * kPanelRowBytes + (kRowsAtOnce % 8 == 0 ? cell : 0));
+      return vector / 8 * panel_bytes +
+             (kTeams == 1 ? in_panel(r) : r * kPanelRowBytes + (kRowsAtOnce % 8 == 0 ? cell : 0));
     }
   };
 
@@ -59,13 +61,11 @@ struct WgmmaParts {
 
   static DCX_DEVICE Where place(const Params& p, int tile) {
     const int per_clip = static_cast<int>(p.row_tiles);
-    Where at{tile / per_clip, tile % per_clip * kTileRows, static_cast<int>(p.in_steps),
-             static_cast<int>(p.out_steps)};
+    Where at{tile / per_clip, tile % per_clip * kTileRows, static_cast<int>(p.in_steps), static_cast<int>(p.out_steps)};
     if (p.lengths != nullptr) {
       const int64_t valid = maximum(int64_t{0}, minimum(p.lengths[at.clip], p.in_steps));
       at.in_valid = static_cast<int>(valid);
-      at.out_valid =
-          static_cast<int>(conv_output_steps(valid, kTaps, 1, p.dilation, p.pad_left, p.pad_right));
+      at.out_valid = static_cast<int>(conv_output_steps(valid, kTaps, 1, p.dilation, p.pad_left, p.pad_right));
     }
     return at;
   }
@@ -90,8 +90,7 @@ struct WgmmaParts {
   }
 
   // Snake on the cells that this thread has copied, in place. `vectors`: alpha, then its inverse.
-  static DCX_DEVICE void snake_rows(const Own& own, int count, const float* vectors,
-                                    unsigned char* rows) {
+  static DCX_DEVICE void snake_rows(const Own& own, int count, const float* vectors, unsigned char* rows) {
     if (!own.active) return;
     float alpha[kVector], inverse[kVector];
     DCX_UNROLL
@@ -111,8 +110,8 @@ struct WgmmaParts {
       DCX_UNROLL
       for (int i = 0; i < kVector; i += 2) {
         const Pair<float> x = unpack_pair<T>(words.values[i / 2]);
-        words.values[i / 2] = pack_pair<T>(snake_as<T>(x.low, alpha[i], inverse[i]),
-                                           snake_as<T>(x.high, alpha[i + 1], inverse[i + 1]));
+        words.values[i / 2] =
+            pack_pair<T>(snake_as<T>(x.low, alpha[i], inverse[i]), snake_as<T>(x.high, alpha[i + 1], inverse[i + 1]));
       }
       *reinterpret_cast<Vector16<uint32_t>*>(at) = words;
     }
@@ -169,6 +168,7 @@ struct WgmmaParts {
     const float* own = pairs + thread_index() % 4 * 8;
     DCX_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
+      if (kColumns > 128 && n % 4 == 0) sync_warp();  // or so many columns' vectors are read ahead that others spill
       const auto low = *reinterpret_cast<const Vector16<float>*>(own + n * 32);
       const auto inverse = *reinterpret_cast<const Pair<float>*>(own + n * 32 + 4);
       DCX_UNROLL
@@ -183,8 +183,8 @@ struct WgmmaParts {
 
   // + bias2 + the residual, rounded, in the residual's place: kCount columns from kFirst on.
   template <int kFirst, int kCount>
-  static DCX_DEVICE void add_residual(const float (&sums)[kCount / 2], const float* pairs,
-                                      unsigned char* rows, int panel_bytes, int shift) {
+  static DCX_DEVICE void add_residual(const float (&sums)[kCount / 2], const float* pairs, unsigned char* rows,
+                                      int panel_bytes, int shift) {
     const int lane = thread_index() % kWarp, row = thread_index() % kTeamThreads / kWarp * 16 + lane / 4;
     const float* own = pairs + lane % 4 * 8 + 6;
     const int first = row * kPanelRowBytes + lane / 4 * 16 + lane % 4 * 4;

@@ -10,9 +10,10 @@ namespace dcx {
 template <class T, int kColumns, bool kAdds>
 DCX_DEVICE void wgmma_rows(float (&d)[kColumns / 2], Panel a, Panel b);
 
-// d[64 x kColumns] = or += a[64 x 16] b[16 x kColumns]. With g = lane / 4 and t = 2 (lane % 4), a thread of warp w of the
-// group holds row 16 w + g, columns t, t + 1 in a[0] and t + 8, t + 9 in a[2], of row 16 w + g + 8 those in a[1] and
-// a[3]: the layout of sums 8 k to 8 k + 7 of a product. a may not change before the wgmma_wait that covers the product.
+// d[64 x kColumns] = or += a[64 x 16] b[16 x kColumns]. With g = lane / 4 and t = 2 (lane % 4), a thread of warp w of
+// the group holds row 16 w + g, columns t, t + 1 in a[0] and t + 8, t + 9 in a[2], of row 16 w + g + 8 those in a[1]
+// and a[3]: the layout of sums 8 k to 8 k + 7 of a product. a may not change before the wgmma_wait that covers the
+// product.
 template <class T, int kColumns, bool kAdds>
 DCX_DEVICE void wgmma_hidden(float (&d)[kColumns / 2], const uint32_t (&a)[4], Panel b);
 
@@ -26,36 +27,36 @@ DCX_DEVICE Panel moved_within(Panel panel, int bytes) {
 
 // at0, at1 and so on number the operands behind the sums.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define DCX_WGMMA(type, name, columns, adds, sums, at0, at1, at2, at3, at4, at5, ...)                                 \
-  template <>                                                                                                         \
-  DCX_DEVICE void wgmma_rows<type, columns, adds>(float (&d)[columns / 2], Panel a, Panel b) {                        \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " at2 ", 0; wgmma.mma_async.sync.aligned.m64n" #columns               \
-                 "k16.f32." name "." name " {" sums "}, " at0 ", " at1 ", p, 1, 1, 0, 1;}"                            \
-                 : __VA_ARGS__                                                                                        \
-                 : "l"(a.bits), "l"(b.bits), "n"(adds));                                                              \
-  }                                                                                                                   \
-  template <>                                                                                                         \
-  DCX_DEVICE void wgmma_hidden<type, columns, adds>(float (&d)[columns / 2], const uint32_t (&a)[4], Panel b) {       \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " at5 ", 0; wgmma.mma_async.sync.aligned.m64n" #columns               \
-                 "k16.f32." name "." name " {" sums "}, {" at0 ", " at1 ", " at2 ", " at3 "}, " at4 ", p, 1, 1, 1;}"  \
-                 : __VA_ARGS__                                                                                        \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(adds));                               \
+#define DCX_WGMMA(type, name, columns, adds, sums, at0, at1, at2, at3, at4, at5, ...)                                \
+  template <>                                                                                                        \
+  DCX_DEVICE void wgmma_rows<type, columns, adds>(float (&d)[columns / 2], Panel a, Panel b) {                       \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " at2 ", 0; wgmma.mma_async.sync.aligned.m64n" #columns              \
+                 "k16.f32." name "." name " {" sums "}, " at0 ", " at1 ", p, 1, 1, 0, 1;}"                           \
+                 : __VA_ARGS__                                                                                       \
+                 : "l"(a.bits), "l"(b.bits), "n"(adds));                                                             \
+  }                                                                                                                  \
+  template <>                                                                                                        \
+  DCX_DEVICE void wgmma_hidden<type, columns, adds>(float (&d)[columns / 2], const uint32_t (&a)[4], Panel b) {      \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " at5 ", 0; wgmma.mma_async.sync.aligned.m64n" #columns              \
+                 "k16.f32." name "." name " {" sums "}, {" at0 ", " at1 ", " at2 ", " at3 "}, " at4 ", p, 1, 1, 1;}" \
+                 : __VA_ARGS__                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "n"(adds));                              \
   }
 #else
-#define DCX_WGMMA(type, name, columns, adds, sums, at0, at1, at2, at3, at4, at5, ...)                         \
-  template <>                                                                                                 \
-  DCX_DEVICE void wgmma_rows<type, columns, adds>(float (&)[columns / 2], Panel, Panel) {                     \
-    __trap();                                                                                                 \
-  }                                                                                                           \
-  template <>                                                                                                 \
-  DCX_DEVICE void wgmma_hidden<type, columns, adds>(float (&)[columns / 2], const uint32_t (&)[4], Panel) {   \
-    __trap();                                                                                                 \
+#define DCX_WGMMA(type, name, columns, adds, sums, at0, at1, at2, at3, at4, at5, ...)                       \
+  template <>                                                                                               \
+  DCX_DEVICE void wgmma_rows<type, columns, adds>(float (&)[columns / 2], Panel, Panel) {                   \
+    __trap();                                                                                               \
+  }                                                                                                         \
+  template <>                                                                                               \
+  DCX_DEVICE void wgmma_hidden<type, columns, adds>(float (&)[columns / 2], const uint32_t (&)[4], Panel) { \
+    __trap();                                                                                               \
   }
 #endif
-#define DCX_WGMMA_ALL(columns, sums, at0, at1, at2, at3, at4, at5, ...)                               \
-  DCX_WGMMA(bf16, "bf16", columns, false, sums, at0, at1, at2, at3, at4, at5, __VA_ARGS__)            \
-  DCX_WGMMA(bf16, "bf16", columns, true, sums, at0, at1, at2, at3, at4, at5, __VA_ARGS__)             \
-  DCX_WGMMA(f16, "f16", columns, false, sums, at0, at1, at2, at3, at4, at5, __VA_ARGS__)              \
+#define DCX_WGMMA_ALL(columns, sums, at0, at1, at2, at3, at4, at5, ...)                    \
+  DCX_WGMMA(bf16, "bf16", columns, false, sums, at0, at1, at2, at3, at4, at5, __VA_ARGS__) \
+  DCX_WGMMA(bf16, "bf16", columns, true, sums, at0, at1, at2, at3, at4, at5, __VA_ARGS__)  \
+  DCX_WGMMA(f16, "f16", columns, false, sums, at0, at1, at2, at3, at4, at5, __VA_ARGS__)   \
   DCX_WGMMA(f16, "f16", columns, true, sums, at0, at1, at2, at3, at4, at5, __VA_ARGS__)
 #define DCX_SUMS48 DCX_N0 ", " DCX_N8 ", " DCX_N16
 #define DCX_SUMS96 DCX_SUMS48 ", " DCX_N24 ", " DCX_N32 ", " DCX_N40
@@ -103,8 +104,7 @@ inline void wgmma_hidden(float (&d)[kColumns / 2], const uint32_t (&a)[4], Panel
     memcpy(panel + panel_cell(row, i / 2) * 16 + lane % 4 * 4, &a[i], 4);
   }
   sync_warp();
-  simt::multiply_later(d, panel, b.start, b.panel_bytes, kColumns,
-                       [](uint16_t bits) { return to_float(T{bits}); });
+  simt::multiply_later(d, panel, b.start, b.panel_bytes, kColumns, [](uint16_t bits) { return to_float(T{bits}); });
 }
 
 #endif  // __CUDACC__

@@ -33,12 +33,14 @@ dcx::ResidualUnitParams params_of(Case& c) {
 
 #if defined(DCX_GROUP_KERNELS)  // quick to compile
 
-// By channels a kernel whose weights stay and one whose weights stream.
+// By channels a kernel whose weights stay, one whose weights stream, and teams.
 void run_case(Case& c) {
   const dcx::ResidualUnitParams p = params_of(c);
   dcx::ResidualUnitPlan plan = dcx::prepare_fused(p);
   if (p.channels == 48)
     dcx::plan_tiles<dcx::WgmmaUnit<dcx::bf16, 48, 1, 48, 0, 3>>(context_of(c), p, plan);
+  else if (p.channels == 72)
+    dcx::plan_tiles<dcx::WgmmaTeams<dcx::bf16, 96, 1>>(context_of(c), p, plan);
   else
     dcx::plan_tiles<dcx::WgmmaUnit<dcx::bf16, 96, 1, 48, 5, 2>>(context_of(c), p, plan);
   plan.start(context_of(c), plan);
