@@ -17,7 +17,7 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
   using Parts::kTaps;
   using Parts::kTileRows;
   static constexpr int kTeams = 2, kThreads = kTeams * Parts::kTeamThreads, kMinBlocks = 1;
-  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true;
+  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kWaitsItself = true;
   static_assert(kColumns == 96, "a panel and a half");
   static constexpr int kPanel = kColumns * kPanelRowBytes;  // a tap's 64 columns, or two taps' last 32
   static constexpr int kFirstPanels = (kTaps + 1) * kPanel, kWeightBytes = kFirstPanels + (kTaps + 1) / 2 * kPanel;
@@ -60,7 +60,8 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
     const int count = kTileRows + (kTaps - 1) * dilation;
     load_weights(p, smem);
     Parts::load_vectors(p, vectors, kThreads);
-    sync_threads();  // the vectors
+    grid_wait();  // weights and vectors are not the kernel in front's
+    sync_threads();
 
     // Tile r of this team; tiles past the end have no steps.
     const auto tile_at = [&](int round) {

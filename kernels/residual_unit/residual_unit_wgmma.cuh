@@ -22,7 +22,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
   using Parts::kTileRows;
   using Parts::kVector;
   static constexpr int kTeams = 1, kThreads = 128 * kGroups, kMinBlocks = kBlocks;
-  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true;
+  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kWaitsItself = true;
   static constexpr int kChunks = kColumns / kStep, kStepDeep = kStep / 16;
   static constexpr bool kResident = kStages == 0;
   static constexpr int kRing = kResident ? 2 : kStages;
@@ -94,7 +94,8 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       for (int tap = 0; tap <= kTaps; ++tap) load_weights(p, own, tap, 0, smem + tap * kStageBytes);
       cp_async_commit();
     }
-    sync_threads();  // the vectors
+    grid_wait();  // weights and vectors are not the kernel in front's
+    sync_threads();
 
     DCX_NO_UNROLL
     for (int tile = static_cast<int>(block_x()); tile < p.tiles; tile += p.blocks) {
