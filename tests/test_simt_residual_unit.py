@@ -281,8 +281,9 @@ def test_far_arguments_of_snake(program: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=TOLERANCE["residual_unit", BF16])
 
 
-@pytest.mark.parametrize("channels, dtype", [(48, BF16), (13, F16), (40, F32)], ids=str)
-def test_bits(program: Path, tmp_path: Path, channels: int, dtype: torch.dtype) -> None:
+# On rows that 13 channels keep from moving 16 bytes at a time warpgroup products do not run.
+@pytest.mark.parametrize("channels, dtype, kernels", [(48, BF16, 3), (13, F16, 2), (40, F32, 1)], ids=str)
+def test_bits(program: Path, tmp_path: Path, channels: int, dtype: torch.dtype, kernels: int) -> None:
     """A clip's bits are its own: not the batch's, the tile's, the order of threads' or the layout's."""
     whole, _ = case(channels, 330, 2, dilation=3, dtype=dtype)
     cut = case(channels, 330, 2, dilation=3, dtype=dtype, lengths=[330, 70])[0]
@@ -291,7 +292,7 @@ def test_bits(program: Path, tmp_path: Path, channels: int, dtype: torch.dtype) 
     cases = [whole, {**whole, "multiprocessors": IDLE}, alone, turned, short, cut]
     outputs, names = simt_cases.run(program, tmp_path, cases)
     y, tiled, single, back, brief, padded = (bits(output(c, o)) for c, o in zip(cases, outputs, strict=True))
-    assert len(names) == (1 if dtype == F32 else 2)
+    assert len(names) == kernels
     assert torch.equal(y, tiled) and torch.equal(y, back)
     assert torch.equal(y[1:], single)
     assert torch.equal(padded[1, :70], brief[0]) and not padded[1, 70:].any()

@@ -47,37 +47,38 @@ struct FusedKernels<T, 192> {
 
 // The same on Hopper where rows move 16 bytes at a time, bit for bit their results; the planner takes the cheapest.
 template <class... K>
-struct Kernels {};
+struct UnitKernels {};
 template <class T, int kColumns>
-struct WgmmaKernels;
+struct WgmmaUnits;
 template <class T>
-struct WgmmaKernels<T, 32> {
-  using All = Kernels<WgmmaUnit<T, 32, 2, 32, 0, 4>, WgmmaUnit<T, 32, 1, 32, 0, 4>>;
+struct WgmmaUnits<T, 32> {
+  using All = UnitKernels<WgmmaUnit<T, 32, 2, 32, 0, 4>, WgmmaUnit<T, 32, 1, 32, 0, 4>>;
 };
 template <class T>
-struct WgmmaKernels<T, 48> {
-  using All = Kernels<WgmmaUnit<T, 48, 2, 48, 0, 3>, WgmmaUnit<T, 48, 1, 48, 0, 3>>;
+struct WgmmaUnits<T, 48> {
+  using All = UnitKernels<WgmmaUnit<T, 48, 2, 48, 0, 3>, WgmmaUnit<T, 48, 1, 48, 0, 3>>;
 };
 template <class T>
-struct WgmmaKernels<T, 64> {
-  using All = Kernels<WgmmaUnit<T, 64, 2, 64, 0, 2>, WgmmaUnit<T, 64, 1, 64, 0, 2>>;
+struct WgmmaUnits<T, 64> {
+  using All = UnitKernels<WgmmaUnit<T, 64, 2, 64, 0, 2>, WgmmaUnit<T, 64, 1, 64, 0, 2>>;
 };
 template <class T>
-struct WgmmaKernels<T, 96> {
-  using All = Kernels<WgmmaTeams<T, 96, 2>, WgmmaUnit<T, 96, 2, 48, 5, 2>, WgmmaUnit<T, 96, 1, 48, 5, 2>>;
+struct WgmmaUnits<T, 96> {
+  using All = UnitKernels<WgmmaTeams<T, 96, 2>, WgmmaUnit<T, 96, 2, 48, 5, 2>, WgmmaUnit<T, 96, 1, 48, 5, 2>>;
 };
 template <class T>
-struct WgmmaKernels<T, 128> {
-  using All = Kernels<WgmmaUnit<T, 128, 2, 64, 4, 2>, WgmmaUnit<T, 128, 1, 64, 4, 2>>;
+struct WgmmaUnits<T, 128> {
+  using All = UnitKernels<WgmmaUnit<T, 128, 2, 64, 4, 2>, WgmmaUnit<T, 128, 1, 64, 4, 2>>;
 };
 template <class T>
-struct WgmmaKernels<T, 192> {
-  using All = Kernels<WgmmaUnit<T, 192, 3, 64, 5, 1>, WgmmaUnit<T, 192, 2, 64, 5, 1>, WgmmaUnit<T, 192, 1, 64, 5, 1>>;
+struct WgmmaUnits<T, 192> {
+  using All =
+      UnitKernels<WgmmaUnit<T, 192, 3, 64, 5, 1>, WgmmaUnit<T, 192, 2, 64, 5, 1>, WgmmaUnit<T, 192, 1, 64, 5, 1>>;
 };
 
 // Calls visit with the next width; false where there is none.
 template <class Visit>
-bool with_width(int64_t channels, const Visit& visit) {
+bool with_unit_width(int64_t channels, const Visit& visit) {
   if (channels <= 32) return visit(Constant<32>{});
   if (channels <= 48) return visit(Constant<48>{});
   if (channels <= 64) return visit(Constant<64>{});
@@ -129,7 +130,7 @@ int64_t wgmma_cost(const CudaContext& context, const ResidualUnitParams& p) {
 
 // Takes the cheapest, of equals the first; false where none fits.
 template <class... K>
-bool plan_cheapest(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan, Kernels<K...>) {
+bool plan_cheapest(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan, UnitKernels<K...>) {
   int64_t least = INT64_MAX;
   const auto offer = [&](int64_t cost, auto* plan_it) {
     if (cost >= least) return;
@@ -148,13 +149,13 @@ bool plan_wgmma(const CudaContext& context, const ResidualUnitParams& p, Residua
   if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right + kResidualUnitTaps * p.dilation >= kMost)
     return false;
   if (p.batch * p.out_steps >= kMost * 32) return false;
-  return plan_cheapest(context, p, plan, typename WgmmaKernels<T, kColumns>::All{});
+  return plan_cheapest(context, p, plan, typename WgmmaUnits<T, kColumns>::All{});
 }
 
 // False where this device has too little shared memory for the smallest tile, or the unit is too wide.
 template <class T>
 bool plan_fused_of(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan* plan) {
-  return with_width(p.channels, [&](auto width) {
+  return with_unit_width(p.channels, [&](auto width) {
     constexpr int kColumns = decltype(width)::kValue;
     using Wide = typename FusedKernels<T, kColumns>::Wide;
     using Short = typename FusedKernels<T, kColumns>::Short;
