@@ -21,6 +21,19 @@ CASES: dict[str, dict[str, Any]] = {
     "192 -> 96, S=5": {"shape": (192, 96, 5), "steps": 12, "padding": (3, 3)},
     "384 -> 192, S=6, small tiles": {"shape": (384, 192, 6), "steps": 3, "padding": (3, 3), "multiprocessors": 1000},
     "1536 -> 16, S=2, ranges": {"shape": (1536, 16, 2), "steps": 3, "padding": (1, 1), "multiprocessors": 1000},
+    "384 -> 192, S=6, warpgroups": {
+        "shape": (384, 192, 6),
+        "steps": 140,
+        "padding": (3, 3),
+        "shared_bytes": 227 << 10,
+    },
+    "96 -> 48, S=4, warpgroups, lengths": {
+        "shape": (96, 48, 4),
+        "steps": 150,
+        "batch": 2,
+        "lengths": [150, 31],
+        "shared_bytes": 227 << 10,
+    },
     "64 -> 130, S=2": {"shape": (64, 130, 2), "steps": 130, "padding": (1, 1), "dtype": F16},
     "repeat, causal": {"shape": (96, 48, 4), "mode": "repeat", "padding": (7, 0), "steps": 20},
     "repeat, look-ahead": {"shape": (96, 48, 5), "mode": "repeat", "padding": (3, 6), "steps": 20, "dtype": F16},
@@ -56,7 +69,7 @@ def test_parity(options: dict[str, Any], tmp_path: Path) -> None:
 def test_bits_depend_neither_on_tiles_nor_threads(
     mode: str, padding: tuple[int, int], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    case = made((288, 48, 4), mode, padding, steps=18, dtype=dtype)
+    case = made((288, 48, 4), mode, padding, steps=18, dtype=dtype, shared_bytes=227 << 10)
     whole, _ = run_one(OP, tmp_path, case)
     for device in (1, 1000):
         for seed in (2, 3):

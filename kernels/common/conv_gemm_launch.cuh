@@ -202,7 +202,8 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   const auto fills = [&](int64_t columns) {
     return rows * run_tiles(p, columns) * p.ranges * 5 >= context.multiprocessors * int64_t{3};
   };
-  const auto computed = [&](int64_t columns) { return run_tiles(p, columns) * columns; };
+  // What a tile multiplies, and, as so many columns more, what it costs to bring its rows.
+  const auto computed = [&](int64_t columns) { return run_tiles(p, columns) * (columns + 32); };
   const int64_t least = minimum(minimum(computed(48), computed(64)), minimum(computed(96), computed(128)));
   if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
   if (computed(96) == least && fills(96) && fit_wgmma<typename Kernels::Narrow>(context, plan)) return true;
