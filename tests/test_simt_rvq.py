@@ -298,9 +298,8 @@ LOOKUPS: dict[str, dict[str, Any]] = {
     "D=64": {"dim": 64, "channels": 130, "entries": 33},
     "D=3, one frame": {"dim": 3, "frames": 1},
     "D=1": {"dim": 1, "channels": 1},
-    "bfloat16": {"dtype": torch.bfloat16, "channels": 200, "frames_first": 1},
-    "float16": {"dtype": torch.float16, "channels": 200},
-    "channels-last": {"frames_first": 1, "channels": 130},
+    "a large GPU": {"channels": 1024, "stages": 7, "frames": 37, "batch": 1, "multiprocessors": 132},
+    "a large GPU, D=5": {"dim": 5, "channels": 130, "frames_first": 1, "multiprocessors": 132},
 }
 
 
@@ -333,10 +332,10 @@ def test_lookup_without_addend_is_the_sum_of_the_search(search: Run, lookup: Run
         assert torch.equal(whole["y"], found["quantized"]) and torch.equal(one["y"], whole["y"][..., 4:5])
 
 
-def test_lookup_seeds_give_the_same_bits(lookup: Run) -> None:
+def test_lookup_seeds_and_tiles_give_the_same_bits(lookup: Run) -> None:
     case, _ = lookup_case(channels=150)
-    first, second, third = (lookup(case, seed=seed)[0] for seed in (1, 2, 3))
-    assert same(first, second) and same(first, third)
+    first, *others = [lookup(case, seed=seed)[0] for seed in (1, 2, 3)] + lookup({**case, "multiprocessors": 132})
+    assert all(same(first, other) for other in others)
 
 
 @pytest.mark.parametrize("dim", [8, 5])
@@ -372,7 +371,7 @@ def test_every_kernel_has_run(ran: set[str], request: pytest.FixtureRequest) -> 
         pytest.skip("the other tests of this file were left out")
     search = {f"dcx::RvqSearch<8, {f}, {m}>" for f in (16, 4, 1) for m in ("true", "false")}
     search |= {f"dcx::RvqSearch<0, {f}, true>" for f in (4, 1)}
-    assert ran == search | {f"dcx::RvqLookup<{d}, {f}>" for d in (8, 0) for f in (16, 1)}
+    assert ran == search | {f"dcx::RvqLookup<{d}, {f}>" for d in (8, 0) for f in (16, 4, 1)}
 
 
 def planted(op: str, tmp_path: Path, file: str, old: str, new: str) -> Path:
@@ -427,13 +426,20 @@ def test_planted_bugs_of_the_search_are_caught(old: str, new: str, period: int, 
     [
         (LOOKUP, "rows);\n    sync_threads();", "rows);"),
         (LOOKUP, "ceil_div(p.batch * p.frames, kFrames)", "(p.batch * p.frames / kFrames)"),
-        (LOOKUP, "          entry = 0;\n", ""),
-        (DEVICE, "count * kFrames; i += kThreads", "count * kFrames + 1; i += kThreads"),
+        (LOOKUP, "entries);\n    sync_threads();", "entries);"),
+        (LOOKUP, "        entry = 0;\n", ""),
+        (DEVICE, "cell >= count * kFrames", "cell > count * kFrames"),
     ],
-    ids=["missing barrier", "dropped tail", "out of bounds: a code", "out of bounds: one more"],
+    ids=[
+        "missing barrier",
+        "dropped tail",
+        "missing barrier: codes",
+        "out of bounds: a code",
+        "out of bounds: one more",
+    ],
 )
 def test_planted_bugs_of_the_lookup_are_caught(file: str, old: str, new: str, tmp_path: Path, lookup: Run) -> None:
     case, _ = lookup_case()
-    case["codes"][0, 0, 0] = 2**40
+    case["codes"][0, 0, 0] = 2**30
     (right,) = lookup(case)
     assert caught(planted("rvq_lookup", tmp_path, file, old, new), tmp_path, case, right)

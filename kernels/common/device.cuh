@@ -13,11 +13,13 @@
 #define DCX_DEVICE __device__ __forceinline__
 #define DCX_DEVICE_COLD inline __device__ __noinline__
 #define DCX_UNROLL _Pragma("unroll")
+#define DCX_UNROLL_BY_4 _Pragma("unroll 4")
 #define DCX_NO_UNROLL _Pragma("unroll 1")
 #else
 #define DCX_DEVICE inline
 #define DCX_DEVICE_COLD inline
 #define DCX_UNROLL
+#define DCX_UNROLL_BY_4
 #define DCX_NO_UNROLL
 #endif
 

@@ -19,29 +19,36 @@ struct RvqLookup {
 
   static int64_t smem_bytes(const Params& p) {
     return static_cast<int64_t>(sizeof(FrameTile<kFrames>)) +
-           (round_up(p.used * p.layout.dim * kFrames, 4) + kThreads * kPitch) * 4;
+           (round_up(p.used * p.layout.dim * kFrames, 4) + maximum(int64_t{kThreads} * kPitch, p.used * kFrames)) * 4;
+  }
+
+  // entries: [used][kFrames], of frames that count; a code out of range is told of once.
+  static DCX_DEVICE void take_codes(const Params& p, FrameTile<kFrames>& tile, bool tells, int32_t* entries) {
+    const int count = static_cast<int>(p.used) * kFrames;
+    for (int i = thread_index(); i < count; i += kThreads) {
+      const int f = i % kFrames, stage = i / kFrames;
+      if (!tile.counts[f]) continue;
+      const int64_t position = (tile.clip[f] * p.used + stage) * p.frames + tile.step[f];
+      int64_t entry = p.codes[position];
+      if (entry < 0 || entry >= p.layout.entries) {
+        entry = 0;
+        atomic_add(&tile.broken[f], 1);  // a plain store would be a race, if of equal values
+        if (tells) atomic_min(p.error, position);
+      }
+      entries[i] = static_cast<int32_t>(entry);
+    }
   }
 
   // rows: [used D][kFrames].
-  static DCX_DEVICE void gather(const Params& p, FrameTile<kFrames>& tile, bool tells, float* rows) {
+  static DCX_DEVICE void gather(const Params& p, const FrameTile<kFrames>& tile, const int32_t* entries, float* rows) {
     const int dim = kDim > 0 ? kDim : static_cast<int>(p.layout.dim);
     const float* table = static_cast<const float*>(p.packed) + p.layout.rows();
-    const int64_t items = p.used * kFrames * dim;
-    for (int64_t i = thread_index(); i < items; i += kThreads) {
-      const int d = static_cast<int>(i % dim), f = static_cast<int>(i / dim % kFrames);
-      const int64_t stage = i / dim / kFrames;
-      float value = 0.0f;
-      if (tile.counts[f]) {
-        const int64_t position = (tile.clip[f] * p.used + stage) * p.frames + tile.step[f];
-        int64_t entry = p.codes[position];
-        if (entry < 0 || entry >= p.layout.entries) {
-          entry = 0;
-          if (d == 0) atomic_add(&tile.broken[f], 1);  // a plain store would be a race, if of equal values
-          if (d == 0 && tells) atomic_min(p.error, position);
-        }
-        value = table[(stage * p.layout.entries + entry) * dim + d];
-      }
-      rows[(stage * dim + d) * kFrames + f] = value;
+    const int items = static_cast<int>(p.used) * kFrames * dim;
+    DCX_UNROLL_BY_4
+    for (int i = thread_index(); i < items; i += kThreads) {
+      const int d = i % dim, cell = i / dim, f = cell % kFrames, stage = cell / kFrames;
+      rows[(stage * dim + d) * kFrames + f] =
+          tile.counts[f] ? table[(stage * p.layout.entries + entries[cell]) * dim + d] : 0.0f;
     }
   }
 
@@ -54,7 +61,10 @@ struct RvqLookup {
     const int count = static_cast<int>(minimum(int64_t{kThreads}, p.layout.channels - first));
     tile.fill(block_x() / column_tiles * kFrames, p.batch, p.frames, p.lengths);
     sync_threads();
-    gather(p, tile, p.error != nullptr && first == 0, rows);
+    auto* entries = reinterpret_cast<int32_t*>(staged);  // read before the sums come to lie there
+    take_codes(p, tile, p.error != nullptr && first == 0, entries);
+    sync_threads();
+    gather(p, tile, entries, rows);
     sync_threads();
     if (thread_index() < count) {
       float sums[kFrames];
@@ -78,10 +88,13 @@ bool start_rvq_lookup(const CudaContext& context, const RvqLookupParams& p) {
 
 // The tile decides who computes a frame, never how.
 inline void start_rvq_lookup_of(const CudaContext& context, const RvqLookupParams& p) {
-  const bool few = p.batch * p.frames <= 16;
+  const int64_t frames = p.batch * p.frames, columns = ceil_div(p.layout.channels, int64_t{128});
+  const bool many = ceil_div(frames, int64_t{16}) * columns >= 2 * context.multiprocessors, some = frames > 16;
   const bool started = p.layout.dim == 8
-                           ? (!few && start_rvq_lookup<8, 16>(context, p)) || start_rvq_lookup<8, 1>(context, p)
-                           : (!few && start_rvq_lookup<0, 16>(context, p)) || start_rvq_lookup<0, 1>(context, p);
+                           ? (some && many && start_rvq_lookup<8, 16>(context, p)) ||
+                                 (some && start_rvq_lookup<8, 4>(context, p)) || start_rvq_lookup<8, 1>(context, p)
+                           : (some && many && start_rvq_lookup<0, 16>(context, p)) ||
+                                 (some && start_rvq_lookup<0, 4>(context, p)) || start_rvq_lookup<0, 1>(context, p);
   if (!started)
     throw std::runtime_error("rvq_lookup: so many code dimensions need more shared memory than this GPU has");
 }

@@ -77,8 +77,7 @@ DCX_DEVICE void project_out(float (&sums)[kFrames], const float* packed, const R
     DCX_UNROLL
     for (int f = 0; f < kFrames; ++f) part[f] = fused_multiply_add(w, values[f], part[f]);
   };
-  DCX_NO_UNROLL
-  for (int64_t stage = 0; stage < used; ++stage) {
+  const auto add_stage = [&] {
     float part[kFrames] = {};
     if constexpr (kDim > 0) {
       float w[kDim];
@@ -93,6 +92,13 @@ DCX_DEVICE void project_out(float (&sums)[kFrames], const float* packed, const R
     rows += dim * kFrames;
     DCX_UNROLL
     for (int f = 0; f < kFrames; ++f) sums[f] += part[f];
+  };
+  if constexpr (kFrames < 16) {  // most of the time is the weights' way from memory: four stages' are under way
+    DCX_UNROLL_BY_4
+    for (int stage = 0; stage < static_cast<int>(used); ++stage) add_stage();
+  } else {
+    DCX_NO_UNROLL
+    for (int stage = 0; stage < static_cast<int>(used); ++stage) add_stage();
   }
   const float bias = packed[layout.out_bias() + (used - 1) * layout.channel_columns() + column];
   DCX_UNROLL
@@ -106,17 +112,27 @@ DCX_DEVICE void store_columns_as(const TensorView& to, const TensorView& addend,
   T* y = static_cast<T*>(to.data);
   const T* extra = static_cast<const T*>(addend.data);
   const bool along_columns = to.stride_c == 1;
-  for (int i = thread_index(); i < count * kFrames; i += kThreads) {
-    const int f = along_columns ? i / count : i % kFrames, n = along_columns ? i % count : i / kFrames;
-    if (!tile.exists[f]) continue;
-    const int64_t column = first + n;
-    float value = 0.0f;
-    if (tile.counts[f]) {
-      value = staged[n * kFramePitch<kFrames> + f];
-      if (extra != nullptr) value += to_float(extra[tile.offset(addend, f) + column * addend.stride_c]);
-      if (tile.broken[f] != 0) value = not_a_number();
+  constexpr int kAtOnce = kFrames < 4 ? kFrames : 4;  // addends under way, since y may not be told apart from them
+  for (int i = thread_index(); i < count * kFrames; i += kAtOnce * kThreads) {
+    float values[kAtOnce];
+    T* to_cells[kAtOnce];
+    DCX_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int cell = i + k * kThreads;
+      const int f = along_columns ? cell / count : cell % kFrames, n = along_columns ? cell % count : cell / kFrames;
+      values[k] = 0.0f;
+      to_cells[k] = nullptr;
+      if (cell >= count * kFrames || !tile.exists[f]) continue;
+      const int64_t column = first + n;
+      to_cells[k] = y + tile.offset(to, f) + column * to.stride_c;
+      if (!tile.counts[f]) continue;
+      values[k] = staged[n * kFramePitch<kFrames> + f];
+      if (extra != nullptr) values[k] += to_float(extra[tile.offset(addend, f) + column * addend.stride_c]);
+      if (tile.broken[f] != 0) values[k] = not_a_number();
     }
-    y[tile.offset(to, f) + column * to.stride_c] = from_float<T>(value);
+    DCX_UNROLL
+    for (int k = 0; k < kAtOnce; ++k)
+      if (to_cells[k] != nullptr) *to_cells[k] = from_float<T>(values[k]);
   }
 }
 template <int kFrames, int kThreads>
