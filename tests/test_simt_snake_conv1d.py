@@ -56,7 +56,7 @@ WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
         {"channels": 48, "columns": 232, "taps": 1, "steps": 131, "alpha": False, "activation": "gelu"},
     ),
     "Large, ranges": ("2, 128, 6, true", {"channels": 160, "columns": 128, "steps": 140, "dilation": 9}),
-    "Large, spread": ("2, 128, 6, true", {"channels": 320, "columns": 128, "steps": 60, "multiprocessors": 5}),
+    "Large, spread": ("2, 128, 6, true", {"channels": 320, "columns": 128, "steps": 200, "multiprocessors": 3}),
     "Narrow": (
         "2, 96, 6, false",
         {"channels": 96, "columns": 96, "steps": 130, "batch": 2, "lengths": [130, 77], "residual": True},
@@ -107,6 +107,18 @@ SLIDING: dict[str, dict[str, Any]] = {
     "no Snake, channels first": {"channels": 16, "steps": 150, "batch": 2, "alpha": False, "first": True},
     "many channels": {"channels": 256, "steps": 200, "padding": (0, 9), "multiprocessors": 1000},
     "nothing left": {"channels": 40, "steps": 4, "padding": (0, 0)},
+}
+ONE_INPUT: dict[str, dict[str, Any]] = {
+    "the encoder's first": {"channels": 1, "columns": 32, "steps": 300, "alpha": False, "padding": (3, 3)},
+    "tails": {"channels": 1, "columns": 40, "steps": 77, "batch": 3, "lengths": [77, 30, 0], "residual": True},
+    "channels first": {
+        "channels": 1,
+        "columns": 8,
+        "steps": 30,
+        "first": True,
+        "padding": (6, 0),
+        "activation": "tanh",
+    },
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "the encoder's first": {"channels": 1, "columns": 32, "steps": 100, "alpha": False},
@@ -180,6 +192,13 @@ def test_bits_of_one_output_depend_on_no_stretch_and_no_layout(dtype: torch.dtyp
     x = whole.tensors["x"]
     assert isinstance(x, torch.Tensor)
     assert same_bits(y[:, :91], bits(tmp_path, whole.with_(x=x[:, :91].contiguous()))[0])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("options", ONE_INPUT.values(), ids=ONE_INPUT.keys())
+def test_one_input(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    for sizes in ({"multiprocessors": 1}, {"multiprocessors": 1000}):
+        check(options, "SpreadConv", tmp_path, dtype=dtype, **sizes)
 
 
 @pytest.mark.parametrize(("dtype", "wgmma"), [(F32, 0), (F16, 0), (F16, 1), (BF16, 1)], ids=str)

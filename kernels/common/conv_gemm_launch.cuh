@@ -190,7 +190,8 @@ void prepare_rows(ConvGemmPlan& plan) {
   p.alpha = nullptr;
 }
 
-// The tile whose columns waste least, or the small one where a large one would leave multiprocessors idle.
+// The tile that computes least, or the small one where a large one would leave multiprocessors idle: ranges fill them
+// better with small tiles, whose sums are quicker added up.
 template <class T>
 bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   using Kernels = WgmmaKernels<T>;
@@ -200,7 +201,7 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   if (!lay_runs(p, Vector16<T>::kCount)) return false;
   const int64_t rows = ceil_div(p.batch * p.rows, int64_t{128});
   const auto fills = [&](int64_t columns) {
-    return rows * run_tiles(p, columns) * p.ranges * 5 >= context.multiprocessors * int64_t{3};
+    return rows * run_tiles(p, columns) * 5 >= context.multiprocessors * int64_t{3};
   };
   // What a tile multiplies, and, as so many columns more, what it costs to bring its rows.
   const auto computed = [&](int64_t columns) { return run_tiles(p, columns) * (columns + 32); };

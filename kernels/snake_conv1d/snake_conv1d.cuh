@@ -1,12 +1,13 @@
 // y = act(bias + conv(snake(x))) + residual on a GPU: conv_gemm.cuh, but for convolutions of at most four outputs,
-// whose columns would fill a sixteenth of a tensor-core tile: sliding_conv.cuh for layers shaped as the decoder's last;
-// else a thread owns one output step, a block 128 neighbouring ones, whose snaked rows stand in shared memory as
-// floats, 32 channels at a time. float32 sums.
+// whose columns would fill a sixteenth of a tensor-core tile: sliding_conv.cuh for layers shaped as the decoder's last,
+// spread_conv.cuh for those shaped as the encoder's first; else a thread owns one output step, a block 128 neighbouring
+// ones, whose snaked rows stand in shared memory as floats, 32 channels at a time. float32 sums.
 #pragma once
 #include "../common/conv_gemm.cuh"
 #include "../common/conv_geometry.h"
 #include "params.h"
 #include "sliding_conv.cuh"
+#include "spread_conv.cuh"
 
 namespace dcx {
 
@@ -133,6 +134,14 @@ inline ConvGemmPlan plan_snake_conv1d_of(const CudaContext& context, const Snake
   g.conv_left = p.pad_left;
   g.conv_right = p.pad_right;
   g.activation = p.activation;
+  if (spreads(g) && (p.x.dtype != DType::kBF16 || context.capability >= 80)) {
+    ConvGemmPlan plan;
+    plan.params = g;
+    if (p.x.dtype == DType::kBF16) plan_spread<bf16>(context, plan);
+    if (p.x.dtype == DType::kF16) plan_spread<f16>(context, plan);
+    if (p.x.dtype == DType::kF32) plan_spread<float>(context, plan);
+    return plan;
+  }
   if (p.out_channels <= kNarrowOutputs && geometry.fold == 1) {
     ConvGemmPlan plan;
     plan.params = g;
