@@ -58,7 +58,7 @@ def build(op: str, build_dir: Path = BUILD, root: Path = ROOT, flags: Sequence[s
     """
     build_dir.mkdir(parents=True, exist_ok=True)
     target = build_dir / f"simt_{op}"
-    objects = [_object(ROOT / f"tests/simt/{name}.cpp", BUILD) for name in ("simt", "main")]
+    objects = [_object(ROOT / f"tests/simt/{name}.cpp", BUILD) for name in ("simt", "fragments", "main")]
     objects.append(_object(root / f"tests/simt/{op}.cpp", build_dir, flags))
     if not target.exists() or target.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         _run([compiler() or "c++", *FLAGS, *map(str, objects), "-o", str(target)])

@@ -1,0 +1,87 @@
+// Tensor cores' fragments: how a warp's lanes hold matrices, and their products.
+#include <string.h>
+
+#include "../../kernels/common/device.cuh"
+
+namespace simt {
+
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row must be aligned to 16 bytes");
+  LoadMatrix mine{row, transposed, r};
+  warp_together(transposed ? "ldmatrix.trans" : "ldmatrix", &mine, [](void* const(&all)[32]) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const LoadMatrix& own = *static_cast<const LoadMatrix*>(all[lane]);
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint32_t word = 0;
+        for (int i = 0; i < 2; ++i) {
+          const int line = own.transposed ? 2 * (lane % 4) + i : lane / 4;
+          const int column = own.transposed ? lane / 4 : 2 * (lane % 4) + i;
+          const auto* source = static_cast<const LoadMatrix*>(all[matrix * 8 + line])->row;
+          uint16_t bits;
+          memcpy(&bits, static_cast<const char*>(source) + 2 * column, 2);
+          word |= static_cast<uint32_t>(bits) << (16 * i);
+        }
+        own.result[matrix] = word;
+      }
+    }
+  });
+}
+
+namespace {
+
+// Column of the k-th value that lane quarter t holds: pairs lie side by side and again 8 later, singles 4 later.
+int column_of(int t, int k, bool pairs) { return pairs ? 2 * t + k % 2 + k / 2 * 8 : t + 4 * k; }
+
+void multiply_all(void* const (&all)[32], bool pairs) {
+  float a[16][16], b[16][8];
+  const int per_lane = static_cast<const Product*>(all[0])->per_lane;
+  const int depth = 4 * per_lane;
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& own = *static_cast<const Product*>(all[lane]);
+    for (int k = 0; k < per_lane; ++k) {
+      const int column = column_of(lane % 4, k, pairs);
+      a[lane / 4][column] = own.a[k];
+      a[lane / 4 + 8][column] = own.a[per_lane + k];
+      b[column][lane / 4] = own.b[k];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& own = *static_cast<const Product*>(all[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+      double sum = static_cast<double>(own.d[i]);
+      for (int k = 0; k < depth; ++k) sum += static_cast<double>(a[row][k]) * static_cast<double>(b[k][column]);
+      own.d[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_fragments(Product& mine, bool pairs) {
+  if (pairs)
+    warp_together("mma", &mine, [](void* const(&all)[32]) { multiply_all(all, true); });
+  else
+    warp_together("mma.tf32", &mine, [](void* const(&all)[32]) { multiply_all(all, false); });
+}
+
+}  // namespace simt
+
+namespace dcx {
+
+void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  const auto round = [](float x) {  // to 10 bits of mantissa, ties away from zero
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x == x) bits = (bits + 0x1000u) & ~0x1fffu;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  };
+  const float rows[4] = {round(a[0]), round(a[2]), round(a[1]), round(a[3])};
+  const float columns[2] = {round(b0), round(b1)};
+  simt::Product mine{d, rows, columns, 2};
+  simt::multiply_fragments(mine, false);
+}
+
+}  // namespace dcx
