@@ -71,6 +71,11 @@ WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
     "Small": ("1, 64, 8, true", {"channels": 96, "columns": 192, "steps": 70, "residual": True, "multiprocessors": 99}),
     "Small, spread": ("1, 64, 8, true", {"channels": 192, "columns": 72, "steps": 70, "multiprocessors": 1000}),
     "Small, a frame": ("1, 64, 8, true", {"channels": 384, "columns": 40, "steps": 1, "multiprocessors": 1000}),
+    "Frame": ("1, 32, 12, false", {"channels": 768, "columns": 72, "taps": 1, "steps": 3, "multiprocessors": 132}),
+    "Frame, several clips": (
+        "1, 32, 12, false",
+        {"channels": 72, "columns": 40, "steps": 2, "batch": 9, "lengths": [2, 1, 0] * 3, "multiprocessors": 132},
+    ),
     "Small, several clips": (
         "1, 64, 8, true",
         {"channels": 96, "columns": 64, "steps": 3, "batch": 25, "lengths": [3, 0, 1, 2, 3] * 5, "multiprocessors": 9},
