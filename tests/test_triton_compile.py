@@ -291,6 +291,27 @@ def test_float32_uses_no_tensor_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mma" not in compile_launch(launch, 90).asm["ptx"]
 
 
+def begins_at_zero(compiled: Any) -> list[bool]:
+    """Of each product of tiles, in order, whether its sums begin at zero rather than go on with a loop's."""
+    text = compiled.asm["ttgir"]
+    begins = re.findall(r" = (?:tt\.dot|ttng\.warp_group_dot) %\S+, %\S+, (%\w+)", text)
+    return [re.search(rf"{re.escape(name)} = arith\.constant dense<0\.0", text) is not None for name in begins]
+
+
+@capabilities
+def test_float32_sums_of_a_step_stand_apart(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    """Triton folds acc + dot(a, b, 0) into one chain of all products, which loses twice what plain PyTorch does."""
+    for kind in ("float32", "tf32"):
+        compiled = compile_launch(upsample(monkeypatch, "transposed", 2, 1536, 768, kind, LAYOUTS["batch"]), capability)
+        assert begins_at_zero(compiled) == [True]
+        # 64 x 64 sums in 128 threads, each added to the step's in front and to the bias: the rest are products' fmas.
+        assert len(re.findall(r"add(?:\.rn)?\.f32", compiled.asm["ptx"])) >= 64
+    half = compile_launch(upsample(monkeypatch, "transposed", 2, 1536, 768, "bfloat16", LAYOUTS["batch"]), capability)
+    assert not any(begins_at_zero(half)) and begins_at_zero(half)  # one chain, and so the above could fail
+    found = compile_launch(search(monkeypatch, QUANTIZERS[0], torch.float32, True, LAYOUTS["batch"]), capability)
+    assert begins_at_zero(found) == [True]
+
+
 def test_half_precision_uses_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = upsample(monkeypatch, "transposed", 2, 1536, 768, "bfloat16", LAYOUTS["batch"])
     assert re.search(r"mma\.sync\S*bf16", compile_launch(launch, 80).asm["ptx"])

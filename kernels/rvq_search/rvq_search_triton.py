@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.dtype_triton import round_to
+from ..common.dtype_triton import accumulate, round_to
 from ..rvq_lookup.rvq_lookup_triton import project
 
 _FEW_DIMS = 8  # up to here a frame's coordinates stay in registers of their own while the entries pass by
@@ -115,7 +115,7 @@ def rvq_search_kernel(
             value = tl.load(z + f[:, None] * z_stride_f + c[None, :] * z_stride_c, mask=mask, other=0.0)
             at = in_weight + (stage * CHANNELS + c)[:, None] * DIM + d[None, :]
             w = tl.load(at, mask=(c < CHANNELS)[:, None] & (d < DIM)[None, :], other=0.0)
-            e += tl.dot(value.to(tl.float32), w, input_precision="ieee")
+            e = accumulate(value.to(tl.float32), w, e, "ieee")
         e += tl.load(in_bias + stage * DIM + d, mask=d < DIM, other=0.0)[None, :]
         for j in range(i):
             row = rows + (tl.cast(j, tl.int64) * ENTRIES + _pick(winners, j, BLOCK_Q)) * DIM

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.dtype_triton import dot, round_to
+from ..common.dtype_triton import accumulate, round_to
 from ..common.snake_triton import snake
 
 
@@ -11,7 +11,7 @@ def constants(mode: str, stride: int, in_channels: int, out_channels: int, wide:
     """Return the launch's constexprs, which follow from the layer and its dtype (wide: float32) alone."""
     columns = triton.next_power_of_2(stride * out_channels)
     # ptxas would rather spill a word than give up a second block on an SM.
-    limits = {"num_warps": 4, "num_stages": 2} if wide else {"num_warps": 8, "num_stages": 3, "maxnreg": 255}
+    limits = {"num_warps": 4, "num_stages": 2} if wide else {"num_warps": 8, "num_stages": 3}
     return {
         "UP": stride,
         "FIRST": -1 if mode == "transposed" else 0,
@@ -20,6 +20,7 @@ def constants(mode: str, stride: int, in_channels: int, out_channels: int, wide:
         "BLOCK_N": min(64 if wide else 128, max(16, columns)),
         "BLOCK_K": min(16 if wide else 32, max(16, triton.next_power_of_2(in_channels))),
         "enable_fp_fusion": True,
+        "maxnreg": 255,
         **limits,
     }
 
@@ -94,11 +95,7 @@ def snake_upsample1d_kernel(
         line = (tap * in_channels + c).to(tl.int64) * columns
         w = tl.load(weight + line[:, None] + column[None, :], mask=inside[:, None] & column_ok[None, :], other=0.0)
         value, w = round_to(value, x.dtype.element_ty), w.to(x.dtype.element_ty)
-        if x.dtype.element_ty == tl.float32:
-            # A sum of its own for each step: one chain over thousands of products loses twice what plain PyTorch does.
-            acc += dot(value, w, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        else:
-            acc = dot(value, w, acc, PRECISION)
+        acc = accumulate(value, w, acc, PRECISION)
 
     phase = column // out_channels
     channel = column % out_channels
