@@ -172,6 +172,25 @@ def build(check: Check) -> None:
     check.run_all("build", {"doctor": ([sys.executable, "-c", "import dualcodec_ext as dx; print(dx.doctor())"], {})})
 
 
+# Files and ops that take longer than the part has, by what -k is told: each test is in one of the processes.
+_MODEL, _SHAPES = "(waveform or test_codes)", "(forward or tiles or shapes or edge)"
+SPLIT: dict[str, dict[str, str]] = {
+    "test_cuda_model": {
+        "presets": f"{_MODEL} and v1",
+        "others": f"{_MODEL} and not v1",
+        "alone": f"not {_MODEL} and alone",
+        "rest": f"not {_MODEL} and not alone",
+    },
+    "test_cuda_ops-snake_upsample1d": {
+        "cuda": "snake_upsample1d and not triton",
+        "shapes": f"snake_upsample1d and triton and {_SHAPES}",
+        "triton": f"snake_upsample1d and triton and not {_SHAPES}",
+    },
+    "test_triton_snake_upsample1d": {"transposed": "transposed", "rest": "not transposed"},
+    "test_triton_rvq": {"lookup": "lookup", "search": "not lookup"},
+}
+
+
 def pytests() -> dict[str, list[str]]:
     """What pytest is told in each process: one a file, and one an op where a file tests all of them."""
     files = [*sorted(path.stem for path in ROOT.glob("tests/test_cuda_*.py")), "test_graphs"]
@@ -179,8 +198,9 @@ def pytests() -> dict[str, list[str]]:
     found |= {f"test_cuda_ops-{op}": ["tests/test_cuda_ops.py", "-k", op] for op in OPS}
     for path in sorted(ROOT.glob("tests/triton_ops/test_*.py")):
         found[path.stem] = [f"tests/triton_ops/{path.name}"]
-    rvq = found.pop("test_triton_rvq")
-    found |= {"test_triton_rvq-lookup": [*rvq, "-k", "lookup"], "test_triton_rvq-search": [*rvq, "-k", "not lookup"]}
+    for name, parts in SPLIT.items():
+        file = found.pop(name)[0]
+        found |= {f"{name}-{part}": [file, "-k", told] for part, told in parts.items()}
     found["test_streaming_graphs"] = ["tests/test_streaming_graphs.py", "-k", "on_a_gpu"]
     return found
 

@@ -47,6 +47,15 @@ def fast(preset: str, dtype: torch.dtype = torch.float32) -> dx.DualCodec:
     return model
 
 
+@lru_cache(maxsize=1)
+def waveform(preset: str) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Codes of 100,000 samples and more, and float64's audio: seconds of work, the same for every dtype."""
+    model = gpu.preset_model(preset)
+    codes = codes_for(preset, -(-100_000 // model.dac.hop_length) + 1)
+    with torch.no_grad():
+        return codes, copy.deepcopy(model).double().decode_from_codes(*(c.cpu() for c in codes))
+
+
 def inputs(preset: str, frames: int, batch: int = 1) -> tuple[Tensor, Tensor]:
     audio, feat = test_model.inputs(gpu.preset_model(preset), frames, batch)
     return audio.to(DEVICE), feat.to(DEVICE)
@@ -84,11 +93,8 @@ def test_codes(preset: str) -> None:
 @by_preset
 def test_waveform(preset: str, dtype: torch.dtype) -> None:
     """At most twice the error of plain PyTorch in the same dtype on the same device."""
-    model, exact = gpu.preset_model(preset), copy.deepcopy(gpu.preset_model(preset)).double()
-    frames = -(-100_000 // model.dac.hop_length) + 1
-    semantic, acoustic = codes_for(preset, frames)
+    (semantic, acoustic), expected = waveform(preset)
     with torch.no_grad():
-        expected = exact.decode_from_codes(semantic.cpu(), acoustic.cpu())
         baseline = copy.deepcopy(plain(preset)).to(dtype).decode_from_codes(semantic, acoustic)
     found = fast(preset, dtype).decode_from_codes(semantic, acoustic)
     assert found.dtype == dtype and found.device.type == DEVICE

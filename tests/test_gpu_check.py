@@ -82,6 +82,28 @@ def test_every_test_of_a_gpu_runs() -> None:
         assert any(str(path.relative_to(ROOT)) in words for words in runs), path
 
 
+def test_a_split_leaves_no_test_out_and_runs_none_twice() -> None:
+    files = {name: gpu_check.pytests()[f"{name}-{next(iter(parts))}"][0] for name, parts in gpu_check.SPLIT.items()}
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *sorted(set(files.values()))]
+    environment = {**os.environ, "DUALCODEC_EXT_TEST_DEVICE": "cuda"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    listed = [line.split("::", 1) for line in done.stdout.splitlines() if "::" in line]
+
+    def takes(told: str, name: str) -> bool:
+        """As -k: words are looked for in the name."""
+        words = re.sub(r"\w+", lambda m: m[0] if m[0] in ("and", "or", "not") else str(m[0] in name), told)
+        return bool(eval(words))
+
+    for split, file in files.items():
+        op = split.partition("-")[2]
+        names = [name.lower() for path, name in listed if path == file and op in name]
+        assert names
+        for name in names:
+            assert sum(takes(told, name) for told in gpu_check.SPLIT[split].values()) == 1, name
+        for part, told in gpu_check.SPLIT[split].items():
+            assert any(takes(told, name) for name in names) or "triton" in told, part
+
+
 def test_parts_and_ops_are_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(gpu_check.OPS) == set(registry.OPS)
     assert sum(gpu_check.PARTS.values()) < 9 * 60
