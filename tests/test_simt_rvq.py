@@ -177,6 +177,8 @@ def test_search_bits_depend_neither_on_the_tile_nor_on_the_batch_nor_on_the_orde
     )
     for other in (some, few, tight, tightest):
         assert same(other, whole)
+    two_blocks, one_wide = search(q.case(sums=1), q.case(sums=1, multiprocessors=5))  # of twice the threads
+    assert same(two_blocks, one_wide) and torch.equal(one_wide["codes"], whole["codes"])
     for seed in (2, 3):
         assert same(search(q.case(**options), seed=seed)[0], whole)
     alone, part = search(q.case(q.z[2:3], **options), q.case(q.z[1:2, :, 4:6], **options))
@@ -369,8 +371,8 @@ def test_lookup_lengths(lookup: Run) -> None:
 def test_every_kernel_has_run(ran: set[str], request: pytest.FixtureRequest) -> None:
     if len(request.session.items) < 20:
         pytest.skip("the other tests of this file were left out")
-    search = {f"dcx::RvqSearch<8, {f}, {m}>" for f in (16, 4, 1) for m in ("true", "false")}
-    search |= {f"dcx::RvqSearch<0, {f}, true>" for f in (4, 1)}
+    search = {f"dcx::RvqSearch<8, {f}, {m}, 256>" for f in (16, 4, 1) for m in ("true", "false")}
+    search |= {f"dcx::RvqSearch<0, {f}, true, 256>" for f in (4, 1)} | {"dcx::RvqSearch<8, 16, false, 512>"}
     assert ran == search | {f"dcx::RvqLookup<{d}, {f}>" for d in (8, 0) for f in (16, 4, 1)}
 
 

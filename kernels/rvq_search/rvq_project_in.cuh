@@ -14,7 +14,7 @@ struct RvqProjectIn {
   using Four = Vector16<float>;
   static constexpr int kChunk = 512;     // channels of z in shared memory
   static constexpr int kChain = 128;     // channels that one accumulator sums
-  static constexpr int kMostSlots = 64;  // of kThreads; at least 4 threads share a column
+  static constexpr int kMostSlots = 64;  // of 256 threads, more of more; at least 4 threads share a column
   static constexpr int kPitch = kFramePitch<kFrames>;
   static_assert(kChunk % (kThreads / kMostSlots) == 0 && kChain * (kThreads / kMostSlots) % kChunk == 0,
                 "sums end with a chunk");

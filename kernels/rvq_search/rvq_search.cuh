@@ -20,12 +20,12 @@ struct RvqSearchLaunch {
   int depth;  // passes of a codebook in shared memory: 1, 2 or 4
 };
 
-template <int kDim, int kFrames, bool kMargin>
+template <int kDim, int kFrames, bool kMargin, int kBlockThreads>
 struct RvqSearch {
   using Params = RvqSearchLaunch;
   using Four = Vector16<float>;
-  static constexpr int kThreads = 256;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kThreads = kBlockThreads;
+  static constexpr int kMinBlocks = 512 / kThreads;
   static constexpr bool kNeedsSm80 = false;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kPass = kThreads;  // groups of four entries
@@ -348,9 +348,11 @@ struct RvqSearch {
 // Launches where the tile fits into shared memory; false where it does not.
 template <class K>
 bool start_rvq_search_as(const CudaContext& context, const RvqSearchParams& p, int64_t tiles) {
-  RvqSearchLaunch launched{p, 1, 4};
+  // As many threads share a column in every block, so that the sums have the same tree.
+  constexpr int kTimes = K::kThreads / 256;
+  RvqSearchLaunch launched{p, kTimes, 4};
   const int64_t groups = ceil_div(p.layout.stages * p.layout.dim, 4);
-  while (launched.slots < groups && launched.slots < K::ProjectIn::kMostSlots) launched.slots *= 2;
+  while (launched.slots < groups * kTimes && launched.slots < K::ProjectIn::kMostSlots * kTimes) launched.slots *= 2;
   // Two blocks share a multiprocessor where there are more of them than multiprocessors; 1 KB is the system's.
   const int64_t room = tiles > context.multiprocessors ? context.shared_bytes / 2 - 1024 : context.shared_bytes;
   while (launched.depth > 1 && K::smem_bytes(p, launched.depth) > room) launched.depth /= 2;
@@ -362,9 +364,12 @@ bool start_rvq_search_as(const CudaContext& context, const RvqSearchParams& p, i
 template <int kDim, int kFrames>
 bool start_rvq_search(const CudaContext& context, const RvqSearchParams& p) {
   const int64_t tiles = ceil_div(p.batch * p.frames, kFrames);
+  if constexpr (kDim > 0 && kFrames == 16)
+    if (p.margin == nullptr && tiles <= context.multiprocessors)  // one block each: then of twice the threads
+      return start_rvq_search_as<RvqSearch<kDim, kFrames, false, 512>>(context, p, tiles);
   if constexpr (kDim > 0)
-    if (p.margin == nullptr) return start_rvq_search_as<RvqSearch<kDim, kFrames, false>>(context, p, tiles);
-  return start_rvq_search_as<RvqSearch<kDim, kFrames, true>>(context, p, tiles);
+    if (p.margin == nullptr) return start_rvq_search_as<RvqSearch<kDim, kFrames, false, 256>>(context, p, tiles);
+  return start_rvq_search_as<RvqSearch<kDim, kFrames, true, 256>>(context, p, tiles);
 }
 
 // The tile decides who computes a frame, never how. Few frames take small tiles, so that more multiprocessors read the
