@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,9 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "synccheck": (),
 }
 OPS = ("causal_dwconv1d", "residual_unit", "rvq_lookup", "rvq_search", "snake_conv1d", "snake_upsample1d")
+# In turn: of what time is left the share of each, and seconds of a run. A peer that is compiled may take minutes, so it
+# has a process of its own, and some time is kept for what comes behind it.
+BENCH_GROUPS = {"goals": (1.0, 45.0), "tuned-b1": (0.75, 600.0), "rest": (1.0, 30.0), "tuned-b32": (1.0, 600.0)}
 _GPU = """
 import torch
 assert torch.cuda.is_available(), "torch finds no GPU"
@@ -117,11 +121,14 @@ class Check:
         (self.logs / "summary.json").write_text(json.dumps([asdict(s) for s in self.steps], indent=1) + "\n")
         return step
 
-    def run_all(self, part: str, commands: Mapping[str, Command], at_once: int = 1) -> list[Step]:
-        """Run commands, some at once, until the part's time is up; those that did not start are skipped."""
+    def run_all(
+        self, part: str, commands: Mapping[str, Command], at_once: int = 1, limit_s: float = math.inf
+    ) -> list[Step]:
+        """Run commands, some at once, until the part's time or theirs is up; those that did not start are skipped."""
         waiting, running, steps = list(commands.items()), list[_Running](), list[Step]()
+        end = time.monotonic() + limit_s
         while waiting or running:
-            late = self.left(part) <= 0
+            late = self.left(part) <= 0 or time.monotonic() >= end
             if late:
                 steps += [self.note(Step(part, name, "skipped", 0.0, "no time was left")) for name, _ in waiting]
                 waiting = []
@@ -254,11 +261,14 @@ def bench(check: Check) -> None:
     begun = check.work / "bench-begun.txt"
     begun.unlink(missing_ok=True)
     words = [sys.executable, "-m", "bench.gpu_runs", "--results", str(check.results), "--begun", str(begun)]
-    for attempt in range(1, 4):
-        step = check.run_all("bench", {f"runs-{attempt}": (words, {})})[0]
-        # Any other end is a crash: the runs behind it go on in a process of their own.
-        if step.code in (0, 1, None):
-            break
+    for group, (share, run_s) in BENCH_GROUPS.items():
+        end = time.monotonic() + share * check.left("bench")
+        for attempt in range(1, 9):
+            command = [*words, "--group", group, "--limit", str(run_s)]
+            step = check.run_all("bench", {f"{group}-{attempt}": (command, {})}, limit_s=end - time.monotonic())[0]
+            # Any other end is a crash or a run past its limit: the runs behind it go on in a process of their own.
+            if step.code in (0, 1, None):
+                break
     files = sorted(check.results.glob("cuda-*.json"))
     if files:
         command = [sys.executable, "-m", "bench.goals", *map(str, files)]

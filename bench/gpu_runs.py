@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,24 +19,43 @@ import torch
 
 from . import probes, run
 
-_EAGER = "pypi-fp16,pypi,folded-bf16"
-RUNS: dict[str, str] = {
+_EAGER = "pypi-fp16,folded-bf16,recorded-bf16"
+# What the goals speak of, and peers that need seconds; peers that are compiled, which takes minutes; the rest.
+GOALS: dict[str, str] = {
     "decode-12hz_v1-b1": f"decode --dtype bfloat16 --peers {_EAGER}",
-    "decode-12hz_v1-b32": "decode --dtype bfloat16 --batch 32 --peers pypi-fp16,folded-bf16",
-    "decode-12hz_v1-frame-b1": "decode --dtype bfloat16 --seconds 0.08 --peers pypi-fp16,folded-bf16",
-    "decode-12hz_v1-frame-b32": "decode --dtype bfloat16 --seconds 0.08 --batch 32 --peers pypi-fp16,folded-bf16",
+    "decode-12hz_v1-b32": f"decode --dtype bfloat16 --batch 32 --peers {_EAGER}",
+    "decode-12hz_v1-frame-b1": "decode --dtype bfloat16 --seconds 0.08 --peers pypi-fp16,recorded-bf16",
+    "decode-12hz_v1-frame-b32": "decode --dtype bfloat16 --seconds 0.08 --batch 32 --peers pypi-fp16,recorded-bf16",
     "encode-12hz_v1-b32": "encode --dtype bfloat16 --batch 32 --peers pypi-fp16,folded-bf16",
-    "rvq_search-12hz_v1-2000": "ops --ops rvq_search --seconds 160 --peers eager,compile",
-    "ops-12hz_v1-b1": "ops --dtype bfloat16 --peers eager",
-    "ops-12hz_v1-frame": "ops --dtype bfloat16 --seconds 0.08 --peers none",
-    "decode-12hz_v1-b1-tuned": "decode --dtype bfloat16 --peers autotune-bf16",
-    "decode-12hz_v1-b32-tuned": "decode --dtype bfloat16 --batch 32 --peers autotune-bf16",
-    "ops-12hz_v1-b8": "ops --dtype bfloat16 --batch 8 --peers none",
-    "decode-12hz_v1-b1-fp32": "decode --peers pypi,folded",
+    "rvq_search-12hz_v1-2000": "ops --ops rvq_search --seconds 160 --backends cuda --peers eager",
+}
+TUNED_B1: dict[str, str] = {"decode-12hz_v1-b1-tuned": "decode --dtype bfloat16 --peers autotune-bf16"}
+TUNED_B32: dict[str, str] = {"decode-12hz_v1-b32-tuned": "decode --dtype bfloat16 --batch 32 --peers autotune-bf16"}
+REST: dict[str, str] = {
+    "ops-12hz_v1-frame": "ops --dtype bfloat16 --seconds 0.08 --backends cuda --peers none",
+    "ops-12hz_v1-b1": "ops --dtype bfloat16 --peers none",
     "decode-25hz_v1-b1": f"decode --preset 25hz_v1 --dtype bfloat16 --peers {_EAGER}",
+    "decode-12hz_v1-b1-fp32": "decode --peers pypi,folded",
+    "ops-12hz_v1-b8": "ops --dtype bfloat16 --batch 8 --peers none",
     "ops-12hz_v1-b1-fp32": "ops --peers eager",
     "ops-12hz_v1-frame-fp32": "ops --seconds 0.08 --peers none",
+    "rvq_search-12hz_v1-2000-compiled": "ops --ops rvq_search --seconds 160 --peers compile",
 }
+GROUPS = {"goals": GOALS, "tuned-b1": TUNED_B1, "rest": REST, "tuned-b32": TUNED_B32}
+RUNS: dict[str, str] = {name: words for group in GROUPS.values() for name, words in group.items()}
+
+
+def _watch(name: str, limit_s: float | None) -> threading.Timer:
+    """End the process where a run takes too long: one that waits for a GPU can't be ended otherwise."""
+
+    def end() -> None:
+        print(f"{name} took more than {limit_s} s", flush=True)
+        os._exit(4)
+
+    watch = threading.Timer(threading.TIMEOUT_MAX if limit_s is None else limit_s, end)
+    watch.daemon = True
+    watch.start()
+    return watch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,12 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--begun", help="a file of names to pass over; each run that begins is added to it")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--group", choices=tuple(GROUPS), help="some of the runs")
+    parser.add_argument("--limit", type=float, help="seconds of a run; one that takes longer ends the process with 4")
     parser.add_argument("--more", default="", help="options for every run")
     args = parser.parse_args(argv)
     folder, begun = Path(args.results), Path(args.begun) if args.begun else None
     folder.mkdir(parents=True, exist_ok=True)
     passed = set(begun.read_text().split()) if begun is not None and begun.exists() else set()
-    wanted = [name for name in (args.only.split(",") if args.only else RUNS) if name not in passed]
+    chosen = args.only.split(",") if args.only else GROUPS[args.group] if args.group else RUNS
+    wanted = [name for name in chosen if name not in passed]
     probes.measure = functools.cache(probes.measure)  # once for all runs
     wrong = 0
     for name in wanted:
@@ -57,8 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         page, data = (str(folder / f"{args.device}-{name}.{kind}") for kind in ("md", "json"))
         words = [*RUNS[name].split(), "--device", args.device, *args.more.split()]
         print(f"== {name}: python -m bench {' '.join(words)}", flush=True)
+        begun_s, watch = time.monotonic(), _watch(name, args.limit)
         try:
             wrong |= run.main([*words, "--json", data, "--markdown", page])
+            print(f"== {name}: {time.monotonic() - begun_s:.1f} s", flush=True)
             if args.device != "cpu":
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
@@ -68,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (RuntimeError, ValueError) as error:
             print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
             wrong = 1
+        finally:
+            watch.cancel()
     return wrong
 
 

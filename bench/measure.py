@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -150,8 +151,9 @@ def measure_case(case: Case, sides: Sequence[Side], timing: Timing) -> list[Outc
         for outcome, call, samples in zip(timed, calls, found, strict=True):
             count = call.calls if isinstance(call, Repeated) else 1
             outcome.samples_s = [sample / count for sample in samples]
-    # Compiled graphs of finished cases would pile up, one per shape.
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:
+        # Compiled graphs of finished cases would pile up, one per shape.
+        torch.compiler.reset()
     return outcomes
 
 

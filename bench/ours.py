@@ -7,7 +7,7 @@ import torch
 import dualcodec_ext as dx
 from dualcodec_ext import build
 
-from .peers.base import Call, Task, Unavailable
+from .peers.base import Call, Task, Unavailable, with_state
 
 
 def missing_module() -> str:
@@ -51,9 +51,7 @@ class CodecCall:
 def codec_call(task: Task, dtype: torch.dtype, *, fast: bool) -> Call:
     """The drop-in on a reference model's parameters."""
     require_module()
-    source = dx.reference.DualCodec(**task.settings)
-    source.load_state_dict(task.state)
-    source = source.to(task.device).eval()
+    source = with_state(lambda: dx.reference.DualCodec(**task.settings), task.state).to(task.device)
     try:
         model = dx.accelerate(source, dtype=dtype, fast=fast)
     except dx.DualCodecError as error:

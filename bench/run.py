@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from dualcodec_ext import testing
-
 from . import long, lookahead, machine, probes, registry, report, serve, stream, windows
 from .correctness import CodesCheck, WaveCheck
 from .measure import Case, Side, Timing, describe, measure_case
@@ -26,7 +24,7 @@ from .peers.base import Peer, Task
 from .peers.catalog import CODEC_PEERS, select
 from .program import build_program
 from .speech import inference_case
-from .workload import decode_check, encode_check, load_settings, make_task
+from .workload import decode_check, encode_check, load_settings, make_task, seeded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BACKENDS = {"cpu": ("cpu", "auto"), "cuda": ("cuda", "triton", "auto")}
@@ -45,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="cores to use (all that this process may)")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     parser.add_argument("--peers", default="all", help="all, none, or names separated by commas")
-    parser.add_argument("--rounds", type=int, help="samples per side (9; ops 15, inference 5)")
+    parser.add_argument("--rounds", type=int, help="samples per side (9; ops 15, inference 5; on a GPU 7)")
     parser.add_argument("--ops", default=",".join(registry.OPS), help="for ops: which, separated by commas")
     parser.add_argument("--every", action="store_true", help="for ops: every layer, equal shapes and all dilations too")
     parser.add_argument("--fast", action="store_true", help="for decode: also accelerate(fast=True)")
@@ -77,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.what != "ops" and len(args.backends) > 1:
         parser.error(f"--backends must name one for {args.what}, got {','.join(args.backends)}")
     args.threads = args.threads or _cores()
-    args.rounds = args.rounds or {"ops": 15, "inference": 5}.get(args.what, 9)
+    args.rounds = args.rounds or (7 if args.device == "cuda" else {"ops": 15, "inference": 5}.get(args.what, 9))
     args.ops = tuple(name.strip() for name in args.ops.split(","))
     for name in args.ops:
         if name not in registry.OPS:
@@ -148,7 +146,7 @@ def _codec_side(peer: Peer, task: Task) -> Side:
 def op_cases(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> Iterator[tuple[Case, list[Side]]]:
     """Every op at the shapes that the model gives it."""
     dtype = _DTYPES[args.dtype]
-    program, model = build_program(settings), testing.seeded_model(settings)
+    program, model = build_program(settings), seeded(settings)
     made = registry.rows(program, model, args.seconds, every=args.every, ops=args.ops, batch=args.batch)
     for row in (row.to(args.device) for row in made):
         facts = {"model": name, "batch": args.batch, "op": row.op, "where": row.where, "steps": row.steps}
@@ -214,7 +212,7 @@ def _timing(args: argparse.Namespace) -> Timing:
     if args.device == "cpu":
         return Timing(args.rounds, min_sample_s=0.005 if per_op else 0.0, memory=not per_op)
     # Nothing spins between samples there, and the second call of a shape records a graph.
-    span = 0.0 if per_op else 0.005
+    span = 0.0 if per_op else 0.02
     return Timing(args.rounds, 3, span, settle_s=0.0, memory=True, device=args.device, record=per_op)
 
 

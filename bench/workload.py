@@ -17,7 +17,7 @@ from dualcodec_ext.reference import DualCodec, ResidualVectorQuantize
 from dualcodec_ext.reference.ops import rvq_search_ref
 
 from .correctness import CodesCheck, Error, WaveCheck, exact_math
-from .peers.base import Task
+from .peers.base import Task, with_state
 from .program import ConvNeXt, Program, Quantizer, build_program
 
 _F64, _F32 = torch.float64, torch.float32
@@ -33,6 +33,27 @@ def load_settings(preset: str, config: str | None) -> tuple[str, dict[str, Any]]
         return preset, DualCodecConfig.preset(preset).to_dict()
     fields = json.loads(Path(config).read_text(encoding="utf-8"))
     return Path(config).stem, DualCodecConfig.from_dict(fields).to_dict()
+
+
+_kept: dict[tuple[str, str], Any] = {}  # of the last settings: the model, and its state where it is wanted
+
+
+def seeded(settings: Mapping[str, Any]) -> DualCodec:
+    """`testing.seeded_model` on the CPU, not to be changed; that of the last settings is kept for the next run."""
+    key = json.dumps(dict(settings), sort_keys=True), "model"
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = testing.seeded_model(dict(settings))
+    model: DualCodec = _kept[key]
+    return model
+
+
+def _seeded_state(settings: Mapping[str, Any], device: str) -> dict[str, Tensor]:
+    model, key = seeded(settings), (json.dumps(dict(settings), sort_keys=True), device)
+    if key not in _kept:
+        _kept[key] = {name: value.to(device) for name, value in model.state_dict().items()}
+    state: dict[str, Tensor] = _kept[key]
+    return state
 
 
 def make_task(
@@ -56,7 +77,7 @@ def make_task(
         family: the backend that ours runs on, empty: the device's.
     """
     program = build_program(settings)
-    state = testing.seeded_model(dict(settings)).state_dict()
+    state = _seeded_state(settings, device)
     frames = program.frames(seconds)
     generator = torch.Generator().manual_seed(1)
 
@@ -66,7 +87,9 @@ def make_task(
     if kind == "decode":
         inputs: tuple[Tensor, ...] = (codes(program.semantic_vq), codes(program.rvq))
     else:
-        audio = testing.make_speech(frames * program.hop_samples, batch, sample_rate_hz=program.sample_rate_hz)
+        # Clips of speech take a second each; what is compared are the first and the last.
+        speech = testing.make_speech(frames * program.hop_samples, min(batch, 2), sample_rate_hz=program.sample_rate_hz)
+        audio = speech[torch.arange(batch) * 2 // batch]
         inputs = (audio, testing.make_features(frames, batch, dim=program.semantic_dim))
     return Task(kind, settings, program, state, tuple(x.to(device) for x in inputs), threads, device, family)
 
@@ -86,9 +109,7 @@ def _picked(task: Task) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
 
 
 def _reference(task: Task, dtype: torch.dtype) -> DualCodec:
-    model = DualCodec(**task.settings)
-    model.load_state_dict(task.state)
-    return model.to(device=task.device, dtype=dtype).eval()
+    return with_state(lambda: DualCodec(**task.settings), task.state).to(device=task.device, dtype=dtype)
 
 
 def check_windows(frames: int, limit: int) -> list[tuple[int, int, int, int]]:

@@ -306,13 +306,27 @@ def test_of_a_batch_the_first_and_the_last_item_are_compared():
     assert not codes(found, torch.float32, ours=True).ok
 
 
+def test_clips_of_a_batch_differ_where_they_are_compared_and_weights_are_shared():
+    settings = DualCodecConfig.from_dict(testing.TINY).to_dict()
+    one, two = (workload.make_task("encode", settings, 0.05, 1, "cpu", batch=batch) for batch in (5, 1))
+    audio = one.inputs[0]
+    assert audio.shape[0] == 5 and not torch.equal(audio[0], audio[-1]) and torch.equal(audio[:1], two.inputs[0])
+    assert one.state is two.state and workload.seeded(settings) is workload.seeded(dict(settings))
+    plain = testing.seeded_model(settings)
+    codes = workload._reference(one, torch.float32).encode(audio, semantic_repr=one.inputs[1])
+    assert all(map(torch.equal, codes, plain.encode(audio, semantic_repr=one.inputs[1])))
+    other = workload.make_task("encode", {**settings, "decoder_dim": 64}, 0.05, 1, "cpu")
+    assert other.state is not one.state
+
+
 def test_the_pypi_package_under_autocast_and_tuned_graphs(tiny_file):
     theirs = {"codebook_dim": 8, "semantic_dim": 1024, "convnext_intermediate_dim": 2048, "latent_dim": 1024}
     settings = DualCodecConfig.from_dict({**testing.TINY, **theirs}).to_dict()
     task = workload.make_task("decode", settings, 0.005, 1, "cpu")
     by_name = {peer.name: peer for peer in catalog.CODEC_PEERS}
-    with pytest.raises(base.Unavailable, match="needs a GPU"):
-        by_name["autotune-bf16"].build(task)
+    for name in ("autotune-bf16", "recorded-bf16"):
+        with pytest.raises(base.Unavailable, match="needs a GPU"):
+            by_name[name].build(task)
     try:
         call = by_name["pypi-fp16"].build(task)
     except base.Unavailable as why:

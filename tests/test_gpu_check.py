@@ -141,9 +141,29 @@ def test_the_gpus_tests_run_on_the_cpu(words: list[str], last: str) -> None:
 
 
 @pytest.mark.parametrize("name", gpu_runs.RUNS)
-def test_every_run_is_a_command(name: str) -> None:
-    args = run.parse([*gpu_runs.RUNS[name].split(), "--device", "cpu"])
+def test_every_run_is_a_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = run.parse([*gpu_runs.RUNS[name].split(), "--device", "cuda"])
     assert args.what == name.split("-")[0] or args.ops == ("rvq_search",)
+
+
+def test_the_groups_of_runs_are_those_that_have_limits() -> None:
+    assert list(gpu_check.BENCH_GROUPS) == list(gpu_runs.GROUPS)
+    assert sum(len(group) for group in gpu_runs.GROUPS.values()) == len(gpu_runs.RUNS)
+
+
+def test_a_run_past_its_limit_ends_its_process_and_the_next_goes_on(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from bench import gpu_runs, run; run.main = lambda words: {}; sys.exit(gpu_runs.main({!r}))"
+    )
+    words = ["--results", str(tmp_path), "--begun", str(tmp_path / "begun.txt"), "--device", "cpu", "--limit", "0.2"]
+    words += ["--only", "decode-12hz_v1-b1"]
+    for work, status in (("time.sleep(60) or 0", 4), ("0", 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(work, words)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+    assert (tmp_path / "begun.txt").read_text() == "decode-12hz_v1-b1\n"
 
 
 @pytest.fixture

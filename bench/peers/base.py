@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.program import Program
 
 Call = Callable[[], object]
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Unavailable(Exception):
@@ -47,6 +48,19 @@ class Peer:
     what: str
     build: Callable[[Task], Call]  # raises Unavailable
     packages: tuple[str, ...] = ()  # on PyPI, beyond torch
+
+
+def with_state(make: Callable[[], _Module], state: Mapping[str, Tensor]) -> _Module:
+    """Make a model in eval mode whose parameters are the state's own tensors, wherever those are: no time goes into
+    values that are replaced at once.
+
+    Raises:
+        RuntimeError: the state is another model's.
+    """
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def need(*modules: str) -> None:

@@ -35,6 +35,8 @@ def _peers(dtype: torch.dtype) -> Iterator[Peer]:
     for form, label in (("1d", ""), ("2d", f", {_H1}")):
         name = "folded" if form == "1d" else "folded2d"
         yield peer(name, f"folded weights, eager{label}", torch_peers.folded, form, dtype)
+    recorded = "folded weights, eager, replayed from a CUDA graph"
+    yield peer("recorded", recorded, torch_peers.recorded, "1d", dtype)
     yield peer("compile", "folded weights, torch.compile", torch_peers.compiled, "1d", dtype, False)
     tuned = "folded weights, torch.compile max-autotune with CUDA graphs"
     yield peer("autotune", tuned, torch_peers.autotuned, "1d", dtype)
@@ -72,7 +74,7 @@ def select(wanted: str, dtype: torch.dtype, known: tuple[Peer, ...] = CODEC_PEER
         return []
     if wanted == "all":
         always = ("pypi", "folded-bf16") if device == "cpu" else ("pypi", "pypi-fp16", "folded-bf16")
-        elsewhere = ("autotune",) if device == "cpu" else ("ort", "openvino", "zentorch", "frozen")
+        elsewhere = ("autotune", "recorded") if device == "cpu" else ("ort", "openvino", "zentorch", "frozen")
         chosen = [peer for peer in known if peer.dtype == dtype or peer.name in always]
         return [peer for peer in chosen if not peer.name.startswith(elsewhere)]
     by_name = {peer.name: peer for peer in known}

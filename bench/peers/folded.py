@@ -146,9 +146,9 @@ class FoldedConvNeXt(nn.Module):
 
 
 def _set(module: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    with torch.no_grad():
-        module.weight.copy_(weight)
-        module.bias.copy_(bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        assert module.get_parameter(name).shape == value.shape
+        setattr(module, name, nn.Parameter(value.double().contiguous(), requires_grad=False))
 
 
 def _layer_modules(layer: Layer, state: State, form: str) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Call, Task, Unavailable, need
+from .base import Call, Task, Unavailable, need, with_state
 from .folded import FoldedDecoder, FoldedEncoder, finish
 
 
@@ -52,12 +52,10 @@ def pypi_model(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
     chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k in known}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its weight norm is torch's deprecated one
-        model = cls(**chosen)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError:
-        raise Unavailable("the PyPI package has no such model") from None
-    return model.eval()
+        try:
+            return with_state(lambda: cls(**chosen), state)
+        except RuntimeError:
+            raise Unavailable("the PyPI package has no such model") from None
 
 
 def pypi(task: Task) -> Call:
@@ -68,14 +66,15 @@ def pypi(task: Task) -> Call:
 def reference(task: Task, dtype: torch.dtype) -> Call:
     from dualcodec_ext.reference import DualCodec
 
-    model = DualCodec(**task.settings)
-    model.load_state_dict(task.state)
-    return _codec_call(model.to(device=task.device, dtype=dtype).eval(), task, dtype)
+    model = with_state(lambda: DualCodec(**task.settings), task.state)
+    return _codec_call(model.to(device=task.device, dtype=dtype), task, dtype)
 
 
 def folded_module(task: Task, form: str, dtype: torch.dtype) -> nn.Module:
     cls = FoldedDecoder if task.kind == "decode" else FoldedEncoder
-    return finish(cls(task.program, task.state, form), form, dtype, task.device)
+    with torch.device("meta"):  # its parameters come from the state, wherever that is
+        made = cls(task.program, task.state, form)
+    return finish(made, form, dtype, task.device)
 
 
 def folded(task: Task, form: str, dtype: torch.dtype) -> Call:
@@ -125,6 +124,27 @@ def autotuned(task: Task, form: str, dtype: torch.dtype, mode: str = "max-autotu
     if task.device == "cpu" and mode == "max-autotune":
         raise Unavailable("needs a GPU")
     return compiled_call(folded_module(task, form, dtype), task.cast_inputs(dtype), mode=mode)
+
+
+def recorded(task: Task, form: str, dtype: torch.dtype) -> Call:
+    """PyTorch's own kernels without the time that starting them takes."""
+    if task.device == "cpu":
+        raise Unavailable("needs a GPU")
+    eager, side, found = folded(task, form, dtype), torch.cuda.Stream(), list[object]()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # what first calls set up may not happen inside a recording
+            eager()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found.append(eager())
+
+    def call() -> object:
+        graph.replay()
+        return found[0]
+
+    return call
 
 
 def zentorch(task: Task, form: str, dtype: torch.dtype) -> Call:
