@@ -191,6 +191,12 @@ at::Tensor residual_unit_cuda(const at::Tensor& x, const at::Tensor& alpha1, con
   if (const int64_t numel = residual_unit_hidden(context, p); numel > 0) hidden = at::empty({numel}, x.options());
   ResidualUnitPlan plan = plan_residual_unit_cuda(context, p, hidden.defined() ? hidden.mutable_data_ptr() : nullptr);
   if (plan.fused) {
+    const auto stands = [](const at::Tensor& used, const OptionalTensor& given) {
+      return !used.defined() || (given.has_value() && used.is_same(*given));
+    };
+    plan.params.weights_stand = packed.has_value() && packed->defined() && stands(alpha1_values, alpha1) &&
+                                stands(alpha2_values, alpha2) && stands(bias1_values, bias1) &&
+                                stands(bias2_values, bias2);
     plan.start(context, plan);
   } else {
     start_plan(context, plan.first, x, packed);

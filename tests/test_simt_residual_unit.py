@@ -130,7 +130,8 @@ def program() -> Path:
 
 
 def test_every_kernel_has_a_case() -> None:
-    text = (ROOT / "kernels/residual_unit/residual_unit_launch.cuh").read_text()
+    files = ("residual_unit_launch.cuh", "residual_unit_groups.cuh")
+    text = "".join((ROOT / "kernels/residual_unit" / file).read_text() for file in files)
     for name, tiles in ("FusedUnit", SHORT + WIDE), ("WgmmaUnit", GROUPS_SHORT + GROUPS_LONG), ("WgmmaTeams", TEAMS):
         shipped = {(int(columns), int(rows)) for columns, rows in re.findall(rf"{name}<T, (\d+), (\d+)", text)}
         assert shipped == {tile[1:3] for tile in tiles}

@@ -22,6 +22,7 @@ struct FusedUnitParams {
   int segment;             // rows of shared memory
   int tiles, blocks;       // of all clips, where a block takes every blocks-th tile from its own on
   bool vectors, vector_store;
+  bool weights_stand;  // nothing that may still run in front of the kernel in its stream writes them or the vectors
 };
 
 struct ResidualUnitPlan {

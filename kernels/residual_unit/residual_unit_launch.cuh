@@ -1,14 +1,9 @@
-// Which kernels residual_unit has on a GPU, and which of them runs.
+// Which kernels residual_unit has on a GPU, and which of them runs. Those of Hopper's warpgroup products, which take long
+// to compile, are residual_unit_groups.cuh's.
 #pragma once
-#include "residual_unit_teams.cuh"
-#include "residual_unit_wgmma.cuh"
+#include "residual_unit_plan.cuh"
 
 namespace dcx {
-
-template <int kNumber>
-struct Constant {
-  static constexpr int kValue = kNumber;
-};
 
 // Every fused kernel that ships: kColumns is the channels' next width; Wide for long signals, Short where those would
 // leave multiprocessors idle or do not fit. Both add in the same order.
@@ -45,69 +40,6 @@ struct FusedKernels<T, 192> {
   using Short = FusedUnit<T, 192, 64, 2, 4, 32, 2>;
 };
 
-// The same on Hopper where rows move 16 bytes at a time, bit for bit their results; the planner takes the cheapest.
-template <class... K>
-struct UnitKernels {};
-template <class T, int kColumns>
-struct WgmmaUnits;
-template <class T>
-struct WgmmaUnits<T, 32> {
-  using All = UnitKernels<WgmmaUnit<T, 32, 2, 32, 0, 4>, WgmmaUnit<T, 32, 1, 32, 0, 4>>;
-};
-template <class T>
-struct WgmmaUnits<T, 48> {
-  using All = UnitKernels<WgmmaUnit<T, 48, 2, 48, 0, 3>, WgmmaUnit<T, 48, 1, 48, 0, 3>>;
-};
-template <class T>
-struct WgmmaUnits<T, 64> {
-  using All = UnitKernels<WgmmaUnit<T, 64, 2, 64, 0, 2>, WgmmaUnit<T, 64, 1, 64, 0, 2>>;
-};
-template <class T>
-struct WgmmaUnits<T, 96> {
-  using All = UnitKernels<WgmmaTeams<T, 96, 2>, WgmmaUnit<T, 96, 2, 48, 5, 2>, WgmmaUnit<T, 96, 1, 48, 5, 2>>;
-};
-template <class T>
-struct WgmmaUnits<T, 128> {
-  using All = UnitKernels<WgmmaUnit<T, 128, 2, 64, 4, 2>, WgmmaUnit<T, 128, 1, 64, 4, 2>>;
-};
-template <class T>
-struct WgmmaUnits<T, 192> {
-  using All =
-      UnitKernels<WgmmaUnit<T, 192, 3, 64, 5, 1>, WgmmaUnit<T, 192, 2, 64, 5, 1>, WgmmaUnit<T, 192, 1, 64, 5, 1>>;
-};
-
-// Calls visit with the next width; false where there is none.
-template <class Visit>
-bool with_unit_width(int64_t channels, const Visit& visit) {
-  if (channels <= 32) return visit(Constant<32>{});
-  if (channels <= 48) return visit(Constant<48>{});
-  if (channels <= 64) return visit(Constant<64>{});
-  if (channels <= 96) return visit(Constant<96>{});
-  if (channels <= 128) return visit(Constant<128>{});
-  if (channels <= 192) return visit(Constant<192>{});
-  return false;
-}
-
-template <class K>
-void plan_fused(const ResidualUnitParams& p, ResidualUnitPlan& plan) {
-  plan.params.row_tiles = ceil_div(p.out_steps, int64_t{K::kTileRows});
-  plan.params.segment = static_cast<int>(K::segment(p.dilation));
-  plan.grid = Grid{p.batch * plan.params.row_tiles, 1, 1};
-  plan.smem_bytes = K::smem_bytes(p.dilation);
-  plan.start = [](const CudaContext& where, const ResidualUnitPlan& made) {
-    launch<K>(where, made.params, made.grid, made.smem_bytes);
-  };
-}
-
-// Blocks take tile after tile, as many as find room at once.
-template <class K>
-void plan_tiles(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
-  plan_fused<K>(p, plan);
-  plan.params.tiles = static_cast<int>(plan.grid.x);
-  plan.grid.x = minimum(ceil_div(plan.grid.x, int64_t{K::kTeams}), int64_t{context.multiprocessors} * K::kMinBlocks);
-  plan.params.blocks = static_cast<int>(plan.grid.x);
-}
-
 // In rows' time on a multiprocessor: a tile takes its rows, but not less than reading the weights from L2 takes, which
 // is about 100 rows' time on an H100 whatever the width (README.md).
 template <class K>
@@ -115,41 +47,6 @@ int64_t fused_cost(const CudaContext& context, const ResidualUnitParams& p) {
   constexpr int64_t kWeightRows = 100;
   const int64_t tiles = p.batch * ceil_div(p.out_steps, int64_t{K::kTileRows});
   return ceil_div(tiles, int64_t{context.multiprocessors}) * maximum(int64_t{K::kTileRows}, kWeightRows);
-}
-
-// In rows' products on a multiprocessor: a tile takes its own, and what stands around them takes as long as of 48.
-// Teams have that at the same time, but for a tile's at either end.
-template <class K>
-int64_t wgmma_cost(const CudaContext& context, const ResidualUnitParams& p) {
-  constexpr int64_t kAround = 48;
-  if (K::smem_bytes(p.dilation) > context.shared_bytes) return INT64_MAX;
-  const int64_t tiles = p.batch * ceil_div(p.out_steps, int64_t{K::kTileRows});
-  const int64_t rounds = ceil_div(tiles, int64_t{context.multiprocessors});
-  return K::kTeams > 1 ? (rounds + 2) * K::kTileRows : rounds * (K::kTileRows + kAround);
-}
-
-// Takes the cheapest, of equals the first; false where none fits.
-template <class... K>
-bool plan_cheapest(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan, UnitKernels<K...>) {
-  int64_t least = INT64_MAX;
-  const auto offer = [&](int64_t cost, auto* plan_it) {
-    if (cost >= least) return;
-    least = cost;
-    plan_it(context, p, plan);
-  };
-  (offer(wgmma_cost<K>(context, p), plan_tiles<K>), ...);
-  return least < INT64_MAX;
-}
-
-// False where the rows' layout, the signal's length or the device does not suit the wgmma kernels.
-template <class T, int kColumns>
-bool plan_wgmma(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
-  constexpr int64_t kMost = 1 << 30;  // steps and tiles are 32-bit there
-  if (!context.wgmma || !plan.params.vectors || !plan.params.vector_store) return false;
-  if (maximum(p.in_steps, p.out_steps) + p.pad_left + p.pad_right + kResidualUnitTaps * p.dilation >= kMost)
-    return false;
-  if (p.batch * p.out_steps >= kMost * 32) return false;
-  return plan_cheapest(context, p, plan, typename WgmmaUnits<T, kColumns>::All{});
 }
 
 // False where this device has too little shared memory for the smallest tile, or the unit is too wide.
@@ -160,7 +57,7 @@ bool plan_fused_of(const CudaContext& context, const ResidualUnitParams& p, Resi
     using Wide = typename FusedKernels<T, kColumns>::Wide;
     using Short = typename FusedKernels<T, kColumns>::Short;
     if (Short::smem_bytes(p.dilation) > context.shared_bytes) return false;
-    if (plan == nullptr || plan_wgmma<T, kColumns>(context, p, *plan)) return true;
+    if (plan == nullptr || plan_groups<T>(context, p, *plan)) return true;
     if (Wide::smem_bytes(p.dilation) <= context.shared_bytes &&
         fused_cost<Wide>(context, p) <= fused_cost<Short>(context, p))
       plan_fused<Wide>(p, *plan);

@@ -58,9 +58,10 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
     const Own own = Parts::own_cells(panel_bytes, shift);
     const Panel first = panel_at(rows + group * (64 * kPanelRowBytes), kPanelRowBytes);
     const int count = kTileRows + (kTaps - 1) * dilation;
+    if (!p.weights_stand) grid_wait();
     load_weights(p, smem);
     Parts::load_vectors(p, vectors, kThreads);
-    grid_wait();  // weights and vectors are not the kernel in front's
+    if (p.weights_stand) grid_wait();
     sync_threads();
 
     // Tile r of this team; tiles past the end have no steps.

@@ -88,13 +88,14 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       fill(step + kRing - 2, stage >= 2 ? stage - 2 : stage + kRing - 2);
       wgmma_wait<1>();
     };
+    if (!p.weights_stand) grid_wait();
     Parts::load_vectors(p, vectors, kThreads);
     if constexpr (kResident) {
       DCX_NO_UNROLL
       for (int tap = 0; tap <= kTaps; ++tap) load_weights(p, own, tap, 0, smem + tap * kStageBytes);
       cp_async_commit();
     }
-    grid_wait();  // weights and vectors are not the kernel in front's
+    if (p.weights_stand) grid_wait();
     sync_threads();
 
     DCX_NO_UNROLL

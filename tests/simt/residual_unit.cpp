@@ -1,3 +1,4 @@
+#include "../../kernels/residual_unit/residual_unit_groups.cuh"
 #include "../../kernels/residual_unit/residual_unit_launch.cuh"
 
 #include "views.h"

@@ -1,0 +1,7 @@
+#include "residual_unit_groups.cuh"
+
+namespace dcx {
+
+template bool plan_groups<bf16>(const CudaContext&, const ResidualUnitParams&, ResidualUnitPlan&);
+
+}  // namespace dcx
