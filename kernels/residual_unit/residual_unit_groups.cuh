@@ -26,16 +26,16 @@ struct WgmmaUnits<T, 64> {
 };
 template <class T>
 struct WgmmaUnits<T, 96> {
-  using All = UnitKernels<WgmmaTeams<T, 96, 2>, WgmmaUnit<T, 96, 2, 48, 5, 2>, WgmmaUnit<T, 96, 1, 48, 5, 2>>;
+  using All = UnitKernels<WgmmaTeams<T, 96, 2>, WgmmaUnit<T, 96, 2, 48, 5, 2>, WgmmaUnit<T, 96, 1, 48, 10, 1>>;
 };
 template <class T>
 struct WgmmaUnits<T, 128> {
-  using All = UnitKernels<WgmmaUnit<T, 128, 2, 64, 4, 2>, WgmmaUnit<T, 128, 1, 64, 4, 2>>;
+  using All = UnitKernels<WgmmaUnit<T, 128, 2, 64, 4, 2>, WgmmaUnit<T, 128, 1, 64, 8, 1>>;
 };
 template <class T>
 struct WgmmaUnits<T, 192> {
   using All =
-      UnitKernels<WgmmaUnit<T, 192, 3, 64, 5, 1>, WgmmaUnit<T, 192, 2, 64, 5, 1>, WgmmaUnit<T, 192, 1, 64, 5, 1>>;
+      UnitKernels<WgmmaUnit<T, 192, 3, 64, 5, 1>, WgmmaUnit<T, 192, 2, 64, 6, 1>, WgmmaUnit<T, 192, 1, 64, 7, 1>>;
 };
 
 // Blocks take tile after tile, as many as find room at once.

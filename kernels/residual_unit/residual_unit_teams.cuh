@@ -36,14 +36,18 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
     const int wide = static_cast<int>(p.columns_padded), deep = static_cast<int>(p.channels_padded);
     const T* weight = static_cast<const T*>(p.weight);
     DCX_NO_UNROLL
-    for (int i = thread_index(); i < (kTaps + 1) * kColumns * (kColumns / 8); i += kThreads) {
+    for (int i = thread_index(); i < kTaps * kColumns * (kColumns / 8); i += kThreads) {
       const int vector = i % (kColumns / 8), k = i / (kColumns / 8) % kColumns, tap = i / (kColumns / 8) / kColumns;
       const bool valid = vector * 8 < wide && k < deep;
       const int to = vector < 8 ? tap * kPanel + panel_cell(k, vector) * 16
                                 : kFirstPanels + tap / 2 * kPanel + panel_cell(k, vector - 8 + tap % 2 * 4) * 16;
       cp_async16(smem + to, valid ? weight + (tap * deep + k) * wide + vector * 8 : weight, valid);
     }
-    cp_async_commit();
+    Parts::template load_pointwise<kColumns>(p, 0, [&](int k, int word) {
+      const int to = word < 32 ? kTaps * kPanel + panel_cell(k, word / 4) * 16
+                               : kFirstPanels + kTaps / 2 * kPanel + panel_cell(k, word / 4 - 8 + kTaps % 2 * 4) * 16;
+      return smem + to + word % 4 * 4;
+    });
   }
 
   static DCX_DEVICE void run(const Params& p, unsigned char* smem) {
@@ -73,22 +77,27 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
     const int first_tile = static_cast<int>(block_x()) * kTeams;
     const int rounds = first_tile < p.tiles ? (p.tiles - first_tile - 1) / (p.blocks * kTeams) + 1 : 0;
     float sums[kColumns / 2];
-    const auto prepare = [&](const Where& next) {
+    uint32_t old[2][kColumns / 8];
+    const auto fetch = [&](const Where& next) {
       if (counts(next)) Parts::load_rows(p, next, own, next.begin - static_cast<int>(p.pad_left), count, rows);
       cp_async_commit();
+    };
+    const auto prepare = [&](const Where& next) {
       cp_async_wait<0>();  // the first time, the weights too
       if (counts(next)) Parts::snake_rows(own, count, vectors, rows);
       fence_async();
     };
-    prepare(team == 0 ? tile_at(0) : Where{-1, 0, 0, 0});
+    const Where start = team == 0 ? tile_at(0) : Where{-1, 0, 0, 0};
+    fetch(start);
+    prepare(start);
     sync_threads();
 
-    // Phase f: team f % 2 has its taps of round f / 2. Both pass three barriers in it.
+    // Phase f: team f % 2 has its taps of round f / 2.
     DCX_NO_UNROLL
     for (int phase = 0; phase <= 2 * rounds; ++phase) {
       if (phase % 2 == team) {
-        const bool works = counts(tile_at(phase / 2));
-        if (works) {
+        const Where at = tile_at(phase / 2);
+        if (counts(at)) {
           wgmma_fence();
           Parts::template multiply<kDeep, true>(sums, first, panel_bytes, shift, 0, weights_of(smem, 0));
           DCX_UNROLL
@@ -96,16 +105,14 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
             Parts::template multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes),
                                                    panel_bytes, shift, 0, weights_of(smem, tap));
           wgmma_commit();
+          Parts::template load_residual<0, kColumns>(p, at, old);
         }
-        sync_threads();
-        sync_threads();
         wgmma_wait<0>();
         settle(sums);
       } else {
-        const Where at = tile_at((phase - 1) / 2 - (phase == 0));
+        const Where at = tile_at((phase - 1) / 2 - (phase == 0)), next = tile_at((phase + 1) / 2);
+        fetch(next);  // the taps have left the rows' memory
         if (counts(at)) {
-          Parts::load_rows(p, at, own, at.begin + static_cast<int>(p.residual_shift), kTileRows, rows);
-          cp_async_commit();
           uint32_t hidden[kDeep][4];
           Parts::hide(sums, pairs, hidden);
           wgmma_fence();
@@ -113,13 +120,11 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
           wgmma_commit();
           wgmma_wait<0>();
           settle(sums);
-          cp_async_wait<0>();
+          Parts::template finish<0, kColumns>(p, at, sums, pairs, old);
+        } else if (at.clip >= 0) {
+          Parts::clear_rows(p, at, own);
         }
-        sync_threads();  // the residual is the team's
-        if (counts(at)) Parts::template add_residual<0, kColumns>(sums, pairs, rows, panel_bytes, shift);
-        sync_threads();
-        if (at.clip >= 0) Parts::store_rows(p, at, own, rows);
-        prepare(tile_at((phase + 1) / 2));
+        prepare(next);
       }
       sync_threads();
     }

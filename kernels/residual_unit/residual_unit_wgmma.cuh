@@ -1,8 +1,8 @@
 // residual_unit.cuh's unit on Hopper's warpgroup products, bit for bit its result. A warpgroup owns 64 steps and all
 // channels. Rows stand in shared memory as panels of 64 channels and are snaked there in place; a tap is the panels'
-// start moved by d rows. The hidden values go from the sums through Snake to the 1x1's operand within registers; the
-// residual's rows, which the block fetches again meanwhile, lie in the rows' place, where y replaces them. Weights
-// stand in shared memory for good where they fit, else they stream through a ring. Blocks take tile after tile.
+// start moved by d rows. The hidden values go from the sums through Snake to the 1x1's operand within registers, and
+// the residual comes and y goes without a way through shared memory, where the next tile's rows arrive meanwhile.
+// Weights stand there for good where they fit, else they stream through a ring. Blocks take tile after tile.
 #pragma once
 #include "wgmma_parts.cuh"
 
@@ -32,6 +32,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
   static constexpr int kHead = kColumns > 128 ? 128 : kColumns, kTail = kColumns - kHead;
   static_assert(kTail == 0 || kChunks <= kRing, "all of the 1x1's weights are there at once");
   static DCX_DEVICE int last_stage(int chunk) { return (kTaps * kChunks + chunk) % kRing; }
+  static constexpr bool kEarly = kColumns <= 96;  // the residual has registers while the taps are multiplied
   static_assert(kChunks * kStep == kColumns && kStep % 16 == 0, "a tap is whole steps");
   static_assert(kResident ? kChunks == 1 : kStages >= 3, "a stage is filled two steps after its products began");
   static_assert(kStep * kPanelRowBytes % 1024 == 0, "panels start at multiples of 1024 bytes");
@@ -61,6 +62,13 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
     }
   }
 
+  // The same of the 1x1's.
+  static DCX_DEVICE void load_pointwise(const Params& p, int within, unsigned char* to) {
+    Parts::template load_pointwise<kStep>(p, within, [&](int k, int word) {
+      return to + word / 32 * (kStep * kPanelRowBytes) + panel_cell(k, word % 32 / 4) * 16 + word % 4 * 4;
+    });
+  }
+
   static DCX_DEVICE void run(const Params& p, unsigned char* smem) {
     unsigned char* rows = smem + kWeightBytes;
     const int panel_bytes = p.segment * kPanelRowBytes, dilation = static_cast<int>(p.dilation);
@@ -74,8 +82,11 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
     // A step of the ring: its weights and all that threads wrote before are everyone's, then its products go out, and
     // the stage of the step before the last, whose products are done, is filled.
     const auto fill = [&](int step, int stage) {
-      if (step < (kTaps + 1) * kChunks)
-        load_weights(p, own, step / kChunks, step % kChunks * kStep, smem + stage * kStageBytes);
+      const int tap = step / kChunks, within = step % kChunks * kStep;
+      if (tap < kTaps)
+        load_weights(p, own, tap, within, smem + stage * kStageBytes);
+      else if (tap == kTaps)
+        load_pointwise(p, within, smem + stage * kStageBytes);
       cp_async_commit();
     };
     const auto stream = [&](int step, int stage, const auto& products) {
@@ -88,28 +99,45 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       fill(step + kRing - 2, stage >= 2 ? stage - 2 : stage + kRing - 2);
       wgmma_wait<1>();
     };
+    // A tile's rows; to be committed. Past the last tile, and of a tile without valid steps, none.
+    const auto fetch = [&](int tile) {
+      if (tile >= p.tiles) return;
+      const Where of = Parts::place(p, tile);
+      if (of.begin < of.out_valid)
+        Parts::load_rows(p, of, own, of.begin - static_cast<int>(p.pad_left), count, rows);
+    };
     if (!p.weights_stand) grid_wait();
     Parts::load_vectors(p, vectors, kThreads);
     if constexpr (kResident) {
       DCX_NO_UNROLL
-      for (int tap = 0; tap <= kTaps; ++tap) load_weights(p, own, tap, 0, smem + tap * kStageBytes);
-      cp_async_commit();
+      for (int tap = 0; tap < kTaps; ++tap) load_weights(p, own, tap, 0, smem + tap * kStageBytes);
+      load_pointwise(p, 0, smem + kTaps * kStageBytes);
+    } else {
+      for (int step = 0; step < kStages - 2; ++step) fill(step, step);
     }
     if (p.weights_stand) grid_wait();
-    sync_threads();
+    fetch(static_cast<int>(block_x()));
+    cp_async_commit();
+    sync_threads();  // the vectors
+    bool filled = true;  // the ring's first stages are on their way, in front of the rows
 
     DCX_NO_UNROLL
     for (int tile = static_cast<int>(block_x()); tile < p.tiles; tile += p.blocks) {
       const Where at = Parts::place(p, tile);
       if (at.begin >= at.out_valid) {
-        Parts::store_rows(p, at, own, rows);
+        fetch(tile + p.blocks);
+        cp_async_commit();
+        Parts::clear_rows(p, at, own);
         continue;
       }
-      Parts::load_rows(p, at, own, at.begin - static_cast<int>(p.pad_left), count, rows);
-      cp_async_commit();
-      if constexpr (!kResident)
+      if (kResident || filled) {
+        cp_async_wait<0>();
+      } else {
+        sync_threads();  // the ring is free
         for (int step = 0; step < kStages - 2; ++step) fill(step, step);
-      cp_async_wait<kResident ? 0 : kStages - 2>();
+        cp_async_wait<kResident ? 0 : kStages - 2>();
+      }
+      filled = false;
       Parts::snake_rows(own, count, vectors, rows);
 
       float sums[kColumns / 2];
@@ -142,15 +170,17 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
           for (int chunk = 0; chunk < kChunks; ++chunk) next(a, chunk);
         }
       }
+      uint32_t old[2][kHead / 8];
+      if constexpr (kEarly) Parts::template load_residual<0, kHead>(p, at, old);
       wgmma_wait<0>();
       settle(sums);
       sync_threads();  // the rows' memory is free
-      Parts::load_rows(p, at, own, at.begin + static_cast<int>(p.residual_shift), kTileRows, rows);
+      fetch(tile + p.blocks);
+      if constexpr (kResident) cp_async_commit();  // else with a stage's
       uint32_t hidden[kDeep][4];
       Parts::hide(sums, pairs, hidden);
       float head[kHead / 2];
       if constexpr (kResident) {
-        cp_async_commit();
         wgmma_fence();
         Parts::template multiply_hidden<kHead, kStepDeep>(head, hidden, 0, moved_within(weights, kTaps * kStageBytes));
         wgmma_commit();
@@ -163,9 +193,10 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       }
       wgmma_wait<0>();
       settle(head);
-      cp_async_wait<0>();
-      sync_threads();  // the residual is everyone's
-      Parts::template add_residual<0, kHead>(head, pairs, rows, panel_bytes, 0);
+      if constexpr (kEarly)
+        Parts::template finish<0, kHead>(p, at, head, pairs, old);
+      else
+        Parts::template finish_late<0, kHead>(p, at, head, pairs);
       if constexpr (kTail > 0) {
         float tail[kTail / 2];
         wgmma_fence();
@@ -175,13 +206,12 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
               tail, hidden, chunk * kStepDeep,
               moved_within(weights, last_stage(chunk) * kStageBytes + kHead * kStep * 2));
         wgmma_commit();
+        uint32_t more[2][kTail / 8];
+        Parts::template load_residual<kHead, kTail>(p, at, more);
         wgmma_wait<0>();
         settle(tail);
-        Parts::template add_residual<kHead, kTail>(tail, pairs, rows, panel_bytes, 0);
+        Parts::template finish<kHead, kTail>(p, at, tail, pairs, more);
       }
-      sync_threads();
-      Parts::store_rows(p, at, own, rows);
-      // The next tile's copies go where this thread alone has just read, or where nobody has since the taps.
     }
     cp_async_wait<0>();
   }

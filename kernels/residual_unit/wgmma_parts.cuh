@@ -1,5 +1,9 @@
 // What the kernels on Hopper's warpgroup products do around them, for one team of kGroups warpgroups: copying rows,
 // Snake, the step from sums to the next operand, the residual, y.
+//
+// The 1x1's columns stand in an order of their own, so that a thread's sums of a row are channels side by side, and x
+// and y go from and to global memory without a way through shared memory: of 32 columns, eight channels per thread; of
+// 16 at the end, four.
 #pragma once
 #include "residual_unit.cuh"
 #include "wgmma_registers.cuh"
@@ -117,8 +121,35 @@ struct WgmmaParts {
     }
   }
 
-  // The small vectors: alpha1, its inverse; then per pair of columns bias1, alpha2, its inverse and bias2, so that a
-  // thread reads a pair's with two loads. Zeros past the channels.
+  // Where the 1x1 has the two channels of a word, in words.
+  static DCX_DEVICE int place_of_word(int word) {
+    const int within = word % 16;
+    if (word < kColumns / 32 * 16) return word - within + within % 4 * 4 + within / 4;
+    return word - within + within % 2 * 4 + within / 2;
+  }
+
+  // kRows channels of the 1x1's weights from `within` on, zeros where they end; at(k, word): where a word of row k
+  // stands.
+  template <int kRows, class At>
+  static DCX_DEVICE void load_pointwise(const Params& p, int within, const At& at) {
+    constexpr int kWarps = kTeams * kTeamThreads / kWarp;
+    const int wide = static_cast<int>(p.columns_padded), deep = static_cast<int>(p.channels_padded);
+    const T* weight = static_cast<const T*>(p.weight);
+    const int lane = thread_index() % kWarp;
+    DCX_UNROLL
+    for (int first = 0; first < kColumns / 2; first += kWarp) {
+      const int word = first + lane, place = place_of_word(word);
+      if (word >= kColumns / 2) break;
+      DCX_NO_UNROLL
+      for (int k = thread_index() / kWarp; k < kRows; k += kWarps) {
+        const bool valid = word * 2 < wide && within + k < deep;
+        cp_async4(at(k, place), valid ? weight + (kTaps * deep + within + k) * wide + word * 2 : weight, valid);
+      }
+    }
+  }
+
+  // The small vectors: alpha1, its inverse; then per pair of columns bias1, alpha2, its inverse, and bias2 of the 1x1's
+  // pair there, so that a thread reads a pair's with two loads. Zeros past the channels.
   static DCX_DEVICE void load_vectors(const Params& p, float* to, int threads) {
     for (int c = thread_index(); c < kColumns; c += threads) {
       const bool valid = c < p.channels;
@@ -129,7 +160,7 @@ struct WgmmaParts {
       pair[0] = valid && p.bias1 != nullptr ? p.bias1[c] : 0.0f;
       pair[2] = alpha2;
       pair[4] = valid ? snake_inverse(alpha2) : 0.0f;
-      pair[6] = valid && p.bias2 != nullptr ? p.bias2[c] : 0.0f;
+      to[2 * kColumns + place_of_word(c / 2) * 8 + 6 + c % 2] = valid && p.bias2 != nullptr ? p.bias2[c] : 0.0f;
     }
   }
 
@@ -181,61 +212,90 @@ struct WgmmaParts {
     }
   }
 
-  // + bias2 + the residual, rounded, in the residual's place: kCount columns from kFirst on.
-  template <int kFirst, int kCount>
-  static DCX_DEVICE void add_residual(const float (&sums)[kCount / 2], const float* pairs, unsigned char* rows,
-                                      int panel_bytes, int shift) {
-    const int lane = thread_index() % kWarp, row = thread_index() % kTeamThreads / kWarp * 16 + lane / 4;
-    const float* own = pairs + lane % 4 * 8 + 6;
-    const int first = row * kPanelRowBytes + lane / 4 * 16 + lane % 4 * 4;
-    constexpr int kAtOnce = 2;  // loads that are under way together
+  // This thread's first row of the tile; the second is 8 behind.
+  static DCX_DEVICE int own_row() {
+    return thread_index() % kTeamThreads / kWarp * 16 + thread_index() % kWarp / 4;
+  }
+  struct alignas(8) Half16 {
+    uint32_t values[2];
+  };
+
+  // Calls move(word, channel, Vector16 or Half16) for this thread's channels of kCount columns from kFirst on; `word`
+  // counts its words of a row.
+  template <int kFirst, int kCount, class Move>
+  static DCX_DEVICE void own_channels(const Move& move) {
+    const int quarter = thread_index() % 4;
     DCX_UNROLL
-    for (int first_n = kFirst / 8; first_n < (kFirst + kCount) / 8; first_n += kAtOnce) {
-      const auto at = [&](int n, int half) {
-        return reinterpret_cast<uint32_t*>(rows + n / 8 * panel_bytes + (first ^ (n % 8 * 16 + (n >= 8 ? shift : 0))) +
-                                           half * 8 * kPanelRowBytes);
-      };
-      uint32_t words[kAtOnce][2];
-      Pair<float> bias[kAtOnce];
-      DCX_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        words[i][0] = *at(first_n + i, 0);
-        words[i][1] = *at(first_n + i, 1);
-        bias[i] = *reinterpret_cast<const Pair<float>*>(own + (first_n + i) * 32);
-      }
-      DCX_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kCount / 32; ++i) move(i * 4, kFirst + i * 32 + quarter * 8, Vector16<uint32_t>{});
+    if constexpr (kCount % 32 != 0) move(kCount / 32 * 4, kFirst + kCount / 32 * 32 + quarter * 4, Half16{});
+  }
+
+  // x where the residual is, of this thread's two rows, zeros outside [0, in_valid).
+  template <int kFirst, int kCount>
+  static DCX_DEVICE void load_residual(const Params& p, const Where& at, uint32_t (&words)[2][kCount / 8]) {
+    const int channels = static_cast<int>(p.channels);
+    DCX_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int t = at.begin + own_row() + half * 8 + static_cast<int>(p.residual_shift);
+      const bool valid = static_cast<unsigned>(t) < static_cast<unsigned>(at.in_valid);
+      const T* from = static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b + t * p.x.stride_t;
+      own_channels<kFirst, kCount>([&](int word, int channel, auto values) {
+        if (valid && channel < channels) values = *reinterpret_cast<const decltype(values)*>(from + channel);
         DCX_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const Pair<float> old = unpack_pair<T>(words[i][half]);
-          const float* sum = sums + (first_n + i - kFirst / 8) * 4 + half * 2;
-          *at(first_n + i, half) = pack_pair<T>(sum[0] + bias[i].low + old.low, sum[1] + bias[i].high + old.high);
-        }
-      }
+        for (int i = 0; i < static_cast<int>(sizeof(values) / 4); ++i) words[half][word + i] = values.values[i];
+      });
     }
   }
 
-  // The tile's rows of y, zeros from out_valid on.
-  static DCX_DEVICE void store_rows(const Params& p, const Where& at, const Own& own, const unsigned char* rows) {
+  // y of this thread's two rows, + bias2 + the residual: kCount columns from kFirst on, zeros from out_valid on.
+  template <int kFirst, int kCount>
+  static DCX_DEVICE void finish(const Params& p, const Where& at, const float* sums, const float* pairs,
+                                const uint32_t (&words)[2][kCount / 8]) {
+    const float* own = pairs + kFirst * 4 + thread_index() % 4 * 8 + 6;
+    const int t = at.begin + own_row(), channels = static_cast<int>(p.channels);
+    T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + at.clip * p.y.stride_b + t * p.y.stride_t;
+    own_channels<kFirst, kCount>([&](int word, int channel, auto values) {
+      constexpr int kWords = static_cast<int>(sizeof(values) / 4);
+      Pair<float> bias[kWords];
+      DCX_UNROLL
+      for (int i = 0; i < kWords; ++i) bias[i] = *reinterpret_cast<const Pair<float>*>(own + (word + i) * 32);
+      DCX_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        DCX_UNROLL
+        for (int i = 0; i < kWords; ++i) {
+          const Pair<float> old = unpack_pair<T>(words[half][word + i]);
+          const float* sum = sums + (word + i) * 4 + half * 2;
+          const uint32_t both = pack_pair<T>(sum[0] + bias[i].low + old.low, sum[1] + bias[i].high + old.high);
+          values.values[i] = t + half * 8 < at.out_valid ? both : 0;
+        }
+        if (t + half * 8 < p.out_steps && channel < channels)
+          *reinterpret_cast<decltype(values)*>(y + half * 8 * p.y.stride_t + channel) = values;
+      }
+    });
+  }
+
+  // Both, in parts where registers are short.
+  template <int kFirst, int kCount>
+  static DCX_DEVICE void finish_late(const Params& p, const Where& at, const float* sums, const float* pairs) {
+    constexpr int kPart = kCount < 64 ? kCount : 64;
+    uint32_t words[2][kPart / 8];
+    load_residual<kFirst, kPart>(p, at, words);
+    finish<kFirst, kPart>(p, at, sums, pairs, words);
+    if constexpr (kCount > kPart) {
+      sync_warp();  // or the next part's loads come forward
+      finish_late<kFirst + kPart, kCount - kPart>(p, at, sums + kPart / 2, pairs);
+    }
+  }
+
+  // Zeros: a tile of y past out_valid.
+  static DCX_DEVICE void clear_rows(const Params& p, const Where& at, const Own& own) {
     if (!own.active || own.vector * kVector >= p.channels) return;
     T* to = static_cast<T*>(const_cast<void*>(p.y.data)) + at.clip * p.y.stride_b +
             (at.begin + own.row) * p.y.stride_t + own.vector * kVector;
     const int count = minimum(kTileRows, static_cast<int>(p.out_steps) - at.begin);
-    if (p.y.stride_t == kColumns && at.begin + kTileRows <= minimum(at.out_valid, static_cast<int>(p.out_steps))) {
-      DCX_UNROLL
-      for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
-        if (kTileRows % kRowsAtOnce != 0 && i + own.row >= kTileRows) break;
-        *reinterpret_cast<Vector16<uint32_t>*>(to + i * kColumns) =
-            *reinterpret_cast<const Vector16<uint32_t>*>(rows + own.at(i + own.row));
-      }
-      return;
-    }
     DCX_NO_UNROLL
-    for (int row = own.row; row < count; row += kRowsAtOnce, to += kRowsAtOnce * p.y.stride_t) {
-      Vector16<uint32_t> words{};
-      if (at.begin + row < at.out_valid) words = *reinterpret_cast<const Vector16<uint32_t>*>(rows + own.at(row));
-      *reinterpret_cast<Vector16<uint32_t>*>(to) = words;
-    }
+    for (int row = own.row; row < count; row += kRowsAtOnce, to += kRowsAtOnce * p.y.stride_t)
+      *reinterpret_cast<Vector16<uint32_t>*>(to) = Vector16<uint32_t>{};
   }
 };
 

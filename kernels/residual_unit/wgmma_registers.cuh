@@ -19,6 +19,15 @@ DCX_DEVICE void wgmma_hidden(float (&d)[kColumns / 2], const uint32_t (&a)[4], P
 
 #ifdef __CUDACC__
 
+// cp_async16 for 4 bytes.
+DCX_DEVICE void cp_async4(void* shared, const void* global, bool valid) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+#endif
+}
+
 // moved() by so few bytes that the address's half of the word does not overflow.
 DCX_DEVICE Panel moved_within(Panel panel, int bytes) {
   const uint32_t low = static_cast<uint32_t>(panel.bits) + static_cast<uint32_t>(bytes >> 4);
@@ -75,6 +84,10 @@ DCX_WGMMA_ALL(192, DCX_SUMS128 ", " DCX_N64 ", " DCX_N72 ", " DCX_N80 ", " DCX_N
 #undef DCX_WGMMA
 
 #else
+
+inline void cp_async4(void* shared, const void* global, bool valid) {
+  simt::copy_later(shared, valid ? global : nullptr, 4);
+}
 
 inline Panel moved_within(Panel panel, int bytes) { return moved(panel, bytes); }
 
