@@ -32,7 +32,7 @@ REGISTERS = (
     (r"FusedUnit<dcx::b?f16, 192, 128", 184),
     (r"ConvWgmma<dcx::b?f16, 2, 128", 232),
     (r"WgmmaUnit<dcx::b?f16, 192, [12],", 255),  # one block
-    (r"WgmmaUnit<dcx::b?f16, 128, 1,", 200),
+    (r"WgmmaUnit<dcx::b?f16, 96, 1,", 208),
     (r"", 168),  # three blocks of 128 threads
 )
 

@@ -339,16 +339,12 @@ GROUPS_PLANTED = {
         "      wgmma_wait<0>();\n      settle(sums);\n      sync_threads();  // the rows' memory is free\n",
         "      sync_threads();\n",
     ),
-    "no barrier before the residual": ("      sync_threads();  // the rows' memory is free\n", ""),
-    "no barrier after the residual": ("      sync_threads();  // the residual is everyone's\n", ""),
-    "no wait for the residual": (
-        "      cp_async_wait<0>();\n      sync_threads();  // the residual",
-        "      sync_threads();  // the residual",
-    ),
-    "no barrier before y": (
-        "      sync_threads();\n      Parts::store_rows(p, at, own, rows);",
-        "      Parts::store_rows(p, at, own, rows);",
-    ),
+    "no barrier before the next rows": ("      sync_threads();  // the rows' memory is free\n", ""),
+    "no barrier before the ring is filled again": ("        sync_threads();  // the ring is free\n", ""),
+    "no wait for the rows": ("cp_async_wait<kResident ? 0 : kStages - 2>()", "cp_async_wait<kStages>()"),
+    "the residual a row off": ("own_row() + static_cast<int>(p.residual_shift)", "own_row() + 1"),
+    "a residual outside x": ("if (valid && channel < channels) values", "if (channel < channels) values"),
+    "the 1x1's columns out of order": ("within % 4 * 4 + within / 4;", "within;"),
     "a wrong tap, weights that stay": (
         "panel_bytes, 0, 0, moved_within(weights, tap * kStageBytes)",
         "panel_bytes, 0, 0, moved_within(weights, (tap - 1) * kStageBytes)",
@@ -358,26 +354,26 @@ GROUPS_PLANTED = {
         "const Panel a = moved_within(first, (tap - 1) * dilation",
     ),
     "a wrong panel": ("k / 4 * panel_bytes + k % 4 * 32", "k / 5 * panel_bytes + k % 4 * 32"),
-    "a dropped tail": ("tile < p.tiles; tile += p.blocks", "tile < p.tiles - 1; tile += p.blocks"),
+    "a dropped tail": ("return clip < p.clips;", "return clip < p.clips && (tile == 0 || tile + 1 < p.row_tiles);"),
+    "a tile taken twice": ("over = at >= per_clip ? 1 : 0", "over = at > per_clip ? 1 : 0"),
     "a read outside x": (
         "const bool valid = counts && static_cast<unsigned>(begin + row) < static_cast<unsigned>(at.in_valid);",
         "const bool valid = counts && begin + row >= 0;",
     ),
-    "a write outside y": ("minimum(kTileRows, static_cast<int>(p.out_steps) - at.begin)", "kTileRows"),
+    "a write outside y": ("if (t + half * 8 < p.out_steps && channel < channels)", "if (channel < channels)"),
     "a tile too small": ("kWeightBytes + kPanels * Parts::seg", "kWeightBytes - 1024 + kPanels * Parts::seg"),
     # Case 2: teams that take turns.
     "teams: no barrier between phases": (
-        "      }\n      sync_threads();\n    }\n  }\n};",
-        "      }\n    }\n  }\n};",
+        "leads = leads.next(p);\n      sync_threads();\n",
+        "leads = leads.next(p);\n",
     ),
-    "teams: no barrier after the residual": ("        sync_threads();  // the residual is the team's\n", ""),
     "teams: no wait for the sums": (
         "        wgmma_wait<0>();\n        settle(sums);\n      } else {",
         "      } else {",
     ),
     "teams: a wrong half of a panel": ("shift = team * kHalf", "shift = 0"),
     "teams: a wrong tap": ("shift, 0, weights_of(smem, tap)", "shift, 0, weights_of(smem, tap - 1)"),
-    "teams: a dropped tail": ("tile < p.tiles ? Parts", "tile < p.tiles - 1 ? Parts"),
+    "teams: no rows for the tile behind": ("if (phase != 0) turn = turn.next(p);", ""),
 }
 
 
@@ -425,7 +421,7 @@ def test_nothing_planted(planted: dict[str, Path], tmp_path: Path) -> None:
 
 
 def group_cases() -> list[tuple[dict[str, Any], Tensor]]:
-    return [case(steps=67, dilation=3), case(96, 67, dilation=3), case(72, 300, dilation=3)]
+    return [case(steps=67, dilation=3), case(96, 300, dilation=3, multiprocessors=1), case(72, 300, 2, dilation=3)]
 
 
 @pytest.mark.parametrize("name", GROUPS_PLANTED)

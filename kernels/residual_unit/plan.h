@@ -17,10 +17,10 @@ struct FusedUnitParams {
   const int64_t* lengths;  // [B], null: in_steps each
   int64_t channels, channels_padded, columns_padded;
   int64_t in_steps, out_steps, dilation, pad_left, pad_right;
-  int64_t residual_shift;  // y[t] takes x[t + residual_shift]
-  int64_t row_tiles;       // per clip
-  int segment;             // rows of shared memory
-  int tiles, blocks;       // of all clips, where a block takes every blocks-th tile from its own on
+  int64_t residual_shift;             // y[t] takes x[t + residual_shift]
+  int64_t row_tiles;                  // per clip
+  int segment;                        // rows of shared memory
+  int clips, step_clips, step_tiles;  // where a block takes tile after tile: clips, and how far on its next one is
   bool vectors, vector_store;
   bool weights_stand;  // nothing that may still run in front of the kernel in its stream writes them or the vectors
 };

@@ -42,20 +42,22 @@ struct WgmmaUnits<T, 192> {
 template <class K>
 void plan_tiles(const CudaContext& context, const ResidualUnitParams& p, ResidualUnitPlan& plan) {
   plan_fused<K>(p, plan);
-  plan.params.tiles = static_cast<int>(plan.grid.x);
-  plan.grid.x = minimum(ceil_div(plan.grid.x, int64_t{K::kTeams}), int64_t{context.multiprocessors} * K::kMinBlocks);
-  plan.params.blocks = static_cast<int>(plan.grid.x);
+  const int64_t teams = K::kTeams, per_clip = plan.params.row_tiles;
+  plan.grid.x = minimum(ceil_div(plan.grid.x, teams), int64_t{context.multiprocessors} * K::kMinBlocks);
+  plan.params.clips = static_cast<int>(p.batch);
+  plan.params.step_clips = static_cast<int>(plan.grid.x * teams / per_clip);
+  plan.params.step_tiles = static_cast<int>(plan.grid.x * teams % per_clip);
 }
 
 // In rows' products on a multiprocessor: a tile takes its own, and what stands around them takes as long as of 48.
-// Teams have that at the same time, but for a tile's at either end.
+// Teams have that at the same time, but for a phase at the end.
 template <class K>
 int64_t wgmma_cost(const CudaContext& context, const ResidualUnitParams& p) {
-  constexpr int64_t kAround = 48;
+  constexpr int64_t kAround = 48, kTeams = K::kTeams;
   if (K::smem_bytes(p.dilation) > context.shared_bytes) return INT64_MAX;
   const int64_t tiles = p.batch * ceil_div(p.out_steps, int64_t{K::kTileRows});
-  const int64_t rounds = ceil_div(tiles, int64_t{context.multiprocessors});
-  return K::kTeams > 1 ? (rounds + 2) * K::kTileRows : rounds * (K::kTileRows + kAround);
+  const int64_t rounds = ceil_div(tiles, context.multiprocessors * kTeams);
+  return kTeams > 1 ? (rounds * kTeams + 1) * K::kTileRows : rounds * (K::kTileRows + kAround);
 }
 
 // Takes the cheapest, of equals the first; false where none fits.

@@ -1,5 +1,5 @@
-// Which kernels residual_unit has on a GPU, and which of them runs. Those of Hopper's warpgroup products, which take long
-// to compile, are residual_unit_groups.cuh's.
+// Which kernels residual_unit has on a GPU, and which of them runs. Those of Hopper's warpgroup products, which take
+// long to compile, are residual_unit_groups.cuh's.
 #pragma once
 #include "residual_unit_plan.cuh"
 

@@ -11,6 +11,7 @@ template <class T, int kColumns, int kGroups>
 struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
   using Parts = WgmmaParts<T, kColumns, kGroups, 2>;
   using typename Parts::Own;
+  using typename Parts::Turn;
   using typename Parts::Where;
   using Params = FusedUnitParams;
   using Parts::kDeep;
@@ -68,14 +69,10 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
     if (p.weights_stand) grid_wait();
     sync_threads();
 
-    // Tile r of this team; tiles past the end have no steps.
-    const auto tile_at = [&](int round) {
-      const int tile = (round * p.blocks + static_cast<int>(block_x())) * kTeams + team;
-      return round >= 0 && tile < p.tiles ? Parts::place(p, tile) : Where{-1, 0, 0, 0};
-    };
+    // Past the last tile there are no steps.
+    const auto place = [&](Turn turn) { return turn.there(p) ? Parts::place(p, turn) : Where{-1, 0, 0, 0}; };
     const auto counts = [](const Where& at) { return at.begin < at.out_valid; };
-    const int first_tile = static_cast<int>(block_x()) * kTeams;
-    const int rounds = first_tile < p.tiles ? (p.tiles - first_tile - 1) / (p.blocks * kTeams) + 1 : 0;
+    Turn turn = Parts::first_turn(p, team), leads = Parts::first_turn(p, 0);  // of this team, of the first
     float sums[kColumns / 2];
     uint32_t old[2][kColumns / 8];
     const auto fetch = [&](const Where& next) {
@@ -87,16 +84,16 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
       if (counts(next)) Parts::snake_rows(own, count, vectors, rows);
       fence_async();
     };
-    const Where start = team == 0 ? tile_at(0) : Where{-1, 0, 0, 0};
+    const Where start = team == 0 ? place(turn) : Where{-1, 0, 0, 0};
     fetch(start);
     prepare(start);
     sync_threads();
 
-    // Phase f: team f % 2 has its taps of round f / 2.
+    // Phase f: team f % 2 has its taps of round f / 2, until the first team has none and the second has finished.
     DCX_NO_UNROLL
-    for (int phase = 0; phase <= 2 * rounds; ++phase) {
+    for (int phase = 0;; ++phase) {
       if (phase % 2 == team) {
-        const Where at = tile_at(phase / 2);
+        const Where at = place(turn);
         if (counts(at)) {
           wgmma_fence();
           Parts::template multiply<kDeep, true>(sums, first, panel_bytes, shift, 0, weights_of(smem, 0));
@@ -110,7 +107,9 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
         wgmma_wait<0>();
         settle(sums);
       } else {
-        const Where at = tile_at((phase - 1) / 2 - (phase == 0)), next = tile_at((phase + 1) / 2);
+        const Where at = phase == 0 ? Where{-1, 0, 0, 0} : place(turn);
+        if (phase != 0) turn = turn.next(p);
+        const Where next = place(turn);
         fetch(next);  // the taps have left the rows' memory
         if (counts(at)) {
           uint32_t hidden[kDeep][4];
@@ -126,6 +125,8 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
         }
         prepare(next);
       }
+      if (phase % 2 == 0 && !leads.there(p)) break;
+      if (phase % 2 != 0) leads = leads.next(p);
       sync_threads();
     }
   }

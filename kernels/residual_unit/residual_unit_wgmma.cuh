@@ -13,6 +13,7 @@ template <class T, int kColumns, int kGroups, int kStep, int kStages, int kBlock
 struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
   using Parts = WgmmaParts<T, kColumns, kGroups, 1>;
   using typename Parts::Own;
+  using typename Parts::Turn;
   using typename Parts::Where;
   using Params = FusedUnitParams;
   using Parts::kDeep;
@@ -28,10 +29,11 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
   static constexpr int kRing = kResident ? 2 : kStages;
   static constexpr int kStageBytes = kPanels * kStep * kPanelRowBytes;
   static constexpr int kWeightBytes = kStageBytes * (kResident ? kTaps + 1 : kStages);
-  // The 1x1's columns in two parts, so that their sums find room beside its operand.
-  static constexpr int kHead = kColumns > 128 ? 128 : kColumns, kTail = kColumns - kHead;
+  // The 1x1's columns in two parts where all of their sums find no room beside its operand.
+  static constexpr int kHead = kColumns > 96 ? kColumns - 64 : kColumns, kTail = kColumns - kHead;
   static_assert(kTail == 0 || kChunks <= kRing, "all of the 1x1's weights are there at once");
   static DCX_DEVICE int last_stage(int chunk) { return (kTaps * kChunks + chunk) % kRing; }
+  static constexpr bool kLate = kColumns == 128;  // the next rows are fetched when the sums have left their registers
   static constexpr bool kEarly = kColumns <= 96;  // the residual has registers while the taps are multiplied
   static_assert(kChunks * kStep == kColumns && kStep % 16 == 0, "a tap is whole steps");
   static_assert(kResident ? kChunks == 1 : kStages >= 3, "a stage is filled two steps after its products began");
@@ -100,11 +102,10 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       wgmma_wait<1>();
     };
     // A tile's rows; to be committed. Past the last tile, and of a tile without valid steps, none.
-    const auto fetch = [&](int tile) {
-      if (tile >= p.tiles) return;
-      const Where of = Parts::place(p, tile);
-      if (of.begin < of.out_valid)
-        Parts::load_rows(p, of, own, of.begin - static_cast<int>(p.pad_left), count, rows);
+    const auto fetch = [&](Turn turn) {
+      if (!turn.there(p)) return;
+      const Where of = Parts::place(p, turn);
+      if (of.begin < of.out_valid) Parts::load_rows(p, of, own, of.begin - static_cast<int>(p.pad_left), count, rows);
     };
     if (!p.weights_stand) grid_wait();
     Parts::load_vectors(p, vectors, kThreads);
@@ -116,16 +117,18 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       for (int step = 0; step < kStages - 2; ++step) fill(step, step);
     }
     if (p.weights_stand) grid_wait();
-    fetch(static_cast<int>(block_x()));
+    Turn turn = Parts::first_turn(p, 0);
+    fetch(turn);
     cp_async_commit();
-    sync_threads();  // the vectors
+    sync_threads();      // the vectors
     bool filled = true;  // the ring's first stages are on their way, in front of the rows
 
     DCX_NO_UNROLL
-    for (int tile = static_cast<int>(block_x()); tile < p.tiles; tile += p.blocks) {
-      const Where at = Parts::place(p, tile);
+    while (turn.there(p)) {
+      const Where at = Parts::place(p, turn);
+      turn = turn.next(p);
       if (at.begin >= at.out_valid) {
-        fetch(tile + p.blocks);
+        fetch(turn);
         cp_async_commit();
         Parts::clear_rows(p, at, own);
         continue;
@@ -175,10 +178,11 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       wgmma_wait<0>();
       settle(sums);
       sync_threads();  // the rows' memory is free
-      fetch(tile + p.blocks);
+      if constexpr (!kLate) fetch(turn);
       if constexpr (kResident) cp_async_commit();  // else with a stage's
       uint32_t hidden[kDeep][4];
       Parts::hide(sums, pairs, hidden);
+      if constexpr (kLate) fetch(turn);
       float head[kHead / 2];
       if constexpr (kResident) {
         wgmma_fence();

@@ -28,10 +28,11 @@ struct WgmmaParts {
   static constexpr int kTaps = static_cast<int>(kResidualUnitTaps);
   static constexpr int kPanels = (kColumns + kPanelColumns - 1) / kPanelColumns;
   static constexpr int kDeep = kColumns / 16;  // products of a tap
-  // A thread moves cells of 16 bytes of one column; where rows are a multiple of 8 apart, their place stays the same.
+  // A thread moves cells of 16 bytes of one column; where rows are a multiple of 8 apart, their place stays the same,
+  // which is worth an eighth of the threads.
   static constexpr int kVector = 8, kVectors = kColumns / kVector;
   static constexpr int kAtMost = kTeamThreads / kVectors;
-  static constexpr int kRowsAtOnce = kAtMost >= 8 ? kAtMost / 8 * 8 : kAtMost;
+  static constexpr int kRowsAtOnce = kAtMost % 8 * 8 <= kAtMost ? kAtMost / 8 * 8 : kAtMost;
   static_assert(sizeof(T) == 2, "16-bit values");
 
   static int64_t segment(int64_t dilation) {
@@ -44,28 +45,40 @@ struct WgmmaParts {
   };
   // This thread's cells: its column's place in row `row` and every kRowsAtOnce rows on.
   struct Own {
-    int row, vector, panel_bytes, cell, first;  // bytes in a row: first, and moved by the shift
+    int row, vector, panel_bytes, shift, cell, first;  // bytes in a row: first, and moved by the shift
     bool active;
     // The byte where the cell of row r stands: in a panel without a shift, and behind the first panel's start.
     DCX_DEVICE int in_panel(int r) const {
       return r * kPanelRowBytes + (kRowsAtOnce % 8 == 0 ? first : (vector % 8 ^ r % 8) * 16);
     }
     DCX_DEVICE int at(int r) const {
-      return vector / 8 * panel_bytes +
-             (kTeams == 1 ? in_panel(r) : r * kPanelRowBytes + (kRowsAtOnce % 8 == 0 ? cell : 0));
+      const int place = kRowsAtOnce % 8 == 0 ? cell : (vector % 8 ^ r % 8) * 16 ^ (vector >= 8 ? shift : 0);
+      return vector / 8 * panel_bytes + r * kPanelRowBytes + place;
     }
   };
 
   static DCX_DEVICE Own own_cells(int panel_bytes, int shift) {
-    static_assert(kTeams == 1 || kRowsAtOnce % 8 == 0, "cells stay in their place");
     const int thread = thread_index() % kTeamThreads, row = thread / kVectors, vector = thread % kVectors;
     const int first = (vector % 8 ^ row % 8) * 16;
-    return Own{row, vector, panel_bytes, first ^ (vector >= 8 ? shift : 0), first, row < kRowsAtOnce};
+    return Own{row, vector, panel_bytes, shift, first ^ (vector >= 8 ? shift : 0), first, row < kRowsAtOnce};
   }
 
-  static DCX_DEVICE Where place(const Params& p, int tile) {
-    const int per_clip = static_cast<int>(p.row_tiles);
-    Where at{tile / per_clip, tile % per_clip * kTileRows, static_cast<int>(p.in_steps), static_cast<int>(p.out_steps)};
+  // Which tile: a tile's number is divided once, behind that the next ones' clip and place are counted on.
+  struct Turn {
+    int clip, tile;
+    DCX_DEVICE bool there(const Params& p) const { return clip < p.clips; }
+    DCX_DEVICE Turn next(const Params& p) const {
+      const int per_clip = static_cast<int>(p.row_tiles), at = tile + p.step_tiles, over = at >= per_clip ? 1 : 0;
+      return Turn{clip + p.step_clips + over, at - over * per_clip};
+    }
+  };
+  static DCX_DEVICE Turn first_turn(const Params& p, int team) {
+    const int per_clip = static_cast<int>(p.row_tiles), tile = static_cast<int>(block_x()) * kTeams + team;
+    return Turn{tile / per_clip, tile % per_clip};
+  }
+
+  static DCX_DEVICE Where place(const Params& p, Turn turn) {
+    Where at{turn.clip, turn.tile * kTileRows, static_cast<int>(p.in_steps), static_cast<int>(p.out_steps)};
     if (p.lengths != nullptr) {
       const int64_t valid = maximum(int64_t{0}, minimum(p.lengths[at.clip], p.in_steps));
       at.in_valid = static_cast<int>(valid);
@@ -199,7 +212,8 @@ struct WgmmaParts {
     const float* own = pairs + thread_index() % 4 * 8;
     DCX_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
-      if (kColumns > 128 && n % 4 == 0) sync_warp();  // or so many columns' vectors are read ahead that others spill
+      // Or so many columns' vectors are read ahead that others spill.
+      if (kColumns > 96 && n % (kColumns > 128 ? 4 : 1) == 0) sync_warp();
       const auto low = *reinterpret_cast<const Vector16<float>*>(own + n * 32);
       const auto inverse = *reinterpret_cast<const Pair<float>*>(own + n * 32 + 4);
       DCX_UNROLL
@@ -213,9 +227,7 @@ struct WgmmaParts {
   }
 
   // This thread's first row of the tile; the second is 8 behind.
-  static DCX_DEVICE int own_row() {
-    return thread_index() % kTeamThreads / kWarp * 16 + thread_index() % kWarp / 4;
-  }
+  static DCX_DEVICE int own_row() { return thread_index() % kTeamThreads / kWarp * 16 + thread_index() % kWarp / 4; }
   struct alignas(8) Half16 {
     uint32_t values[2];
   };
@@ -234,11 +246,12 @@ struct WgmmaParts {
   template <int kFirst, int kCount>
   static DCX_DEVICE void load_residual(const Params& p, const Where& at, uint32_t (&words)[2][kCount / 8]) {
     const int channels = static_cast<int>(p.channels);
+    const int t = at.begin + own_row() + static_cast<int>(p.residual_shift);
+    const T* x = static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b + t * p.x.stride_t;
     DCX_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int t = at.begin + own_row() + half * 8 + static_cast<int>(p.residual_shift);
-      const bool valid = static_cast<unsigned>(t) < static_cast<unsigned>(at.in_valid);
-      const T* from = static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b + t * p.x.stride_t;
+      const bool valid = static_cast<unsigned>(t + half * 8) < static_cast<unsigned>(at.in_valid);
+      const T* from = x + half * 8 * p.x.stride_t;
       own_channels<kFirst, kCount>([&](int word, int channel, auto values) {
         if (valid && channel < channels) values = *reinterpret_cast<const decltype(values)*>(from + channel);
         DCX_UNROLL
