@@ -134,7 +134,11 @@ def measure_case(case: Case, sides: Sequence[Side], timing: Timing) -> list[Outc
     outcomes: list[Outcome] = []
     calls: list[Call] = []
     for side in sides:
+        if timing.device != "cpu":  # an illegal access shows in whatever comes next: the last name is whose it was
+            print(f"  {side.name} ...", flush=True)
         outcome, call = _prepare(case, side, timing)
+        if outcome.status == FAILED and timing.device != "cpu":
+            print(f"  {side.name}: {outcome.reason}", flush=True)
         outcomes.append(outcome)
         if call is not None:
             calls.append(call)

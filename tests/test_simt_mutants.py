@@ -59,12 +59,8 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             SLIDING, "stretches(p) * pitch(p) * static_cast", "(stretches(p) - 1) * pitch(p) * static_cast"
         ),
         "warpgroups, missing barrier": Mutant(WGMMA, "      fence_async();\n      sync_threads();\n", ""),
-        "warpgroups, missing cp.async wait": Mutant(WGMMA, "cp_async_wait<kAhead - 2>();", "cp_async_wait<8>();"),
+        "warpgroups, missing cp.async wait": Mutant(WGMMA, "cp_async_wait<kAhead - 1>();", "cp_async_wait<8>();"),
         "warpgroups, products are not waited for": Mutant(WGMMA, "        wgmma_wait<1>();\n", ""),
-        "warpgroups, the next step's rows are snaked before they are there": Mutant(
-            WGMMA, "cp_async_wait<kAhead - 2>();", "cp_async_wait<kAhead - 1>();"
-        ),
-        "warpgroups, rows are not snaked": Mutant(WGMMA, "(now.tap == 0 || per_tap))", "(now.tap == 0 && per_tap))"),
         "warpgroups, wrong tap": Mutant(WGMMA, "now.tap * tap_bytes", "now.tap * kPanelRowBytes"),
         "warpgroups, dropped tail: the channels past whole chunks": Mutant(
             WGMMA,

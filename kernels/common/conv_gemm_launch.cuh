@@ -157,19 +157,20 @@ bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   return true;
 }
 
-// Has conv_rows.cuh make the rows where x can't be copied as it lies: channels not side by side in whole 16 bytes, or a
-// GEMM row of several steps of them.
+// Has conv_rows.cuh make the rows where x can't be copied as it lies: Snake, channels not side by side in whole 16
+// bytes, or a GEMM row of several steps of them.
 template <class T>
 void prepare_rows(ConvGemmPlan& plan) {
   constexpr int64_t kVector = Vector16<T>::kCount;
   ConvGemmParams& p = plan.params;
-  if (p.vectors) return;
+  if (p.alpha == nullptr && p.vectors) return;
   ConvRowsParams& r = plan.prepared;
   r.x = p.x;
   r.alpha = p.alpha;
   r.lengths = p.op_in_steps > 0 ? nullptr : p.lengths;
   r.in_steps = p.in_steps;
   r.in_channels = p.in_channels;
+  r.vectors = p.vectors;
   const bool gathers = p.channels != p.in_channels && p.in_channels % kVector != 0;
   r.channels = gathers ? p.channels : p.in_channels;
   r.width = round_up(r.channels, kVector);

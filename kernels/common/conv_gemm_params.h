@@ -76,6 +76,7 @@ struct ConvRowsParams {
   const int64_t* lengths;  // [B], null: in_steps each
   int64_t in_steps, in_channels, channels, rows, width, row_step, pad_left;
   int64_t row_blocks;  // per clip
+  bool vectors;        // rows of x move 16 bytes at a time
 };
 
 struct ConvGemmPlan {

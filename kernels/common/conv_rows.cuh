@@ -1,5 +1,6 @@
-// Rows for conv_wgmma.cuh, made by a pass of their own where x as it lies won't do: channels side by side and padded to
-// whole 16 bytes, or, for few input channels, a GEMM row's samples gathered from its time steps; snaked on the way.
+// Rows for conv_wgmma.cuh, made by a pass of their own where x as it lies won't do: snaked, channels side by side and
+// padded to whole 16 bytes, or, for few input channels, a GEMM row's samples gathered from its time steps. Costs one
+// read and one write of x; products then start from shared memory without any arithmetic on the way.
 #pragma once
 #include "conv_finish.cuh"
 #include "launch.cuh"
@@ -42,10 +43,14 @@ struct ConvRows {
         if (row >= p.rows) break;
         const int64_t t = row * p.row_step - p.pad_left;
         Vector16<T> out{};
-        DCX_UNROLL
-        for (int i = 0; i < kVector; ++i)
-          if (channel[i] >= 0 && t + later[i] >= 0 && t + later[i] < steps)
-            out.values[i] = x[(t + later[i]) * p.x.stride_t + channel[i] * p.x.stride_c];
+        if (p.vectors) {
+          if (t >= 0 && t < steps) out = *reinterpret_cast<const Vector16<T>*>(x + t * p.x.stride_t + cell * kVector);
+        } else {
+          DCX_UNROLL
+          for (int i = 0; i < kVector; ++i)
+            if (channel[i] >= 0 && t + later[i] >= 0 && t + later[i] < steps)
+              out.values[i] = x[(t + later[i]) * p.x.stride_t + channel[i] * p.x.stride_c];
+        }
         if (p.alpha != nullptr) {
           DCX_UNROLL
           for (int i = 0; i < kVector; ++i)

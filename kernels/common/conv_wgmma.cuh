@@ -2,9 +2,8 @@
 // columns of a run of phases and walks the channels in chunks of 64 and, inside a chunk, the taps: a step is one tap of
 // one chunk. Rows stand in shared memory as a panel, so that a tap is the panel moved by rows; where rows of several
 // clips share a block, or lie apart, each step brings its own rows (per_tap). Both operands are copied in behind the
-// threads' back, kStages - 2 steps ahead; products of one step run while the next step is prepared, which with Snake on
-// the input means that its rows, where it brings new ones, are snaked in place. x is read as it lies, 16 bytes at a
-// time, or as conv_rows.cuh has made it.
+// threads' back, kStages - 2 steps ahead; products of one step run while the next step is prepared. x is read as it
+// lies, 16 bytes at a time, or as conv_rows.cuh has prepared it, snaked.
 //
 // Buffers: at the barrier of step s every product up to step s - 2 is done, so that the copies for step s + kStages - 2
 // may take the place of step s - 2; the rows' ring is longer than the chunks that those steps touch.
@@ -144,29 +143,6 @@ struct ConvWgmma {
     }
   }
 
-  // Snake on the cells that this thread has copied, in place.
-  static DCX_DEVICE void snake_rows(const Params& p, int chunk, unsigned char* rows) {
-    const Channel own = channel_of(p, chunk);
-    if (!own.valid) return;
-    float alpha[kVector], inverse[kVector];
-    DCX_UNROLL
-    for (int i = 0; i < kVector; ++i) {
-      alpha[i] = p.alpha[own.channel + i];
-      inverse[i] = snake_inverse(alpha[i]);
-    }
-    const int count = static_cast<int>(p.segment);
-    int row = thread_index() / kCells;
-    auto* cell = static_cast<unsigned char*>(cell_at(rows, row, thread_index() % kCells));
-    DCX_NO_UNROLL
-    for (; row < count; row += kRowsAtOnce, cell += kRowsAtOnce * kPanelRowBytes) {
-      auto values = *reinterpret_cast<const Vector16<T>*>(cell);
-      DCX_UNROLL
-      for (int i = 0; i < kVector; ++i)
-        values.values[i] = from_float<T>(snake_as<T>(to_float(values.values[i]), alpha[i], inverse[i]));
-      *reinterpret_cast<Vector16<T>*>(cell) = values;
-    }
-  }
-
   // Where a step stands in the reduction; taps are the faster index.
   struct Step {
     int chunk, tap, rows;  // rows: the buffer of its rows
@@ -254,16 +230,9 @@ struct ConvWgmma {
     int flush = kRanged && !p.spread ? chunks / p.ranges * taps : count;
     const int group_rows = thread_index() / 128 * 64;
     const int tap_bytes = per_tap ? 0 : static_cast<int>(p.dilation) * kPanelRowBytes;
-    if (p.alpha != nullptr) {
-      cp_async_wait<kAhead - 1>();
-      snake_rows(p, first_chunk, rows);
-    }
     DCX_NO_UNROLL
     for (int step = 0; step < count; ++step) {
-      if (p.alpha != nullptr)
-        cp_async_wait<kAhead - 2>();  // the next step's rows too
-      else
-        cp_async_wait<kAhead - 1>();
+      cp_async_wait<kAhead - 1>();
       fence_async();
       sync_threads();
       const Panel a =
@@ -272,8 +241,6 @@ struct ConvWgmma {
       multiply(sums, a, b);
       issue();
       now.advance(taps, per_tap, p.row_buffers);
-      if (p.alpha != nullptr && step + 1 < count && (now.tap == 0 || per_tap))
-        snake_rows(p, now.chunk, rows + now.rows * row_bytes);
       if (kRanged && step + 1 == flush) {
         wgmma_wait<0>();
         settle(sums);
