@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .chart import label_of
+from .goals import GOALS
+from .gpu_kernels import CALLS
 
 _ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
 SERVED = "<!-- served: python -m bench.readme -->", "<!-- end of served -->"
+GPU = "<!-- on a GPU: python -m bench.readme -->", "<!-- end of on a GPU -->"
 HEARD = "<!-- heard: python -m bench.readme -->", "<!-- end of heard -->"
 
 
@@ -157,6 +160,29 @@ def served(run: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *_table(titles, rows), "", f"The most clients without an underrun: {enough}."]) + "\n"
 
 
+def on_a_gpu(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The newest times of `bench.gpu_kernels`' calls, those with a goal beside it."""
+    limits = {(goal.case["what"], goal.case["batch"], goal.case["item_frames"]): goal.limit_s for goal in GOALS[:5]}
+    rows = []
+    for name, (batch, frames) in CALLS.items():
+        run = next((run for run in reversed(runs) if name in run["calls"]), None)
+        if run is None:
+            continue
+        what = "encode" if name[0] == "e" else "decode"
+        audio = "a frame of 80 ms" if frames == 1 else f"{frames * 0.08:.0f} s"
+        limit = limits.get((what, batch, frames))
+        rows.append(
+            [
+                f"{what}, {batch} x {audio}",
+                f"{run['calls'][name]['median_ms']:.2f} ms",
+                "-" if limit is None else f"{limit * 1e3:g} ms",
+                run["commit"],
+            ]
+        )
+    where = f"{runs[-1]['gpu']}, torch {runs[-1]['torch']}, 12hz_v1, bfloat16, random weights, CUDA graphs, medians:"
+    return "\n".join([where, "", *_table(["call", "measured", "goal", "commit"], rows)]) + "\n"
+
+
 def replaced(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """A page with another text between its markers."""
     if page.count(begin) != 1 or page.count(end) != 1:
@@ -178,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = replaced(wanted, heard(quality), *HEARD)
     live = json.loads((Path(args.results) / "serve-tiny.json").read_text(encoding="utf-8"))
     wanted = replaced(wanted, served(live), *SERVED)
+    kernels = json.loads((Path(args.results) / "h100-kernels.json").read_text(encoding="utf-8"))
+    wanted = replaced(wanted, on_a_gpu(kernels), *GPU)
     if args.check:
         return 0 if page == wanted else 1
     readme.write_text(wanted, encoding="utf-8")

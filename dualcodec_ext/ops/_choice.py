@@ -1,11 +1,12 @@
 """Which family of kernels `auto` runs an op on.
 
-No GPU has been measured yet: the order on CUDA is the compiled kernels first and Triton where an op lacks them, by
-expectation. A measured table is written from `python -m bench ops --device cuda`: for each op the rows of one GPU
-from the fastest down, a comment with the GPU, the commit and the two medians behind every limit. A row with
-limits holds for calls of that many steps, B * T; it is passed over where the weights are packed, since they are
-packed before a call's size is known, so that every op keeps a row without limits. `rvq_search` and `rvq_lookup` share
-one packed tensor: their rows without limits must name one family.
+The families have not been timed against each other yet (both pass their tests on an H100): the order on CUDA is the
+compiled kernels first and Triton where an op lacks them, by expectation. A measured table is written from `python
+-m bench ops --device cuda`: for each op the rows of one GPU from the fastest down, a comment with the GPU, the
+commit and the two medians behind every limit. A row with limits holds for calls of that many steps, B * T; it is
+passed over where the weights are packed, since they are packed before a call's size is known, so that every op
+keeps a row without limits. `rvq_search` and `rvq_lookup` share one packed tensor: their rows without limits must
+name one family.
 """
 
 from __future__ import annotations
