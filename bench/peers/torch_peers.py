@@ -140,9 +140,11 @@ def recorded(task: Task, form: str, dtype: torch.dtype) -> Call:
     with torch.cuda.graph(graph):
         found.append(eager())
 
+    held = (eager, graph, found)  # the recording reads the module's weights where they lie: they must outlive it
+
     def call() -> object:
-        graph.replay()
-        return found[0]
+        held[1].replay()
+        return held[2][0]
 
     return call
 

@@ -67,7 +67,7 @@ void launch(const CudaContext& context, const typename K::Params& p, Grid grid, 
   config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.stream = static_cast<cudaStream_t>(context.stream);
   config.attrs = &early;
-  config.numAttrs = context.capability >= 90 ? 1 : 0;
+  config.numAttrs = context.capability >= 90 && CUDART_VERSION >= 12030 ? 1 : 0;  // older ones can't record it
   check_cuda(cudaLaunchKernelEx(&config, run_kernel<K>, p), "kernel launch");
 }
 
