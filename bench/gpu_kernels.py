@@ -23,7 +23,7 @@ import torch
 import dualcodec_ext as dx
 
 from .machine import commit
-from .ours import require_module
+from .ours import require_module, unrecorded
 
 CALLS = {"d1": (1, 125), "d32": (32, 125), "f1": (1, 1), "f32": (32, 1), "e1": (1, 125), "e32": (32, 125)}
 _REPEATS, _SAMPLES = 8, 5
@@ -70,15 +70,12 @@ def measure(model: dx.DualCodec, name: str) -> dict[str, Any]:
             call()
         torch.cuda.synchronize()
         samples.append((time.perf_counter() - start) / _REPEATS * 1e3)
-    assert model._engine_state is not None
-    graphs = model._engine_state[1]
-    cap, graphs.cap_bytes = graphs.cap_bytes, 0
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize()
-    graphs.cap_bytes = cap
+    with unrecorded(model):
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(3):
+                call()
+            torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 import dualcodec_ext as dx
@@ -24,6 +27,18 @@ def require_module() -> None:
         raise Unavailable(f"no compiled module: {missing}")
 
 
+@contextlib.contextmanager
+def unrecorded(model: dx.DualCodec) -> Iterator[None]:
+    """Run a prepared model without CUDA graphs."""
+    assert model._engine_state is not None
+    graphs = model._engine_state[1]
+    cap, graphs.cap_bytes = graphs.cap_bytes, 0
+    try:
+        yield
+    finally:
+        graphs.cap_bytes = cap
+
+
 class CodecCall:
     """A call of the drop-in. On a GPU the first call of a shape runs eagerly, the second records, later ones replay."""
 
@@ -40,12 +55,8 @@ class CodecCall:
 
     def eager(self) -> object:
         """The same without a recording, whose memory would not be seen as this call's."""
-        graphs = self.model._engine_state[1]
-        cap, graphs.cap_bytes = graphs.cap_bytes, 0
-        try:
+        with unrecorded(self.model):
             return self()
-        finally:
-            graphs.cap_bytes = cap
 
 
 def codec_call(task: Task, dtype: torch.dtype, *, fast: bool) -> Call:

@@ -56,7 +56,7 @@ inline TapRange tap_range(const ConvGemmParams& p) {
   return taps;
 }
 
-// Lays a kernel's tiles over the rows and columns, and starts it on them.
+// Lays a kernel's tiles over the rows and columns.
 template <class K>
 void lay_tiles(ConvGemmPlan& plan) {
   ConvGemmParams& p = plan.params;
@@ -136,11 +136,7 @@ bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   if (!K::kHasRanges && p.ranges > 1) return false;
   lay_tiles<K>(plan);
   p.column_tiles = run_tiles(p, K::kTileColumns);
-  int64_t fewest = p.runs[0].taps, most = fewest;
-  for (int i = 1; i < p.run_count; ++i) {
-    fewest = minimum(fewest, int64_t{p.runs[i].taps});
-    most = maximum(most, int64_t{p.runs[i].taps});
-  }
+  const auto [fewest, most] = tap_range(p);
   const int64_t reach = (most - 1) * p.dilation, chunks = ceil_div(p.channels_padded, int64_t{K::kChunk});
   p.per_tap = p.tile_items > 1 || p.row_scale > 1 || most == 1 || reach > K::kTileRows;
   p.segment = K::kTileRows + (p.per_tap ? 0 : reach);
@@ -241,14 +237,10 @@ ConvGemmPlan plan_conv_gemm(const CudaContext& context, DType dtype, const ConvG
   ConvGemmParams& p = plan.params;
   p.step_columns = p.columns;
   const int64_t vector = 16 / element_size(dtype);
-  const auto aligned = [vector](const Signal& s) {
-    return s.stride_c == 1 && s.stride_t % vector == 0 && s.stride_b % vector == 0 &&
-           reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
-  };
   const bool tf32 = dtype == DType::kF32 && context.allow_tf32 && context.capability >= 80;
-  p.vectors = aligned(p.x) && p.in_channels % vector == 0;
-  p.vector_store = aligned(p.y) && p.columns % vector == 0;
-  p.vector_residual = aligned(p.residual) && p.columns % vector == 0;
+  p.vectors = moves_in_vectors(p.x, p.in_channels, vector);
+  p.vector_store = moves_in_vectors(p.y, p.columns, vector);
+  p.vector_residual = moves_in_vectors(p.residual, p.columns, vector);
   if (context.wgmma && dtype != DType::kF32) {
     ConvGemmPlan hopper = plan;
     if (dtype == DType::kBF16 ? plan_wgmma<bf16>(context, hopper) : plan_wgmma<f16>(context, hopper)) return hopper;

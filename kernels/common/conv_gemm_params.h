@@ -16,6 +16,12 @@ inline Signal signal_of(const TensorView& view) {
   return Signal{view.data, view.stride_b, view.stride_t, view.stride_c};
 }
 
+// Whether rows of so many channels move 16 bytes, `vector` values, at a time.
+inline bool moves_in_vectors(const Signal& s, int64_t channels, int64_t vector) {
+  return s.stride_c == 1 && s.stride_t % vector == 0 && s.stride_b % vector == 0 && channels % vector == 0 &&
+         reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
+}
+
 // Neighbouring phases of an upsampling that read the same steps: their outputs lie side by side in y, and stand side by
 // side as columns of one GEMM. A convolution is one run of one phase.
 struct ConvRun {

@@ -28,7 +28,7 @@ struct ConvWgmma {
   static constexpr int kPanelBytes = kChunk * kPanelRowBytes, kStageBytes = kPanels * kPanelBytes;
   static constexpr int kRowsAtOnce = kThreads / kCells, kOwnRows = kTileRows / kRowsAtOnce;
   static constexpr int kSums = kColumns / 2, kSumLd = kColumns + 8;
-  static_assert(kRowsAtOnce % 8 == 0 && kAhead > 1, "a thread's cells keep their place in a row");
+  static_assert(kRowsAtOnce % 8 == 0 && kAhead > 0, "a thread's cells keep their place in a row");
 
   static int64_t row_bytes(const Params& p) { return round_up(p.segment, 8) * kPanelRowBytes; }
   static int64_t smem_bytes(const Params& p) {

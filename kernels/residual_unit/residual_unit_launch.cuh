@@ -137,13 +137,9 @@ inline ResidualUnitPlan prepare_fused(const ResidualUnitParams& p) {
   f.pad_left = p.pad_left;
   f.pad_right = p.pad_right;
   f.residual_shift = p.centre * p.dilation - p.pad_left;
-  const auto aligned = [&](const Signal& s) {
-    constexpr int64_t kHalves = 8;  // in 16 bytes
-    return s.stride_c == 1 && s.stride_t % kHalves == 0 && s.stride_b % kHalves == 0 && p.channels % kHalves == 0 &&
-           reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
-  };
-  f.vectors = aligned(f.x);
-  f.vector_store = aligned(f.y);
+  constexpr int64_t kHalves = 8;  // in 16 bytes
+  f.vectors = moves_in_vectors(f.x, p.channels, kHalves);
+  f.vector_store = moves_in_vectors(f.y, p.channels, kHalves);
   return plan;
 }
 

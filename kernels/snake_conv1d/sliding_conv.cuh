@@ -5,7 +5,7 @@
 // float32 sums. Rows are loaded 16 bytes at a time where the layout allows it (Params::vectors), else value by value.
 #pragma once
 #include "../common/conv_finish.cuh"
-#include "../common/launch.cuh"
+#include "row_tiles.cuh"
 
 namespace dcx {
 
@@ -122,19 +122,13 @@ template <class T>
 void plan_sliding(const CudaContext& context, ConvGemmPlan& plan) {
   using K = SlidingConv<T>;
   ConvGemmParams& p = plan.params;
-  constexpr int64_t kVector = K::kChannels;
-  p.vectors = p.x.stride_c == 1 && p.x.stride_t % kVector == 0 && p.x.stride_b % kVector == 0 &&
-              p.channels % kVector == 0 && reinterpret_cast<uintptr_t>(p.x.data) % 16 == 0;
+  p.vectors = moves_in_vectors(p.x, p.channels, K::kChannels);
   for (const int passes : {10, 5, 3, 2}) {  // of kTaps rows
     p.segment = passes * K::kTaps - (K::kTaps - 1);
     p.row_tiles = ceil_div(p.rows, K::stretches(p) * p.segment);
     if (p.batch * p.row_tiles >= 2 * context.multiprocessors) break;
   }
-  plan.grid = Grid{p.batch * p.row_tiles, 1, 1};
-  plan.smem_bytes = K::smem_bytes(p);
-  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
-    launch<K>(where, made.params, made.grid, made.smem_bytes);
-  };
+  start_row_tiles<K>(plan);
 }
 
 }  // namespace dcx

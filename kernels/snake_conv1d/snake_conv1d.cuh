@@ -96,11 +96,7 @@ bool plan_narrow(const CudaContext& context, ConvGemmPlan& plan) {
   p.row_tiles = ceil_div(p.rows, int64_t{K::kThreads});
   p.segment = (K::kThreads - 1) * p.row_scale + (p.taps - 1) * p.dilation + 1;
   p.segment = round_up(p.segment, 4);  // the weights behind the rows are read 16 bytes at a time
-  plan.grid = Grid{p.batch * p.row_tiles, 1, 1};
-  plan.smem_bytes = K::smem_bytes(p);
-  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
-    launch<K>(where, made.params, made.grid, made.smem_bytes);
-  };
+  start_row_tiles<K>(plan);
   return plan.smem_bytes <= context.shared_bytes;
 }
 

@@ -4,7 +4,7 @@
 // are one chain of float32 products.
 #pragma once
 #include "../common/conv_finish.cuh"
-#include "../common/launch.cuh"
+#include "row_tiles.cuh"
 
 namespace dcx {
 
@@ -98,19 +98,13 @@ template <class T>
 void plan_spread(const CudaContext& context, ConvGemmPlan& plan) {
   using K = SpreadConv<T>;
   ConvGemmParams& p = plan.params;
-  constexpr int64_t kVector = K::kVector;
-  p.vector_store = p.y.stride_c == 1 && p.y.stride_t % kVector == 0 && p.y.stride_b % kVector == 0 &&
-                   reinterpret_cast<uintptr_t>(p.y.data) % 16 == 0;
+  p.vector_store = moves_in_vectors(p.y, p.columns, K::kVector);
   for (const int64_t passes : {32, 16, 8, 4}) {
     p.segment = passes;
     p.row_tiles = ceil_div(p.rows, passes * K::rows_at_once(p));
     if (p.batch * p.row_tiles >= 4 * context.multiprocessors) break;
   }
-  plan.grid = Grid{p.batch * p.row_tiles, 1, 1};
-  plan.smem_bytes = K::smem_bytes(p);
-  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
-    launch<K>(where, made.params, made.grid, made.smem_bytes);
-  };
+  start_row_tiles<K>(plan);
 }
 
 }  // namespace dcx
