@@ -9,95 +9,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._stream_cpu import Call, Chain, Kept, Memory, Taking
-from ._stream_plan import Layer, make_layers
+from ._stream_graph import GraphEncoder
+from ._stream_passes import CpuEncoder
 from ._stream_slots import Slots, check_rows, stream_engine, whole_number
 from .errors import DualCodecError
 from .model import DualCodec
 from .reference.checks import MOST_SHORT_FRAMES
 from .semantic import LogMelFeatures
-from .steps import Step
-from .tiles import Programs
 
 _STATE_VERSION = 1
-
-
-def _causal(name: str, steps: Sequence[Step], in_rows: int) -> list[Layer]:
-    layers = make_layers(steps, in_rows)
-    if layers and layers[-1].out_delay:
-        raise DualCodecError(
-            f"{name}: the model must have causal_encoder=True and is_causal=True, its encoders look"
-            f" {layers[-1].out_delay} frames ahead"
-        )
-    return layers
-
-
-class _Passes:
-    """Encodes a few frames for some of the slots, on the CPU."""
-
-    def __init__(self, name: str, programs: Programs, batch: int, max_frames: int, stages: int) -> None:
-        self.programs, self.stages, self.hop = programs, stages, programs.hop_samples
-        plans = [_causal(name, programs.semantic_encoder, 1)]
-        if stages:
-            plans += [
-                _causal(name, programs.semantic_decoder, 1),
-                _causal(name, programs.acoustic_encoder, programs.hop_samples),
-            ]
-        sizes = [Chain.state_numel(plan) for plan in plans]
-        with torch.inference_mode(False):
-            self.state = torch.zeros(batch, sum(sizes), dtype=programs.dtype)
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        self.chains = [
-            Chain(plan, self.state[:, end - size : end]) for plan, size, end in zip(plans, sizes, ends, strict=True)
-        ]
-        widest = max(chain.numel(batch, max_frames) for chain in self.chains)
-        channels = max(programs.semantic_quantizer.out_weight.shape[1], programs.acoustic_quantizer.out_weight.shape[1])
-        rows = batch * max_frames * channels
-        self._memory = Memory(programs.dtype, (widest, widest, rows, rows))
-        self._made: Kept[tuple[Tensor, list[Call]]] = Kept()
-        self._taking = Taking()
-
-    def _through(self, i: int, slots: tuple[int, ...], frames: int, x: Tensor, place: int, channels: int) -> Tensor:
-        """Run x through chain i, to rows [n, channels, frames] at a place."""
-        chain, n = self.chains[i], len(slots)
-        outlet = self._memory.rows(place, n, frames, channels)
-
-        def make() -> tuple[Tensor, list[Call]]:
-            inlet = chain.inlet(self._memory, 0, n, frames)
-            return inlet, list(chain.calls(self._memory, 0, taking, frames, outlet))
-
-        taking = self._taking.of(slots, self.state.shape[0])
-        inlet, calls = self._made.get((i, n, frames), make)
-        inlet.copy_(x)
-        for call in calls:
-            call()
-        return outlet
-
-    def run(
-        self, slots: tuple[int, ...], features: Tensor, audio: Tensor | None, frames: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return codes [n, 1, frames] and [n, q, frames] of features [n, dim, frames], audio [n, 1, frames * hop]."""
-        programs = self.programs
-        width = programs.semantic_quantizer.out_weight.shape[1]
-        x = self._through(0, slots, frames, features, 2, width)
-        codes, latent = programs.semantic_quantizer.search(x, None, return_quantized=self.stages > 0)
-        if audio is None or latent is None:
-            return codes, None
-        channels = programs.acoustic_quantizer.out_weight.shape[1]
-        if self.chains[1].layers:
-            latent = self._through(1, slots, frames, latent, 3, channels)
-        z = self._through(2, slots, frames, audio, 2, channels)
-        return codes, programs.acoustic_quantizer.search(z - latent, None, self.stages)[0]
 
 
 class StreamingEncoder(Slots):
     """Encodes `batch_size` streams, each a slot of its own, as their audio arrives.
 
     A frame's codes come as soon as its samples and its features are there, and are those that `encode` gives for the
-    whole clip. A slot's codes depend neither on how its audio and features are cut nor on other slots.
+    whole clip; on a GPU, but where a margin is within float32's rounding. A slot's codes depend neither on how its
+    audio and features are cut nor on other slots.
 
     Args:
-        model: a `DualCodec` in eval mode on the CPU with a causal encoder (`12hz_stream`); its weights of now stay.
+        model: a `DualCodec` in eval mode with a causal encoder (`12hz_stream`); its weights of now stay.
         batch_size: slots.
         max_frames: frames of one pass; None: 16 over batch_size, at least 1.
         num_quantizers: codebooks to use, the semantic one included: 1 needs no audio, None takes all.
@@ -108,7 +39,7 @@ class StreamingEncoder(Slots):
         frame_counts: frames of each slot in what the last step or flush returned.
 
     Raises:
-        DualCodecError: a wrong argument, an encoder that looks ahead, or no engine for the model on the CPU.
+        DualCodecError: a wrong argument, an encoder that looks ahead, or no engine for the model here.
     """
 
     name = "StreamingEncoder"
@@ -128,8 +59,6 @@ class StreamingEncoder(Slots):
         if num_quantizers is not None:
             stages = min(whole_number(self.name, "num_quantizers", num_quantizers, 1) - 1, all_stages)
         engine = stream_engine(self.name, model)
-        if engine.device.type != "cpu":
-            raise DualCodecError(f"{self.name}: the model must be on the CPU, got {engine.device}")
         front_end = model.front_end if front_end is None else front_end
         self._hop, self._dim, self.max_frames = engine.hop_samples, model.settings["semantic_dim"], most
         if front_end is not None and not isinstance(front_end, LogMelFeatures):
@@ -140,11 +69,18 @@ class StreamingEncoder(Slots):
                 f" {front_end.channels} every {front_end.hop_samples}"
             )
         self._front_end = front_end
-        self._passes = _Passes(self.name, engine.tiles.programs, batch_size, most, stages)
+        programs, self._device = engine.tiles.programs, engine.device
+        self._passes: CpuEncoder | GraphEncoder
+        if engine.device.type == "cpu":
+            self._passes = CpuEncoder(self.name, programs, batch_size, most, stages)
+        else:
+            self._passes = GraphEncoder(self.name, programs, batch_size, stages, engine.device)
         self._dtype = engine.dtype
-        self._audio = [torch.zeros(0)] * batch_size  # [n], samples that wait for the rest of their frame
-        self._features = [torch.zeros(self._dim, 0)] * batch_size  # [dim, n], those that wait for their audio
-        self._before = [torch.zeros(self._hop)] * batch_size  # [hop], the front end's past
+        # On the model's device: samples [n] that wait for the rest of their frame, features [dim, n] that wait for
+        # their audio, and the front end's past [hop].
+        self._audio = [torch.zeros(0, device=self._device)] * batch_size
+        self._features = [torch.zeros(self._dim, 0, device=self._device)] * batch_size
+        self._before = [torch.zeros(self._hop, device=self._device)] * batch_size
         self.frame_counts = [0] * batch_size
 
     @torch.no_grad()
@@ -177,9 +113,9 @@ class StreamingEncoder(Slots):
             self._check("semantic_repr", semantic_repr, self._dim, "F")
         for b in slots:
             if audio is not None and (self._passes.stages or self._front_end is not None):
-                self._audio[b] = torch.cat([self._audio[b], audio[b, 0].to(self._audio[b].dtype)])
+                self._audio[b] = torch.cat([self._audio[b], audio[b, 0].to(self._audio[b])])
             if semantic_repr is not None:
-                self._features[b] = torch.cat([self._features[b], semantic_repr[b].to(torch.float32)], 1)
+                self._features[b] = torch.cat([self._features[b], semantic_repr[b].to(self._features[b])], 1)
         return self._encode(slots)
 
     @torch.no_grad()
@@ -221,7 +157,7 @@ class StreamingEncoder(Slots):
         for b in slots:
             self._passes.state[b].zero_()
             self._audio[b], self._features[b] = self._audio[b][:0], self._features[b][:, :0]
-            self._before[b] = torch.zeros(self._hop)
+            self._before[b] = torch.zeros(self._hop, device=self._device)
 
     def state_dict(self, mask: Tensor | Sequence[bool] | None = None) -> dict[str, Any]:
         """Return where streams stand: another encoder of the same model and codebooks goes on from there.
@@ -230,15 +166,15 @@ class StreamingEncoder(Slots):
             mask: [B] bool, the slots that are taken; None: all.
 
         Returns:
-            Copies, in the slots' order: `state` [n, ..] of the layers, `before` [n, hop] of the front end; of each slot
-            `audio` [s] and `features` [semantic_dim, f] that wait; and what has to agree.
+            Copies on the CPU, in the slots' order: `state` [n, ..] of the layers, `before` [n, hop] of the front end;
+            of each slot `audio` [s] and `features` [semantic_dim, f] that wait; and what has to agree.
         """
         slots = list(self._taking_part(mask))
         return {
-            "state": self._passes.state[slots],
-            "before": torch.stack([self._before[b] for b in slots]) if slots else torch.zeros(0, self._hop),
-            "audio": [self._audio[b].clone() for b in slots],
-            "features": [self._features[b].clone() for b in slots],
+            "state": self._passes.state[slots].cpu(),
+            "before": torch.stack([self._before[b] for b in slots]).cpu() if slots else torch.zeros(0, self._hop),
+            "audio": [self._audio[b].to("cpu", copy=True) for b in slots],
+            "features": [self._features[b].to("cpu", copy=True) for b in slots],
             **self._kind(),
         }
 
@@ -264,10 +200,11 @@ class StreamingEncoder(Slots):
             if not isinstance(given, Sequence) or len(given) != n:
                 came = len(given) if isinstance(given, Sequence) else type(given).__name__
                 raise DualCodecError(f"{name}: {what} must hold a tensor per slot, {n}, got {came}")
-            waiting.append([check_rows(name, what, x, shape, float32).clone() for x in given])
+            waiting.append([check_rows(name, what, x, shape, float32).to(self._device, copy=True) for x in given])
         for i, b in enumerate(slots):
             own_rows[b].copy_(rows[i])
-            self._before[b], self._audio[b], self._features[b] = before[i].clone(), waiting[0][i], waiting[1][i]
+            self._before[b] = before[i].to(self._device, copy=True)
+            self._audio[b], self._features[b] = waiting[0][i], waiting[1][i]
 
     def _kind(self) -> dict[str, object]:
         """What a state has to agree with, beside the shapes of its rows."""
@@ -294,8 +231,8 @@ class StreamingEncoder(Slots):
     def _encode(self, slots: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         ready = {b: self._ready(b) for b in slots}
         most, stages = max(ready.values(), default=0), self._passes.stages
-        semantic = torch.zeros(self.batch_size, 1, most, dtype=torch.int64)
-        acoustic = torch.zeros(self.batch_size, stages, most, dtype=torch.int64) if stages else None
+        semantic = torch.zeros(self.batch_size, 1, most, dtype=torch.int64, device=self._device)
+        acoustic = semantic.new_zeros(self.batch_size, stages, most) if stages else None
         done = [0] * self.batch_size
         while waiting := tuple(b for b in slots if done[b] < ready[b]):
             frames = min(self.max_frames, *(ready[b] - done[b] for b in waiting))
@@ -325,7 +262,7 @@ class StreamingEncoder(Slots):
         if self._front_end is not None and audio is not None:
             before = torch.stack([self._before[b] for b in slots])[:, None]
             # Of a frame's windows none begins before the frame ahead of it.
-            features = self._front_end(torch.cat([before, audio], 2))[:, :, 1:]
+            features = self._front_end(torch.cat([before, audio], 2).to(self._front_end.mean.device))[:, :, 1:]
         else:
             features = torch.stack([self._features[b][:, :frames] for b in slots])
         if audio is not None:

@@ -42,6 +42,7 @@ LAYERS = (
     ("tiles",),
     ("pieces",),
     ("_stream_cpu", "_stream_plan"),
+    ("_stream_passes",),
     ("engine",),
     ("graphs",),
     ("model",),

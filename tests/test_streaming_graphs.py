@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import settings_of
 from test_streaming import alone, codes, model, run_session
+from test_streaming_encode import KINDS, check
+from test_streaming_encode import model as encoding_model
 from tolerances import F32, TOLERANCE
 
 import dualcodec_ext as dx
 from dualcodec_ext import testing
-from dualcodec_ext._stream_graph import GraphDecoder
+from dualcodec_ext._stream_graph import GraphDecoder, GraphEncoder
+from dualcodec_ext.semantic import LogMelFeatures
 
 
 class Repeat:
@@ -97,6 +100,82 @@ def test_less_lookahead(k: int) -> None:
     decoder = on_graphs(dx.StreamingDecoder(model("tiny"), lookahead=k), Repeat())
     audio = torch.cat([decoder.step(semantic, acoustic), decoder.flush()], -1)
     assert torch.equal(audio, alone("tiny", semantic, acoustic, lookahead=k))
+
+
+def encode_on_graphs(encoder: dx.StreamingEncoder, recorder: Any) -> dx.StreamingEncoder:
+    """Let an encoder's passes run as they would on a GPU."""
+    passes = encoder._passes
+    encoder._passes = GraphEncoder(
+        encoder.name, passes.programs, encoder.batch_size, passes.stages, torch.device("cpu"), recorder
+    )
+    return encoder
+
+
+@pytest.fixture
+def encoder_graphs(monkeypatch: pytest.MonkeyPatch) -> Repeat:
+    """Every StreamingEncoder that is made runs on graphs."""
+    recorder, made = Repeat(), dx.StreamingEncoder.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        encode_on_graphs(self, recorder)
+
+    monkeypatch.setattr(dx.StreamingEncoder, "__init__", init)
+    return recorder
+
+
+@pytest.mark.parametrize("name", [*KINDS, "log-mel"])
+def test_any_cut_of_encode(name: str, encoder_graphs: Repeat) -> None:
+    how = {"front_end": LogMelFeatures(1)} if name == "log-mel" else {}
+
+    @settings(max_examples=4, deadline=None, derandomize=True)
+    @given(st.integers(1, 3), st.integers(0, 9), st.sampled_from([None, 1, 2]), st.data())
+    def draw(batch: int, frames: int, quantizers: int | None, data: Any) -> None:
+        check(name, batch, frames, data, num_quantizers=quantizers, **how)
+
+    draw()
+    assert encoder_graphs.replayed > encoder_graphs.recorded > 0
+
+
+def test_a_frame_of_encode_is_one_replay() -> None:
+    made, recorder = encoding_model("causal everywhere"), Repeat()
+    encoder = encode_on_graphs(dx.StreamingEncoder(made, 2), recorder)
+    hop = made.dac.hop_length
+    audio, features = testing.make_speech(10 * hop, 2), testing.make_features(10, 2, made.settings["semantic_dim"])
+    found = [
+        encoder.step(audio[..., f * hop : (f + 1) * hop], features[..., f : f + 1], [True, f != 4]) for f in range(10)
+    ]
+    assert (recorder.recorded, recorder.replayed) == (1, 10)
+    wanted = made.encode(audio[:1], semantic_repr=features[:1])
+    for i in (0, 1):
+        assert torch.equal(torch.cat([codes[i][:1] for codes in found], -1), wanted[i])  # type: ignore[index, misc]
+
+
+@needs_device
+@gpu_alone
+@pytest.mark.parametrize("name", ["causal everywhere", "log-mel"])
+def test_encode_on_a_gpu(name: str) -> None:
+    """Graphs that are graphs: in any cut the codes of one step, and but for near ties the whole encode's."""
+    moved = dx.accelerate(testing.seeded_model(encoding_model(name).settings).cuda())
+    front_end = LogMelFeatures(1) if name == "log-mel" else None
+    hop, frames = moved.dac.hop_length, 40
+    audio = testing.make_speech(frames * hop, 2).cuda()
+    features = testing.make_features(frames, 2, moved.settings["semantic_dim"]).cuda()
+    if front_end is not None:
+        features = front_end.cuda()(audio)
+    one, many = (dx.StreamingEncoder(moved, 2, n, front_end=front_end) for n in (1, 3))
+    parts = [
+        one.step(audio[..., f * hop : (f + 1) * hop], None if front_end is not None else features[..., f : f + 1])
+        for f in range(frames)
+    ]
+    at_once = many.step(audio, None if front_end is not None else features)
+    whole = moved.encode(audio, semantic_repr=features)
+    moved_state = one.state_dict()["state"]
+    assert moved_state.device.type == "cpu" and bool(moved_state.any())
+    for i in (0, 1):
+        codes = torch.cat([part[i] for part in parts], -1)  # type: ignore[misc]
+        assert torch.equal(codes, at_once[i]) and codes.is_cuda
+        assert float((codes != whole[i]).float().mean()) <= 0.01
 
 
 @needs_device
