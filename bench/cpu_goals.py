@@ -89,6 +89,22 @@ class Goal:
     case: Mapping[str, Any]  # what the run and its case must hold
     side: str
     demands: tuple[Demand, ...]
+    direct: bool = False  # computes as many products as the limit counts
+
+
+_MOST_OF_LIMIT = 0.95
+
+
+def verdict(goal: Goal, demand: Demand, value: float | None, ours: Row | None) -> str:
+    """Say how a demand stands; of a ratio that takes more than 95 % of the direct limit, that the share counts."""
+    if value is None or ours is None:
+        return "not measured"
+    if demand.met(value):
+        return "met"
+    share = share_of_limit(ours, {})
+    if goal.direct and demand.unit == "x" and share is not None and share * demand.limit / value > _MOST_OF_LIMIT:
+        return f"the share counts: takes {100 * share * demand.limit / value:.0f} %"
+    return "missed"
 
 
 def _demands(peer: float | None, limit: float | None, pypi: float) -> tuple[Demand, ...]:
@@ -107,10 +123,10 @@ GOALS = (
     Goal("decode 12hz_v1, fp32, fast", _codec("decode", "12hz_v1"), _FAST, _demands(2, 1.4, 4.5)),
     Goal("decode 25hz_v1, fp32, exact", _codec("decode", "25hz_v1"), _OURS, _demands(1.2, 0.9, 2.5)),
     Goal("decode 25hz_v1, fp32, fast", _codec("decode", "25hz_v1"), _FAST, _demands(1.8, 1.35, 3.8)),
-    Goal("decode 12hz_v1, bf16", _codec("decode", "12hz_v1", "bfloat16"), _OURS, _demands(1.7, 0.85, 5)),
-    Goal("decode 25hz_v1, bf16", _codec("decode", "25hz_v1", "bfloat16"), _OURS, _demands(1.4, 0.85, 4.7)),
-    Goal("encode 12hz_v1, fp32", _codec("encode", "12hz_v1"), _OURS, _demands(None, 0.8, 2.3)),
-    Goal("encode 25hz_v1, fp32", _codec("encode", "25hz_v1"), _OURS, _demands(None, 0.8, 2.3)),
+    Goal("decode 12hz_v1, bf16", _codec("decode", "12hz_v1", "bfloat16"), _OURS, _demands(1.7, 0.85, 5), True),
+    Goal("decode 25hz_v1, bf16", _codec("decode", "25hz_v1", "bfloat16"), _OURS, _demands(1.4, 0.85, 4.7), True),
+    Goal("encode 12hz_v1, fp32", _codec("encode", "12hz_v1"), _OURS, _demands(None, 0.8, 2.3), True),
+    Goal("encode 25hz_v1, fp32", _codec("encode", "25hz_v1"), _OURS, _demands(None, 0.8, 2.3), True),
     Goal(
         "rvq_search 12hz_v1, 7 x 4096",
         {"what": "ops", "model": "12hz_v1", "op": "rvq_search", "where": "acoustic", "device": "cpu"},
@@ -173,8 +189,9 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         error = "-" if ours is None else ours.get("error", {}).get("text", "-")
         for demand in goal.demands:
             value = None if ours is None else demand.measure(ours, case)
-            verdict = "not measured" if value is None else "met" if demand.met(value) else "missed"
             sign = "<=" if demand.at_most else ">="
             wanted = f"{sign} {demand.text(demand.limit)}"
-            table.append([goal.name, demand.what, wanted, demand.text(value), verdict, speed, error])
+            table.append(
+                [goal.name, demand.what, wanted, demand.text(value), verdict(goal, demand, value, ours), speed, error]
+            )
     return table

@@ -97,6 +97,21 @@ def test_goals_are_read_off_the_runs(runs: list[Any]) -> None:
     assert table["encode 12hz_v1, fp32", "the direct limit"] == ["-", "not measured"]
 
 
+def test_a_ratio_past_the_direct_limit_leaves_the_share() -> None:
+    """Where a ratio takes more than 95 % of what direct products can reach, the share of it is the goal."""
+    for seconds, pypi, wanted in (
+        (0.25, 0.5, "the share counts: takes 115 %"),  # 2x at 100 % of the limit, 2.3x wanted
+        (0.4, 0.8, "missed"),  # 2x at 62 %: 72 % would do
+        (0.25, 0.6, "met"),
+    ):
+        run_ = made_run("encode", [row("dualcodec_ext", seconds, ours=True, limit_s=0.25), row("pypi", pypi)])
+        table = {tuple(cells[:2]): cells[4] for cells in cpu_goals.rows([run_])}
+        assert table["encode 12hz_v1, fp32", "the PyPI package"] == wanted
+    fast = made_run("decode", [row("dualcodec_ext fast", 0.25, ours=True, limit_s=0.25), row("pypi", 1.0)])
+    table = {tuple(cells[:2]): cells[4] for cells in cpu_goals.rows([fast])}
+    assert table["decode 12hz_v1, fp32, fast", "the PyPI package"] == "missed"  # it computes fewer products
+
+
 def test_goals_command_tells_devices_apart(runs: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(runs[0]))
