@@ -131,10 +131,10 @@ def decode(
     threads: opt.Threads = None,
     seed: opt.DecodeSeed = None,
     begin_s: Annotated[
-        float | None, typer.Option("--from", min=0, help="Decode from this second on. [default: the beginning]")
+        float | None, typer.Option("--from", min=0, help="Decode from this second on.", show_default="the beginning")
     ] = None,
     end_s: Annotated[
-        float | None, typer.Option("--to", min=0, help="Decode up to this second. [default: the end]")
+        float | None, typer.Option("--to", min=0, help="Decode up to this second.", show_default="the end")
     ] = None,
     chunk_frames: opt.ChunkFrames = None,
     any_weights: Annotated[
@@ -260,7 +260,7 @@ def info(
     file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FILE]", help="A code file, a weights file or an audio file. [default: tiny's weights]"
+            metavar="[FILE]", help="A code file, a weights file or an audio file.", show_default="tiny's weights"
         ),
     ] = None,
     as_json: opt.Json = False,
@@ -286,7 +286,7 @@ def verify(
     ],
     audio: Annotated[
         Path | None,
-        typer.Option("--audio", help="Speech to compare on. [default: a generated vowel sequence]"),
+        typer.Option("--audio", help="Speech to compare on.", show_default="a generated vowel sequence"),
     ] = None,
     w2v: opt.W2v = None,
     model: opt.Model = "12hz_v1",
@@ -319,9 +319,14 @@ def train(
         typer.Option("--init", metavar="PRESET", help="Start from this model's weights, as far as they fit."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", "-w", help="Where the weights to start from are. [default: the hub]")
+        str | None, typer.Option("--weights", "-w", help="Where the weights to start from are.", show_default="the hub")
     ] = None,
-    w2v: opt.W2v = None,
+    w2v: Annotated[
+        str | None,
+        typer.Option(
+            "--w2v", help="Folder or hub name of the w2v-BERT 2.0 model, for models on its features; tiny's need none."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="In place of the recipe's.")] = None,
     device: opt.Device = "cpu",
     threads: opt.Threads = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,8 @@ from ._training.losses import SpectralLoss, discriminator_loss, feature_loss, ge
 from ._training.recipe import Recipe
 from ._training.state import State, take_over
 from .errors import DualCodecError
-from .semantic import LogMelFeatures, W2vBertFeatures
+from .model import FEATURES
+from .semantic import CODEC_RATE_HZ, LogMelFeatures, W2vBertFeatures
 
 __all__ = ["Recipe", "Trainer", "train"]
 
@@ -38,7 +40,8 @@ class Trainer:
         recipe: its settings.
         voices: what it is trained on.
         device: where it runs.
-        weights: to start from (`take_over`); None to start from nothing.
+        weights: to start from (`take_over`), with the log-mel front end's statistics if they hold them; None to start
+            from nothing.
         front_end: gives features [B, C, F] of audio [B, 1, S]; None for the log-mel front end.
 
     Attributes:
@@ -61,13 +64,26 @@ class Trainer:
                 f"train: a model on features other than log-mel needs them (--w2v), its semantic_dim is"
                 f" {config.semantic_dim}"
             )
-        self.front_end = front_end or self.state.features
+        mel = self.state.features
+        if front_end is None and (config.sample_rate, config.hop_length) != (CODEC_RATE_HZ, mel.hop_samples):
+            raise DualCodecError(
+                f"train: a model on log-mel features must have sample_rate={CODEC_RATE_HZ} and a hop of"
+                f" {mel.hop_samples}, got {config.sample_rate} and {config.hop_length}"
+            )
+        self.front_end = front_end or mel
         self.hop_samples = config.hop_length
         self.samples = recipe.segment_frames * config.hop_length
         self.batches = Batches(voices, recipe.batch, self.samples, recipe.seed, recipe.augment)
         self.spectral = SpectralLoss(config.sample_rate, recipe.windows, recipe.bands, recipe.highest_hz).to(device)
-        self.left = [] if weights is None else take_over(self.state.model, weights)
-        self._weights_given = weights is not None
+        self.left: list[str] = []
+        self._statistics_given = False
+        if weights is not None:
+            weights, self.state.from_weights = dict(weights), True
+            names = [FEATURES + name for name in ("mean", "variance")]
+            if front_end is None and all(name in weights for name in names):
+                mel.set_statistics(*(weights.pop(name) for name in names))
+                self._statistics_given = True
+            self.left = take_over(self.state.model, weights)
         self.forward = Forward(self.state.model, recipe.way, recipe.bypass)
         if recipe.workers > 1:
             torch.set_num_threads(1)
@@ -81,12 +97,12 @@ class Trainer:
         torch.manual_seed(self.recipe.seed + 2)
         first = [self.batches.at(_START_SEED + i) for i in range(max(_STATISTICS_BATCHES, self.recipe.start_batches))]
         mel = self.state.features
-        if self.front_end is mel:
+        if self.front_end is mel and not self._statistics_given:
             rows = torch.cat([mel(audio.to(self.device)).transpose(1, 2).flatten(0, 1) for audio in first])
             rows = rows * mel.variance.sqrt() + mel.mean
             mel.set_statistics(rows.mean(0), rows.var(0).clamp(min=1e-3))
 
-        if not self._weights_given:
+        if not self.state.from_weights:
             start_scales(self.state.model, first[0].to(self.device))
             start_semantic(self.state.model, self._pairs())
             if self.recipe.start_steps == 0:
@@ -124,9 +140,9 @@ class Trainer:
         # w2v-BERT's features may come a frame short.
         audio = audio[..., : features.shape[-1] * self.hop_samples]
         counts = self.forward.draw(len(audio)).to(self.device)
-        if state.step < recipe.start_steps:
+        if not self._quantized():
             counts = (torch.rand(len(audio)) > _SEMANTIC_ALONE).to(counts)
-        elif state.step == recipe.start_steps > 0 and not self._weights_given:
+        elif state.step == recipe.start_steps > 0 and not state.from_weights:
             self._start_acoustic()
         for optimizer in state.optimizers():
             for group in optimizer.param_groups:
@@ -157,10 +173,14 @@ class Trainer:
         restarted = float(state.care.restarted)
         return {**logged, "gradient_norm": float(norm), "restarted": restarted, "entries_in_use": min(used)}
 
+    def _quantized(self) -> bool:
+        """Whether the acoustic latent goes through its codebooks; those of given weights do from the start."""
+        return self.state.from_weights or self.state.step >= self.recipe.start_steps
+
     def _shard(self, audio: Tensor, features: Tensor, counts: Tensor) -> tuple[Output, dict[str, Tensor]]:
         """Forward and backward of a part of the batch; the losses come back without their graph."""
         recipe, judges = self.recipe, self._judges()
-        output = self.forward(audio, features, counts, self.state.step >= recipe.start_steps)
+        output = self.forward(audio, features, counts, self._quantized())
         mel, magnitude = self.spectral(output.x, audio)
         parts = {
             "mel": mel,
@@ -223,6 +243,7 @@ def train(
     resume: bool = False,
     weights: dict[str, Tensor] | None = None,
     w2v: str | None = None,
+    statistics: str | None = None,
     device: str = "cpu",
     tell: Callable[[str], None] = print,
     progress: Callable[[int, Mapping[str, float], float], None] | None = None,
@@ -231,12 +252,13 @@ def train(
 
     Args:
         recipe: the run's settings.
-        data: folder with train/ and validation/, one folder per speaker in each; or with speakers alone, of which the
-            last is held out.
+        data: folder with train/ and validation/, one folder per speaker in each; without validation/, or with
+            speakers alone, the last speaker is held out.
         out: folder of the run: checkpoint.pt, log.jsonl, model.safetensors, config.json, curves.png, ...
-        resume: go on from out/checkpoint.pt, if it is there.
+        resume: go on from out/checkpoint.pt, if it is there; without it no checkpoint may be there.
         weights: a checkpoint to start from instead of nothing.
         w2v: folder or hub name of w2v-BERT 2.0, for a model on its features.
+        statistics: folder or hub name where the mean and variance of its features are; None: in `w2v`.
         device: where it runs.
         tell: takes a line about the run.
         progress: takes the step, its losses and audio-hours per hour.
@@ -247,26 +269,37 @@ def train(
     Raises:
         DualCodecError: wrong settings, data or files.
     """
+    checkpoint, log = out / CHECKPOINT, Log(out / LOG)
+    if checkpoint.exists() and not resume:
+        raise DualCodecError(f"train: {out} holds a run: --resume goes on with it, another --out begins a new one")
+    rate_hz = recipe.model_config().sample_rate
+    voices, held_out = _voices(data, rate_hz, recipe)
+    tell(f"train: {hours(voices, rate_hz):.2f} h of {len(voices)} voices; validation: {hours(held_out, rate_hz):.2f} h")
+    for start in recipe.voices:
+        if not any(voice.name.startswith(start) for voice in voices):
+            tell(f"recipe: voices: no speaker's name begins with {start}")
+    trainer = Trainer(recipe, voices, device, weights, _front_end(recipe, w2v, statistics, device))
+    for name in trainer.batches.too_short:
+        tell(f"train: {name} is left out: shorter than a segment")
+    for line in trainer.left:
+        tell(f"not taken over: {line}")
+    missing = [name for name in ("pystoi", "pesq") if importlib.util.find_spec(name) is None]
+    if missing:
+        tell(f"validation goes without {' and '.join(missing)}: pip install 'dualcodec-ext[train]'")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DualCodecError(f"cannot make the folder {out}: {reason(error)}") from error
-    rate_hz = recipe.model_config().sample_rate
-    voices, held_out = _voices(data, rate_hz, recipe)
-    tell(f"train: {hours(voices, rate_hz):.2f} h of {len(voices)} voices; validation: {hours(held_out, rate_hz):.2f} h")
-    trainer = Trainer(recipe, voices, device, weights, _front_end(recipe, w2v, device))
-    for line in trainer.left:
-        tell(f"not taken over: {line}")
     state = trainer.state
-    checkpoint, log = out / CHECKPOINT, Log(out / LOG)
-    if resume and checkpoint.exists():
-        state.load(checkpoint)
-        tell(f"going on from step {state.step}")
+    if checkpoint.exists():
+        _go_on(state, checkpoint, tell)
     else:
+        if resume:
+            tell(f"{out} holds no checkpoint to go on from: beginning anew")
         trainer.start()
     log.cut(state.step)
     started, first, saved = time.monotonic(), state.step, time.monotonic()
-    scores: dict[str, Any] = {}
+    scores: dict[str, Any] = next((line["validation"] for line in log.lines()[::-1] if "validation" in line), {})
     sums: dict[str, float] = {}
     while state.step < recipe.steps:
         for name, value in trainer.step().items():
@@ -293,6 +326,18 @@ def train(
     return scores
 
 
+def _go_on(state: State, checkpoint: Path, tell: Callable[[str], None]) -> None:
+    """Load a checkpoint, and say what differs from the run that saved it."""
+    before, recipe = state.load(checkpoint), state.recipe
+    if state.step > recipe.steps:
+        raise DualCodecError(f"train: steps must be at least the checkpoint's {state.step}, got {recipe.steps}")
+    tell(f"going on from step {state.step}" + (": the last one" if state.step == recipe.steps else ""))
+    now = json.loads(json.dumps(recipe.to_dict()))
+    for name, value in json.loads(json.dumps(before)).items():
+        if name in now and now[name] != value:
+            tell(f"recipe: {name} was {json.dumps(value)} before, and is {json.dumps(now[name])}")
+
+
 def validate(trainer: Trainer, voices: list[Voice]) -> dict[str, Any]:
     """Score the averaged weights on held-out voices; see `scores.score`."""
     from ._training.scores import score
@@ -312,18 +357,24 @@ def finish(trainer: Trainer, voices: list[Voice], out: Path, log: Log) -> None:
     draw_curves(log.lines(), out / "curves.png")
     model = trainer.state.averaged_model()
     with torch.no_grad():
-        codes = model.encode(clip, semantic_repr=trainer.front_end(clip).to(clip))
+        codes = model.encode(clip, sample_rate=config.sample_rate, semantic_repr=trainer.front_end(clip).to(clip))
         decoded = model.decode_from_codes(*codes)
     draw_spectrograms(clip[0, 0], decoded[0, 0], config.sample_rate, out / "spectrograms.png")
 
 
-def _front_end(recipe: Recipe, w2v: str | None, device: str) -> Callable[[Tensor], Tensor] | None:
+def _front_end(
+    recipe: Recipe, w2v: str | None, statistics: str | None, device: str
+) -> Callable[[Tensor], Tensor] | None:
     config = recipe.model_config()
     if config.semantic_dim == LogMelFeatures.channels and w2v is None:
         return None
     if w2v is None:
         raise DualCodecError(f"train: semantic_dim={config.semantic_dim} needs w2v-BERT's features: give --w2v")
-    return W2vBertFeatures(w2v, w2v, downsample_factor=config.semantic_downsample_factor, device=device)
+    if config.sample_rate != CODEC_RATE_HZ:
+        raise DualCodecError(
+            f"train: a model on w2v-BERT's features must have sample_rate={CODEC_RATE_HZ}, got {config.sample_rate}"
+        )
+    return W2vBertFeatures(w2v, statistics or w2v, downsample_factor=config.semantic_downsample_factor, device=device)
 
 
 class Log:
@@ -333,10 +384,18 @@ class Log:
         self._path = path
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return what was logged."""
+        """Return what was logged; a last line that was cut off is left out."""
         if not self._path.exists():
             return []
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        found = []
+        texts = self._path.read_text(encoding="utf-8").splitlines()
+        for i, text in enumerate(texts):
+            try:
+                found.append(json.loads(text))
+            except ValueError as error:
+                if i < len(texts) - 1:
+                    raise DualCodecError(f"train: {self._path} must hold JSON in line {i + 1}, got: {error}") from None
+        return found
 
     def add(self, values: dict[str, Any]) -> None:
         """Add a line."""
@@ -351,10 +410,11 @@ class Log:
 
 def _voices(data: Path, rate_hz: int, recipe: Recipe) -> tuple[list[Voice], list[Voice]]:
     if (data / "train").is_dir():
-        held_out = load_voices(data / "validation", rate_hz) if (data / "validation").is_dir() else []
         voices = load_voices(data / "train", rate_hz, recipe.voices)
-        return voices, held_out or voices[-1:]
-    voices = load_voices(data, rate_hz, recipe.voices)
+        if (data / "validation").is_dir():
+            return voices, load_voices(data / "validation", rate_hz)
+    else:
+        voices = load_voices(data, rate_hz, recipe.voices)
     if len(voices) < 2:
         raise DualCodecError(f"train: {data} must hold train/ and validation/, or folders of two speakers")
     return voices[:-1], voices[-1:]

@@ -161,7 +161,7 @@ class W2vFeatures(Features):
         dtype = getattr(torch, options.dtype)
         self._model = W2vBertFeatures(
             source,
-            _statistics_place(source, options.weights),
+            statistics_place(source, options.weights),
             downsample_factor=config.semantic_downsample_factor,
             device=options.device,
             autocast=False if dtype == torch.float32 else dtype,
@@ -205,7 +205,7 @@ def features_for(
     return W2vFeatures(config, options)
 
 
-def _statistics_place(w2v: str, weights: str | None) -> str:
+def statistics_place(w2v: str, weights: str | None) -> str:
     """Where the features' mean and variance are: beside the semantic model, beside the weights, or on the hub."""
     places = [Path(w2v).expanduser()]
     if weights is not None:

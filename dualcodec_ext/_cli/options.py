@@ -61,7 +61,7 @@ Model = Annotated[
 ]
 DecodeModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Refuse code files of another model. [default: what each file says]"),
+    typer.Option("--model", "-m", help="Refuse code files of another model.", show_default="what each file says"),
 ]
 Weights = Annotated[
     str | None,
@@ -84,11 +84,13 @@ W2v = Annotated[
 ]
 Quantizers = Annotated[
     int | None,
-    typer.Option("--quantizers", "-q", min=1, help="Codebooks to use, the semantic one among them. [default: all]"),
+    typer.Option(
+        "--quantizers", "-q", min=1, help="Codebooks to use, the semantic one among them.", show_default="all"
+    ),
 ]
 Codebooks = Annotated[
     int | None,
-    typer.Option("--codebooks", "-q", min=1, help="Codebooks to use, the semantic one among them. [default: all]"),
+    typer.Option("--codebooks", "-q", min=1, help="Codebooks to use, the semantic one among them.", show_default="all"),
 ]
 PcmFormat = Annotated[Pcm, typer.Option("--format", "-f", help="Of raw PCM, in and out: 16-bit integers or floats.")]
 Lookahead = Annotated[
@@ -96,8 +98,8 @@ Lookahead = Annotated[
     typer.Option(
         "--lookahead",
         min=0,
-        help="Frames that the output may run behind; fewer than the model needs is an approximation. "
-        "[default: as many as it needs]",
+        help="Frames that the output may run behind; fewer than the model needs is an approximation.",
+        show_default="as many as it needs",
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the model.")]
@@ -111,8 +113,8 @@ ChunkFrames = Annotated[
     typer.Option(
         "--chunk-frames",
         min=0,
-        help="Frames that are worked on at a time, which changes no result; 0 takes recordings whole. "
-        "[default: 1500 past one minute, else 0]",
+        help="Frames that are worked on at a time, which changes no result; 0 takes recordings whole.",
+        show_default="1500 past one minute, else 0",
     ),
 ]
 WholeFeatures = Annotated[
@@ -123,17 +125,19 @@ WholeFeatures = Annotated[
         "approximation; time then grows with the square of the length, and on a GPU memory.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="torch's choice")]
 # Steps of few frames are short, and threads that wait for each other lose more than they win on a busy machine.
 LiveThreads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a step of the model.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random weights where --weights is not given.")]
 DecodeSeed = Annotated[
     int | None,
-    typer.Option("--seed", min=0, help="Seed of the random weights. [default: what each file says]"),
+    typer.Option("--seed", min=0, help="Seed of the random weights.", show_default="what each file says"),
 ]
 Rate = Annotated[
     int | None,
-    typer.Option("--rate", "-r", min=1, max=1_000_000, help="Sample rate of the output in Hz. [default: the model's]"),
+    typer.Option(
+        "--rate", "-r", min=1, max=1_000_000, help="Sample rate of the output in Hz.", show_default="the model's"
+    ),
 ]
 Format = Annotated[str | None, typer.Option("--format", "-f", help="wav, flac, ogg, opus, mp3, aiff, au, caf, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text, and no progress bar.")]

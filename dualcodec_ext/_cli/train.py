@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ def run_train(
         DualCodecError: wrong settings, data or weights.
     """
     from dualcodec_ext._cli.codec import configure_torch
+    from dualcodec_ext._cli.features import statistics_place
     from dualcodec_ext._cli.options import ModelOptions
     from dualcodec_ext.training import Recipe, train
 
@@ -63,6 +65,7 @@ def run_train(
             resume=resume,
             weights=_load(init, weights) if init or weights else None,
             w2v=w2v,
+            statistics=None if w2v is None else statistics_place(w2v, weights),
             device=device,
             tell=bar.tell,
             progress=bar.show,
@@ -73,7 +76,7 @@ def run_train(
     if as_json:
         print_json({"command": "train", "ok": True, **result})
     else:
-        print(one_line(f"{out / 'model.safetensors'}: {scores}"))
+        print(one_line(f"{out / 'model.safetensors'}: {json.dumps(scores)}"))
     return 0
 
 

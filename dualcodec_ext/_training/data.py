@@ -83,11 +83,15 @@ class Batches:
         samples: per item.
         seed: of everything drawn.
         augment: vary the segments; else they come as they are.
+
+    Attributes:
+        too_short: the names of voices that no segment fits in; they are not drawn.
     """
 
     def __init__(self, voices: list[Voice], batch: int, samples: int, seed: int, augment: bool = True) -> None:
         longest = max(num / den for num, den in SPEEDS) if augment else 1.0
         self._voices = [voice for voice in voices if len(voice.samples) > longest * samples + 64]
+        self.too_short = [voice.name for voice in voices if all(voice is not kept for kept in self._voices)]
         if not self._voices:
             raise DualCodecError(f"train: a voice must last longer than {int(longest * samples) + 64} samples")
         total = sum(voice.weight for voice in self._voices)
@@ -125,7 +129,7 @@ def _vary(x: Tensor, rng: np.random.Generator) -> Tensor:  # [S] -> [S]
 
 
 def stretches(voices: list[Voice], samples: int, most: int) -> Iterator[tuple[str, Tensor]]:
-    """Cut evenly spaced stretches out of every voice: name and [1, 1, samples], `most` in all."""
+    """Cut evenly spaced stretches out of every voice: name and [1, 1, samples], `most` in all, of each voice one."""
     each = max(1, most // len(voices))
     for voice in voices:
         last = len(voice.samples) - samples

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import ops, reference
 from ..ops._common import asked_backend
 from ..reference.dac import pad_to_length
-from ..reference.layers import CausalConv1d, CausalUpsample, WNConv1d, WNConvTranspose1d, inner_conv
+from ..reference.layers import CausalConv1d, CausalUpsample, ConvNeXtBlock, WNConv1d, WNConvTranspose1d, inner_conv
 
 WAYS = ("auto", "reference", "ops", "channels_last")
 
@@ -36,17 +36,17 @@ class Forward:
 
     Args:
         model: in training mode.
-        way: "reference" (plain modules), "ops" (the differentiable ops), "channels_last", or "auto": the reference
-            where backend("reference") is asked for, else the ops.
+        way: "ops" (the differentiable ops), "channels_last", "reference" (plain modules), or "auto", the ops. Where
+            backend("reference") is asked for it is the reference, whatever the way.
         bypass: how often a batch gets no acoustic codebook, as `bypass_quantize_rate`.
     """
 
     def __init__(self, model: reference.DualCodec, way: str = "auto", bypass: float = 0.0) -> None:
-        if way == "auto":
-            way = "reference" if asked_backend() == "reference" else "ops"
+        way = "reference" if asked_backend() == "reference" else "ops" if way == "auto" else way
         self.model, self.way, self.bypass = model, way, bypass
         self._run: Callable[[Iterable[nn.Module], Tensor], Tensor]
         self._run = {"reference": _modules, "ops": _ops, "channels_last": _channels_last}[way]
+        self._semantic = _ops if way == "ops" else _modules
 
     def draw(self, batch: int) -> Tensor:
         """Draw how many acoustic codebooks each item of a batch is decoded from, [B] int64, by torch's generator.
@@ -68,8 +68,10 @@ class Forward:
             quantize: whether the acoustic latent goes through its codebooks, else as it is where counts is not 0.
         """
         model = self.model
-        quantized, codes, latents, commitment, codebook, _ = model.semantic_vq(model.convnext_encoder(features))
-        total = model.convnext_decoder(quantized) if model.decode_semantic_for_codec else quantized
+        quantized, codes, latents, commitment, codebook, _ = model.semantic_vq(
+            self._semantic(model.convnext_encoder, features)
+        )
+        total = self._semantic(model.convnext_decoder, quantized) if model.decode_semantic_for_codec else quantized
         residual = self._run(model.dac.encoder.block, audio) - total
         all_codes, all_latents = [codes[:, 0]], [latents]
         if not quantize:
@@ -132,6 +134,17 @@ def _ops(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
             )
         elif isinstance(module, nn.Tanh):
             x = torch.tanh(x)
+        elif isinstance(module, ConvNeXtBlock):
+            y = ops.causal_dwconv1d(
+                x,
+                module.dwconv.weight[:, 0],
+                module.dwconv.bias,
+                padding=(6, 0) if module.is_causal else (3, 3),
+                ln_weight=module.norm.weight,
+                ln_bias=module.norm.bias,
+                eps=module.norm.eps,
+            )
+            x = x + module.pwconv2(module.act(module.pwconv1(y.transpose(1, 2)))).transpose(1, 2)
         else:  # a block of blocks
             inner = module.block
             assert isinstance(inner, nn.Sequential)

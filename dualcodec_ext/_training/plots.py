@@ -41,7 +41,7 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> bool:
         own = [line for line in scores if name in line["validation"]]
         right.plot([line["step"] for line in own], [line["validation"][name] for line in own], label=name, marker=".")
     right.set(xlabel="step", title="validation (name_codebooks)")
-    if scores:
+    if right.lines:
         right.legend()
     figure.savefig(path, dpi=100)
     return True

@@ -14,6 +14,27 @@ from ..errors import DualCodecError
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _LOSSES = {"mel": 15.0, "magnitude": 1.0, "waveform": 1.0, "commitment": 0.25, "codebook": 1.0}
 _ADVERSARY = {"adversarial": 1.0, "feature": 2.0}
+ADVERSARY_SETTINGS = ("periods", "windows", "width", "learning_rate")
+
+# What a setting must be: its type, the least value and the largest, None: none.
+_Range = tuple[type, float, float | None]
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(("steps", "batch", "workers", "segment_frames", "log_every", "validate_every"), (int, 1, None)),
+    **dict.fromkeys(("start_batches", "memory_steps"), (int, 1, None)),
+    **dict.fromkeys(("seed", "warmup_steps", "start_steps"), (int, 0, None)),
+    **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay", "clip"), (float, 0, None)),
+    **dict.fromkeys(("fewest", "checkpoint_every_s"), (float, 0, None)),
+    **dict.fromkeys(("ema_decay", "quantizer_dropout", "bypass"), (float, 0, 1)),
+}
+_LISTS: dict[str, _Range] = {"betas": (float, 0, 1), "windows": (int, 4, None), "bands": (int, 1, None)}
+
+
+def _check(name: str, value: object, kind: type, least: float, most: float | None) -> None:
+    fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not fits or value != value or value < least or (most is not None and value > most):  # type: ignore[operator]
+        what = "an integer" if kind is int else "a number"
+        limits = f"from {least:g}" + ("" if most is None else f" to {most:g}")
+        raise DualCodecError(f"recipe: {name} must be {what} {limits}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +64,7 @@ class Recipe:
         codebooks: "average": entries are running means of what chose them; "gradient": the codebook loss moves them.
         memory_steps, fewest: of `CodebookCare`.
         adversary_from: step from which the discriminators train and judge; None for never.
-        adversary: periods, windows and width of the discriminators, their learning rate, and their losses' factors.
+        adversary: periods, windows, width and learning_rate of the discriminators.
         voices: by the beginning of a speaker's name, a factor on how often it is drawn.
         augment: vary speed, loudness, colour and noise.
         way: of the forward: auto, reference, ops, channels_last.
@@ -89,13 +110,34 @@ class Recipe:
     checkpoint_every_s: float = 180.0
 
     def __post_init__(self) -> None:
-        for name in ("betas", "windows", "bands"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, (kind, least, most) in _RANGES.items():
+            _check(name, getattr(self, name), kind, least, most)
+        for name, (kind, least, most) in _LISTS.items():
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)) or not values:
+                raise DualCodecError(f"recipe: {name} must be a list of numbers, got {values!r}")
+            for value in values:
+                _check(f"each of {name}", value, kind, least, most)
+            object.__setattr__(self, name, tuple(values))
+        if len(self.betas) != 2:
+            raise DualCodecError(f"recipe: betas must hold two numbers, got {len(self.betas)}")
+        for name in ("losses", "voices", "adversary"):
+            settings = getattr(self, name)
+            if not isinstance(settings, dict):
+                raise DualCodecError(f"recipe: {name} must be an object, got {settings!r}")
+            for key, value in settings.items() if name != "adversary" else ():
+                _check(f"{name}: {key}", value, float, 0, None)
+        unknown = sorted(set(self.adversary) - set(ADVERSARY_SETTINGS))
+        if unknown:
+            raise DualCodecError(f"recipe: adversary must be among {', '.join(ADVERSARY_SETTINGS)}, got {unknown[0]}")
+        for name in ("highest_hz", "adversary_from"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), float if name == "highest_hz" else int, 0, None)
+        if not isinstance(self.augment, bool):
+            raise DualCodecError(f"recipe: augment must be true or false, got {self.augment!r}")
+        if not isinstance(self.model, (str, dict)):
+            raise DualCodecError(f"recipe: model must be a preset's name or an object, got {self.model!r}")
         object.__setattr__(self, "losses", _LOSSES | _ADVERSARY | self.losses)
-        for name in ("steps", "batch", "workers", "segment_frames", "log_every", "validate_every", "start_batches"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise DualCodecError(f"recipe: {name} must be an integer from 1, got {value!r}")
         unknown = sorted(set(self.losses) - set(_LOSSES | _ADVERSARY))
         if unknown:
             raise DualCodecError(f"recipe: losses must be among {', '.join(_LOSSES | _ADVERSARY)}, got {unknown[0]}")

@@ -67,7 +67,7 @@ def score(
     codes = [[] for _ in range(most)]  # type: list[list[Tensor]]
     for clip in clips:
         clip = clip.to(next(model.parameters()))
-        semantic, acoustic = model.encode(clip, semantic_repr=features(clip).to(clip))
+        semantic, acoustic = model.encode(clip, sample_rate=_rate(model), semantic_repr=features(clip).to(clip))
         assert acoustic is not None
         for book, chosen in zip(codes, torch.cat([semantic, acoustic], 1)[0], strict=True):
             book.append(chosen)

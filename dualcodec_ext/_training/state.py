@@ -21,8 +21,6 @@ from .discriminators import Discriminators
 from .muon import Muon
 from .recipe import Recipe
 
-_DISCRIMINATORS = ("periods", "windows", "width")
-
 
 class State:
     """Everything that changes from step to step.
@@ -36,6 +34,7 @@ class State:
         torch.manual_seed(recipe.seed)
         config = recipe.model_config()
         self.recipe, self.device, self.step = recipe, device, 0
+        self.from_weights = False  # whether it began from a checkpoint's weights, codebooks included
         self.model = DualCodec(**config.to_dict()).to(device).train()
         self.features = LogMelFeatures(config.semantic_downsample_factor).to(device)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -64,7 +63,7 @@ class State:
     def add_adversary(self) -> None:
         """Make the discriminators and their optimiser."""
         torch.manual_seed(self.recipe.seed + 1)
-        settings = {name: value for name, value in self.recipe.adversary.items() if name in _DISCRIMINATORS}
+        settings = {name: value for name, value in self.recipe.adversary.items() if name != "learning_rate"}
         self.discriminators = Discriminators(**settings).to(self.device)
         rate = self.recipe.adversary.get("learning_rate", self.recipe.learning_rate)
         self.adversary_optimizer = torch.optim.AdamW(
@@ -101,6 +100,7 @@ class State:
         """Write a checkpoint that `load` goes on from."""
         state: dict[str, Any] = {
             "step": self.step,
+            "from_weights": self.from_weights,
             "recipe": self.recipe.to_dict(),
             "model": self.model.state_dict(),
             "average": self.average,
@@ -117,8 +117,11 @@ class State:
         torch.save(state, buffer)
         write_atomic(path, buffer.getvalue())
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint; discriminators that it lacks start afresh.
+
+        Returns:
+            The settings of the recipe that it was saved by.
 
         Raises:
             DualCodecError: no such file, or one of another model.
@@ -132,14 +135,15 @@ class State:
                 self.matrix_optimizer.load_state_dict(state["matrix_optimizer"])
             self.average = dict(state["average"])
             self.care.load(state["codebooks"])
-            self.step = int(state["step"])
+            self.step, self.from_weights = int(state["step"]), bool(state.get("from_weights", False))
             if self.discriminators is not None and self.adversary_optimizer is not None and "discriminators" in state:
                 self.discriminators.load_state_dict(state["discriminators"])
                 self.adversary_optimizer.load_state_dict(state["adversary_optimizer"])
+            return dict(state["recipe"])
         except FileNotFoundError:
             raise DualCodecError(f"train: {path} must be a checkpoint to go on from, it does not exist") from None
         except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
             raise DualCodecError(f"train: {path} must be a checkpoint of this recipe's model: {reason}") from None
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> Path:

@@ -1,0 +1,180 @@
+"""What a run of training refuses, keeps and says: settings, data, where it begins and where it goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import save_file
+from test_training import SMALL, STEPS, lines, one_thread, recipe, speech, voices
+from w2v_bert import STATISTICS_FILE, save_w2v_bert
+
+import dualcodec_ext as dx
+from dualcodec_ext import backend, cli
+from dualcodec_ext._training.data import Voice
+from dualcodec_ext._training.forward import Forward
+from dualcodec_ext.errors import DualCodecError
+from dualcodec_ext.model import FEATURES
+from dualcodec_ext.training import Trainer, _voices, train
+
+__all__ = ["one_thread", "speech", "voices"]  # fixtures
+
+W2V_MODEL = SMALL | {"semantic_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": "fast"}, "learning_rate must be a number from 0, got 'fast'"),
+        ({"seed": "a"}, "seed must be an integer from 0, got 'a'"),
+        ({"memory_steps": 0}, "memory_steps must be an integer from 1, got 0"),
+        ({"bypass": 2}, "bypass must be a number from 0 to 1, got 2"),
+        ({"ema_decay": float("nan")}, "ema_decay must be a number from 0 to 1, got nan"),
+        ({"clip": -1}, "clip must be a number from 0, got -1"),
+        ({"betas": [0.9]}, "betas must hold two numbers, got 1"),
+        ({"betas": 5}, "betas must be a list of numbers, got 5"),
+        ({"windows": [0, 512]}, "each of windows must be an integer from 4, got 0"),
+        ({"losses": 3}, "losses must be an object, got 3"),
+        ({"losses": {"mel": "loud"}}, "losses: mel must be a number from 0, got 'loud'"),
+        ({"voices": {"a": -1}}, "voices: a must be a number from 0, got -1"),
+        ({"adversary": {"colour": 1}}, "adversary must be among periods, windows, width, learning_rate, got colour"),
+        ({"adversary_from": -1}, "adversary_from must be an integer from 0, got -1"),
+        ({"highest_hz": "all"}, "highest_hz must be a number from 0, got 'all'"),
+        ({"augment": 1}, "augment must be true or false, got 1"),
+        ({"model": None}, "model must be a preset's name or an object, got None"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DualCodecError, match=re.escape(f"recipe: {message}")):
+        recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_rates": [4, 4, 4, 4], "decoder_rates": [4, 4, 4, 4]}, "a hop of 480, got 24000 and 256"),
+        ({"sample_rate": 16000}, "sample_rate=24000 and a hop of 480, got 16000 and 480"),
+    ],
+    ids=["hop", "rate"],
+)
+def test_log_mel_features_want_their_rate(changes: dict[str, Any], message: str, voices: list[Voice]) -> None:
+    with pytest.raises(DualCodecError, match=message):
+        Trainer(recipe(model=SMALL | changes), voices)
+
+
+def test_the_last_speaker_is_held_out_of_training(speech: Path, tmp_path: Path) -> None:
+    shutil.copytree(speech / "train", tmp_path / "train")
+    shutil.copytree(speech / "validation" / "voice1", tmp_path / "train" / "voice1")
+    trained, held_out = _voices(tmp_path, 24000, recipe())
+    assert [voice.name for voice in trained] == ["voice0"] and [voice.name for voice in held_out] == ["voice1"]
+    shutil.rmtree(tmp_path / "train" / "voice1")
+    with pytest.raises(DualCodecError, match="must hold train/ and validation/, or folders of two speakers"):
+        _voices(tmp_path, 24000, recipe())
+
+
+def test_weights_bring_their_statistics(voices: list[Voice]) -> None:
+    weights = dict(dx.DualCodec(**SMALL).state_dict())
+    mean, variance = torch.linspace(-3, 1, 160), torch.linspace(2, 9, 160)
+    weights |= {FEATURES + "mean": mean, FEATURES + "variance": variance}
+    trainer = Trainer(recipe(start_steps=STEPS), voices, weights=weights)
+    trainer.start()
+    assert not trainer.left
+    assert torch.equal(trainer.state.features.mean, mean) and torch.equal(trainer.state.features.variance, variance)
+    # Codebooks that came are used from the first step on: no start without them, and none from k-means behind it.
+    assert trainer._quantized() and trainer.step()["codebook"] > 0
+    fresh = Trainer(recipe(start_steps=STEPS), voices)
+    fresh.start()
+    assert not fresh._quantized() and not torch.equal(fresh.state.features.mean, mean)
+
+
+def test_a_run_is_not_written_over(speech: Path, tmp_path: Path) -> None:
+    """A second run needs --resume or another folder; a resumed one says where it stands and what has changed."""
+    out, told = tmp_path / "out", []  # type: tuple[Path, list[str]]
+    with pytest.raises(DualCodecError, match=r"cannot read .*nothing: no such file"):
+        train(recipe(), tmp_path / "nothing", out)
+    assert not out.exists()
+    scores = train(recipe(steps=10), speech, out, resume=True, tell=told.append)
+    assert f"{out} holds no checkpoint to go on from: beginning anew" in told
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(DualCodecError, match=f"{re.escape(str(out))} holds a run: --resume goes on with it"):
+        train(recipe(steps=10), speech, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(DualCodecError, match="steps must be at least the checkpoint's 10, got 5"):
+        train(recipe(steps=5), speech, out, resume=True)
+    told.clear()
+    assert train(recipe(steps=10), speech, out, resume=True, tell=told.append) == scores != {}
+    assert "going on from step 10: the last one" in told
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')  # cut off
+    told.clear()
+    train(recipe(steps=12, voices={"nobody": 2.0}, batch=2), speech, out, resume=True, tell=told.append)
+    assert {"recipe: steps was 10 before, and is 12", "recipe: batch was 4 before, and is 2"} < set(told)
+    assert "recipe: voices: no speaker's name begins with nobody" in told
+    assert [line["step"] for line in lines(out)] == [5, 10, 10, 12]
+    (out / "log.jsonl").write_text('{"step": 5\n{"step": 10}\n')
+    with pytest.raises(DualCodecError, match=r"log\.jsonl must hold JSON in line 1, got: "):
+        train(recipe(steps=12), speech, out, resume=True)
+
+
+def test_the_checkpoint_of_another_model(speech: Path, tmp_path: Path) -> None:
+    train(recipe(steps=1), speech, tmp_path)
+    with pytest.raises(DualCodecError, match=r"of this recipe's model: Error.*: size mismatch for .*") as caught:
+        train(recipe(model=SMALL | {"latent_dim": 20}), speech, tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_beside_the_checkpoint(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The layout of the PyPI package's downloads: w2v-BERT in one folder, its statistics with the codec's weights."""
+    w2v = save_w2v_bert(tmp_path / "w2v", layers=17)
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (w2v / STATISTICS_FILE).rename(checkpoints / STATISTICS_FILE)
+    save_file(dx.DualCodec(**W2V_MODEL).state_dict(), checkpoints / "start.safetensors")
+    settings = json.loads(json.dumps(recipe(model=W2V_MODEL, steps=2, log_every=1).to_dict()))
+    (tmp_path / "recipe.json").write_text(json.dumps(settings))
+    options = ["--config", tmp_path / "recipe.json", "--data", speech, "--out", tmp_path / "out", "--w2v", w2v]
+    assert cli.main(["train", *map(str, options), "--weights", str(checkpoints / "start.safetensors")]) == 0
+    out, err = capsys.readouterr()
+    assert "not taken over" not in err
+    scores = json.loads(out.split(": ", 1)[1])
+    assert len(scores["entropy_bits"]) == 3
+
+
+def test_the_reference_backend_wins_over_the_way() -> None:
+    model = dx.DualCodec(**SMALL)
+    assert [Forward(model, way).way for way in ("auto", "ops", "channels_last")] == ["ops", "ops", "channels_last"]
+    with backend("reference"):
+        assert {Forward(model, way).way for way in ("auto", "ops", "channels_last")} == {"reference"}
+
+
+def test_too_short_voices_are_named(voices: list[Voice], speech: Path, tmp_path: Path) -> None:
+    shutil.copytree(speech, tmp_path / "speech")
+    (tmp_path / "speech" / "train" / "brief").mkdir()
+    soundfile.write(tmp_path / "speech" / "train" / "brief" / "a.wav", np.zeros(2000, np.float32), 24000)
+    told: list[str] = []
+    train(recipe(steps=1), tmp_path / "speech", tmp_path / "out", tell=told.append)
+    assert "train: brief is left out: shorter than a segment" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        ("info", "[default: (tiny's weights)]"),
+        ("train", "[default: (the hub)]"),
+        ("decode", "[default: (the model's)]"),
+        ("encode", "[default: (all)]"),
+        ("stream", "[default: (as many as it needs)]"),
+    ],
+)
+def test_help_tells_defaults(command: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert wanted in text
