@@ -129,6 +129,8 @@ PYBIND11_MODULE(_C, m) {
         "(codes searched for, those redone in float64) on the CPU since the last reset.");
   m.def("set_rvq_search_bound_factor", &dcx::set_rvq_search_bound_factor,
         "For tests: multiplies the error bound below which rvq_search redoes a code in float64.");
+  m.def("set_rvq_search_slack_factor", &dcx::set_rvq_search_slack_factor,
+        "For tests: multiplies the slack within which rvq_search's pass over bytes keeps groups of rows.");
   m.def("set_gemm", &set_gemm, "Switches the small GEMM to own or brgemm (torch's); False when that is not built in.");
   dcx::bind_snapshot(m);
 }

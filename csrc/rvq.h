@@ -40,6 +40,8 @@ at::Tensor pack_quantizer(const RvqLayout& layout, const at::Tensor& in_weight, 
 std::pair<int64_t, int64_t> rvq_search_counts(bool reset);
 // For tests of the error bound: it is multiplied by this; 0 redoes nothing.
 void set_rvq_search_bound_factor(double factor);
+// As that, for the slack of the first pass; 0 keeps none but the best group.
+void set_rvq_search_slack_factor(double factor);
 
 #ifdef DCX_WITH_CUDA
 // packed_or on like's device, aligned as the kernels need it: memory from torch's allocator is, a slice may not be.

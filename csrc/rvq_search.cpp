@@ -13,7 +13,7 @@ namespace dcx {
 namespace {
 
 RvqSearchCounts search_counts{};
-double search_bound_factor = 1;
+double search_bound_factor = 1, search_slack_factor = 1;
 
 // In the type to pack in first: what float32 codes are searched for with are float32 weights, in every part.
 template <class T>
@@ -21,6 +21,40 @@ at::Tensor as_double(const at::Tensor& t) {
   const at::Tensor kept = t.detach().to(at::Device(at::kCPU), c10::CppTypeToScalarType<T>::value);
   return kept.to(at::kDouble).contiguous();
 }
+
+// The normalised rows in bytes, and how far they are from those at most. That is infinite where a row is shorter than
+// one or not finite: the first pass compares products alone.
+void pack_coarse(float* packed, const RvqLayout& layout, int64_t stage) {
+  const int64_t dim = layout.dim;
+  uint8_t* out = reinterpret_cast<uint8_t*>(packed + layout.coarse_books() + stage * layout.coarse_size());
+  const float* book = packed + layout.books() + stage * layout.book_size();
+  double worst = 0;
+  for (int64_t n = 0; n < layout.coarse_passes() * kCoarseRows; ++n) {
+    // Behind the last row it is repeated, in its group and in groups that no search looks at.
+    const int64_t row = std::min(n, layout.entries - 1), group = n / kCodeGroup;
+    const int64_t place = group / kCoarseGroups * kCodeGroup + n % kCodeGroup;
+    const float* values = book + row / kCodeGroup * (dim + 1) * kCodeGroup + row % kCodeGroup;
+    if (!(std::abs(static_cast<double>(values[0]) - 1) <= 1e-6)) {
+      worst = std::numeric_limits<double>::infinity();
+      break;
+    }
+    double square = 0;
+    int bytes[kCoarseDim];
+    for (int64_t d = 0; d < kCoarseDim; ++d) {
+      const double value = d < dim ? kCoarseScale * static_cast<double>(values[(d + 1) * kCodeGroup]) : 0;
+      bytes[d] = 128 + static_cast<int>(std::nearbyint(value));
+      // Four bytes that would be a float NaN, which no comparison of packed weights would find equal to itself.
+      if (d % 4 == 3 && bytes[d] % 128 == 127 && bytes[d - 1] >= 128)
+        bytes[d] += bytes[d] == 127 && value > bytes[d] - 128 ? 1 : -1;
+      out[((2 * place + d / 4) * kCoarseGroups + group % kCoarseGroups) * 4 + d % 4] = static_cast<uint8_t>(bytes[d]);
+      const double off = (value - (bytes[d] - 128)) / kCoarseScale;
+      square += off * off;
+    }
+    worst = std::max(worst, std::sqrt(square));
+  }
+  packed[layout.coarse_errors() + stage] = static_cast<float>(worst * (1 + 0x1p-20));
+}
+void pack_coarse(double*, const RvqLayout&, int64_t) {}
 
 // Everything is computed in double by plain loops, so that a packed weight does not depend on the number of threads.
 template <class T>
@@ -99,6 +133,7 @@ void pack_into(T* out, const RvqLayout& layout, const at::Tensor& in_weight, con
       }
       group[0] = static_cast<T>(kept);
     }
+    pack_coarse(out, layout, i);
     for (int64_t n = 0; n < entries * dim; ++n)
       out[layout.rows() + i * entries * dim + n] = static_cast<T>(books[i * entries * dim + n]);
   }
@@ -193,6 +228,7 @@ Outputs rvq_search_cpu(const at::Tensor& z,           // [B, C, F] f32|f64|bf16|
   p.lengths = data_or_null<int64_t>(length_values);
   p.counts = &search_counts;
   p.bound_factor = search_bound_factor;
+  p.slack_factor = search_slack_factor;
   return search_into_outputs(p, z, return_quantized, return_margin, launch_rvq_search_cpu);
 }
 
@@ -236,6 +272,7 @@ std::pair<int64_t, int64_t> rvq_search_counts(bool reset) {
 }
 
 void set_rvq_search_bound_factor(double factor) { search_bound_factor = factor; }
+void set_rvq_search_slack_factor(double factor) { search_slack_factor = factor; }
 
 at::Tensor pack_quantizer(const RvqLayout& layout, const at::Tensor& in_weight, const at::Tensor& in_bias,
                           const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,

@@ -118,15 +118,16 @@ def _fake_rvq(in_weight: Tensor, in_bias: Tensor, codebooks: Tensor, out_weight:
     (stages, entries, dim), channels = codebooks.shape, out_weight.shape[1]
     codes, out = _columns(stages * dim), _columns(channels)
     books = stages * _columns(entries) * (dim + 1) + stages * entries * dim
-    return _packed(
-        codebooks,
+    floats = (
         (channels + 2) * codes
         + stages * stages * dim * dim
         + books
         + stages * dim * out
         + 2 * stages * out
-        + stages * (stages + 2),
+        + stages * (stages + 3)
     )
+    passes = -(-entries // 256) if dim <= 8 else 0  # 256 rows of 8 bytes each
+    return _packed(codebooks, _columns(floats) + stages * passes * 512)
 
 
 def _fake_upsample1d_triton(

@@ -3,6 +3,7 @@
 #pragma once
 #include "bf16.h"
 #include "runtime.h"
+#include "transpose.h"
 
 namespace dcx {
 namespace DCX_NS {
@@ -69,6 +70,10 @@ template <class Io>
 constexpr bool kIsBf16 = false;
 template <>
 constexpr bool kIsBf16<LoadBF16> = true;
+template <class Io>
+constexpr bool kIsF32 = false;
+template <>
+constexpr bool kIsF32<LoadF32> = true;
 
 // One element into a tile.
 template <class Io, class T>
@@ -110,6 +115,10 @@ static void load_rows(T* tile, int64_t ld, int64_t rows, int64_t channels, const
     for (int64_t r = 0; r < rows; ++r) load_row<Io>(tile + r * ld, base + r * stride_t, channels);
     return;
   }
+#if DCX_ISA >= 1
+  if constexpr (kIsF32<Io> && sizeof(T) == sizeof(float))
+    if (stride_t == 1) return transpose(tile, ld, base, stride_c, channels, rows);
+#endif
   // Blocks of 16 channels x 16 steps keep both sides within a few cache lines.
   for (int64_t c0 = 0; c0 < channels; c0 += 16)
     for (int64_t r0 = 0; r0 < rows; r0 += 16)
@@ -125,6 +134,10 @@ static void store_rows(const T* tile, int64_t ld, int64_t rows, int64_t channels
     for (int64_t r = 0; r < rows; ++r) store_row<Io>(base + r * stride_t, tile + r * ld, channels);
     return;
   }
+#if DCX_ISA >= 1
+  if constexpr (kIsF32<Io> && sizeof(T) == sizeof(float))
+    if (stride_t == 1) return transpose(base, stride_c, tile, ld, rows, channels);
+#endif
   for (int64_t c0 = 0; c0 < channels; c0 += 16)
     for (int64_t r0 = 0; r0 < rows; r0 += 16)
       for (int64_t c = c0; c < channels && c < c0 + 16; ++c)

@@ -19,6 +19,7 @@ struct Book {
         registers(layout.groups() * kPerGroup) {}
   // [1 + dim], kCodeGroup apart: |c|^2, then the coordinates of the register's entries.
   const T* column(int64_t i) const { return data + i / kPerGroup * (dim + 1) * kCodeGroup + i % kPerGroup * kLanes<T>; }
+  const T* group(int64_t g) const { return data + g * (dim + 1) * kCodeGroup; }
 
  private:
   static constexpr int kPerGroup = kCodeGroup / kLanes<T>;

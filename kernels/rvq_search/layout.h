@@ -5,6 +5,11 @@
 namespace dcx {
 
 constexpr int64_t kCodeGroup = 16;  // codebook entries side by side: one AVX-512 register of floats
+// The rows in bytes, 128 + round(127 c), for the CPU's first pass (coarse.h): a pass takes 16 groups, one to a lane.
+constexpr int64_t kCoarseDim = 8;  // at most; zeros behind D
+constexpr int64_t kCoarseGroups = 16;
+constexpr int64_t kCoarseRows = kCoarseGroups * kCodeGroup;
+constexpr int kCoarseScale = 127;
 
 struct RvqLayout {
   int64_t stages, entries, dim, channels;  // Q, N, D, C
@@ -35,7 +40,13 @@ struct RvqLayout {
   DCX_HOST_DEVICE int64_t plain_out_bias() const { return plain_in_bias() + code_columns(); }
   DCX_HOST_DEVICE int64_t norms() const { return plain_out_bias() + stages * channel_columns(); }
   DCX_HOST_DEVICE int64_t norms_of(int64_t stage) const { return norms() + stage * (stages + 2); }
-  DCX_HOST_DEVICE int64_t total() const { return norms_of(stages); }
+  // [Q]: how far a row in bytes is from its normalised row at most; infinity where the first pass may not be used.
+  DCX_HOST_DEVICE int64_t coarse_errors() const { return norms_of(stages); }
+  // [Q][passes][16 places][2][16 lanes][4] bytes: coordinates 4 h + k of row 16 (16 pass + lane) + place.
+  DCX_HOST_DEVICE int64_t coarse_passes() const { return dim <= kCoarseDim ? ceil_div(entries, kCoarseRows) : 0; }
+  DCX_HOST_DEVICE int64_t coarse_size() const { return coarse_passes() * kCoarseRows * kCoarseDim / 4; }
+  DCX_HOST_DEVICE int64_t coarse_books() const { return round_up(coarse_errors() + stages, kCodeGroup); }
+  DCX_HOST_DEVICE int64_t total() const { return coarse_books() + stages * coarse_size(); }
 };
 
 }  // namespace dcx

@@ -22,6 +22,7 @@ struct RvqSearchParams {
   int64_t batch, frames, used;
   RvqSearchCounts* counts;  // CPU, float: added to; null: not wanted
   double bound_factor;      // CPU, float: the error bound times this; 1 but in tests of the bound
+  double slack_factor;      // CPU, float: the slack of the pass over bytes times this; 1 but in tests of the slack
 };
 
 void launch_rvq_search_cpu(const RvqSearchParams& params);

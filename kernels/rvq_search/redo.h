@@ -1,7 +1,7 @@
 // What the float32 search may have got wrong, and the same code once more in float64; README.md derives both.
-// A code is clear when |e^ - c_second| - |e^ - c_best| is above twice the error of the direction e^. One that is not is
+// A code is clear when |e^ - c_second| - |e^ - c_best| is above twice the error of the direction e^, the spread. One that is not is
 // redone: the residual is rebuilt in float64 from z and the rows chosen so far, e follows from it, a float32 pass over
-// the codebook finds the entries within the pass's own error of the smallest, and float64 distances decide among those.
+// the rows still in the running finds those within the pass's own error of the smallest, and float64 distances decide.
 #pragma once
 #include "book.h"
 #include "params.h"
@@ -40,18 +40,22 @@ struct SearchBound {
     norm_loss = static_cast<double>(dim + 5) * kRounding;
   }
 
-  // z_norm, norm: of the frame and its e as computed; row_norms: |c_j| of the rows chosen so far. NaN is not clear.
-  bool clear(double z_norm, const float* row_norms, int64_t stage, float norm, float best, float second) const {
-    if (!(norm > 1.001e-12f)) return false;
+  // By how much the distances of two rows may change between them. z_norm, norm: of the frame and its e as computed;
+  // row_norms: |c_j| of the rows chosen so far. Infinite where that can't be told.
+  double spread(double z_norm, const float* row_norms, int64_t stage, float norm) const {
+    if (!(norm > 1.001e-12f)) return HUGE_VAL;
     double reach = 0;
     for (int64_t j = 0; j < stage; ++j) reach += static_cast<double>(norms[2 + j]) * static_cast<double>(row_norms[j]);
     const double error =
         z * static_cast<double>(norms[0]) * z_norm + bias * static_cast<double>(norms[1]) + rows * reach;
     const double twice = 2 * (1 - norm_loss) * static_cast<double>(norm) - error;  // <= |e| + |computed e|
-    const double nearest = 1 + static_cast<double>(best) + score, next = 1 + static_cast<double>(second) - score;
-    if (!(twice > 0) || !(next > 0)) return false;
     // The direction is off by 2 error / (|e| + |computed e|) at most, a distance by no more than that.
-    return (sqrt(next) - (nearest > 0 ? sqrt(nearest) : 0)) * twice > 4 * error;
+    const double found = twice > 0 ? 4 * error / twice : HUGE_VAL;
+    return found == found ? found : HUGE_VAL;
+  }
+  bool clear(double spread, float best, float second) const {
+    const double nearest = 1 + static_cast<double>(best) + score, next = 1 + static_cast<double>(second) - score;
+    return next > 0 && sqrt(next) - (nearest > 0 ? sqrt(nearest) : 0) > spread;
   }
 };
 
@@ -122,10 +126,12 @@ static inline Vec<float> score_register(const float* column, const float* query,
   return score;
 }
 
-// Redoes a frame's code at a stage. z: its [channels] values; chosen: the rows of the stages before; work:
+// Redoes a frame's code at a stage. z: its [channels] values; chosen: the rows of the stages before; groups: those of
+// kCodeGroup rows that may hold the two nearest (where the margin does not matter, the nearest); work:
 // [channel_columns + 2 dim] doubles. False where e is not finite; else the winner and its margin.
 static inline bool redo_code(const RvqLayout& layout, const float* packed, const float* z, const float* chosen,
-                             int64_t stage, double score_error, double* work, int64_t* winner, float* margin) {
+                             int64_t stage, double score_error, const int32_t* groups, int64_t group_count,
+                             double* work, int64_t* winner, float* margin) {
   const int64_t dim = layout.dim;
   double *r = work, *e = work + layout.channel_columns();
   float* query = reinterpret_cast<float*>(e + dim);
@@ -143,7 +149,9 @@ static inline bool redo_code(const RvqLayout& layout, const float* packed, const
 
   const Book<float> book(layout, packed, stage);
   Vec<float> smallest = vset1(HUGE_VALF), second = smallest;
-  for (int64_t i = 0; i < book.registers; ++i) {
+  constexpr int64_t kPerGroup = kCodeGroup / kLanes<float>;
+  for (int64_t k = 0; k < group_count * kPerGroup; ++k) {
+    const int64_t i = groups[k / kPerGroup] * kPerGroup + k % kPerGroup;
     const Vec<float> score = score_register(book.column(i), query, dim);
     const Vec<float> loser = score < smallest ? smallest : score;
     second = loser < second ? loser : second;
@@ -167,7 +175,8 @@ static inline bool redo_code(const RvqLayout& layout, const float* packed, const
   const float* rows = packed + layout.rows() + stage * layout.entries * dim;
   double best = HUGE_VAL, runner_up = HUGE_VAL;
   *winner = 0;
-  for (int64_t i = 0; i < book.registers; ++i) {
+  for (int64_t k = 0; k < group_count * kPerGroup; ++k) {
+    const int64_t i = groups[k / kPerGroup] * kPerGroup + k % kPerGroup;
     const IVec<float> within = score_register(book.column(i), query, dim) <= limit;
     if (__builtin_expect(!vany<float>(within), 1)) continue;
     for (int64_t n = i * kLanes<float>; n < (i + 1) * kLanes<float> && n < book.entries; ++n) {
