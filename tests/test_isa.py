@@ -16,16 +16,18 @@ from dualcodec_ext import build, ops, steps
 from dualcodec_ext.engine import Engine
 from dualcodec_ext.ops import packing
 
-# Instructions by what they need: register names, and the bfloat16 products and conversions.
+# Instructions by what they need: register names, the bfloat16 products and conversions, and the products of bytes.
 NEEDS = {
     "AVX-512": re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b"),
     "AVX": re.compile(r"%ymm"),
     "AVX512-BF16": re.compile(r"\bvdpbf16ps|\bvcvtne2?ps2bf16|\bvcvtneps2bf16"),
+    "VNNI": re.compile(r"\bvpdp(busd|wssd)s?\b"),
 }
 MAY = {
     "AVX-512": ("dcx::avx512::", "dcx::avx512_bf16::"),
     "AVX": ("dcx::avx2::", "dcx::avx512::", "dcx::avx512_bf16::"),
     "AVX512-BF16": ("dcx::avx512_bf16::",),
+    "VNNI": ("dcx::avx512_bf16::",),
 }
 
 
@@ -70,10 +72,11 @@ def test_the_module_keeps_instructions_in_their_units() -> None:
 
 def test_a_stray_instruction_is_seen() -> None:
     text = "0001 <dcx::avx2::f()>:\n 1:\tvaddps %zmm1,%zmm2,%zmm3\n"
-    text += "0002 <dcx::avx512::g()>:\n 2:\tvdpbf16ps %zmm1,%zmm2,%zmm3\n"
+    text += "0002 <dcx::avx512::g()>:\n 2:\tvdpbf16ps %zmm1,%zmm2,%zmm3\n 3:\tvpdpbusd %zmm1,%zmm2,%zmm3\n"
     assert strays(instructions_by_function(text)) == [
         ("AVX-512", "dcx::avx2::f()"),
         ("AVX512-BF16", "dcx::avx512::g()"),
+        ("VNNI", "dcx::avx512::g()"),
     ]
     assert strays(instructions_by_function("0003 <main>:\n 3:\tvaddps %ymm1,%ymm2,%ymm3\n")) == [("AVX", "main")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import opsuite as suite
 import pytest
@@ -33,6 +34,33 @@ def bound_factor(factor: float) -> Iterator[None]:
         yield
     finally:
         module.set_rvq_search_bound_factor(1.0)
+
+
+@contextmanager
+def slack_factor(factor: float) -> Iterator[None]:
+    """The slack of the pass over bytes times `factor`: 0 keeps the best group alone, 1e9 every group."""
+    module = build.load_module()
+    assert module is not None
+    module.set_rvq_search_slack_factor(factor)
+    try:
+        yield
+    finally:
+        module.set_rvq_search_slack_factor(1.0)
+
+
+def with_bytes() -> list[Any]:
+    """The instruction sets whose search starts with a pass over bytes."""
+    return [isa for isa in suite.instruction_sets() if isa.values != ("generic",)]
+
+
+def directions(e: Tensor, rows: Tensor) -> Quantizer:
+    """One stage on eight channels whose e are those of `e` [F, 8], over `rows` [N, 8]."""
+    q = make(channels=8, stages=1, entries=rows.shape[0], frames=1, batch=1)
+    q.weights["in_weight"][0] = torch.eye(8)
+    q.weights["in_bias"].zero_()
+    q.weights["codebooks"] = rows[None].clone()
+    q.z = e.t()[None].clone()
+    return q
 
 
 def near_ties(entries: int = 1024, frames: int = 600, channels: int = 256, seed: int = 0) -> Quantizer:
@@ -99,6 +127,91 @@ def test_a_bound_that_is_too_small_shows(factor: float, isa: str) -> None:
     """The near ties above do tell: without the redo, and with a bound below the real errors, codes differ."""
     with suite.instruction_set(isa), bound_factor(factor):
         assert sum(differing(near_ties(seed=seed)) for seed in range(3)) > 0
+
+
+@pytest.mark.parametrize("isa", with_bytes())
+def test_a_slack_that_is_too_small_shows(isa: str) -> None:
+    """The byte whose row scores best is often not the nearest row's; the bound of the redo can't mend that."""
+    q = make(**REAL["25hz acoustic"], seed=3)
+    with suite.instruction_set(isa), slack_factor(0.0):
+        assert differing(q) > 10
+
+
+@pytest.mark.parametrize("margins", [False, True], ids=["codes", "margins"])
+@pytest.mark.parametrize("shape", [*REAL.values(), {"entries": 1000, "dim": 3}], ids=[*REAL.keys(), "D=3"])
+@pytest.mark.parametrize("isa", with_bytes())
+def test_every_group_scored_changes_nothing(shape: dict[str, int], isa: str, margins: bool) -> None:
+    """Codes, margins and which codes are redone are those of a float32 search of every row, bit for bit."""
+    q = make(**shape, seed=5)
+    found = []
+    with suite.instruction_set(isa):
+        for factor in (1.0, 1e9):
+            with slack_factor(factor):
+                ops.rvq_search_stats(reset=True)
+                codes, _, margin = q.search(return_margin=margins)
+                found.append((codes, margin, ops.rvq_search_stats(reset=True)))
+    (codes, margin, stats), (all_codes, all_margin, all_stats) = found
+    assert torch.equal(codes, all_codes) and stats == all_stats
+    assert not margins or torch.equal(margin, all_margin)
+
+
+@pytest.mark.parametrize("entries", [1, 2, 15, 16, 17, 255, 256, 257, 4095, 4097])
+@pytest.mark.parametrize("isa", suite.instruction_sets())
+def test_odd_numbers_of_rows(isa: str, entries: int) -> None:
+    """The last group, and the groups that a pass of 256 rows has beyond it; the margin where there is one row only."""
+    q = make(entries=entries, frames=67, stages=2, batch=1, seed=entries)
+    with suite.instruction_set(isa):
+        codes, _, margin = q.search(return_margin=True)
+        parts = [q.search(part, return_margin=True) for part in q.z.split([1, 2, 3, 61], dim=-1)]
+    expected, _, exact = q.reference(return_margin=True)
+    assert torch.equal(codes, expected)
+    assert entries == 1 or (margin.double() - exact).abs().max() < 1e-5
+    assert torch.equal(torch.cat([p[0] for p in parts], -1), codes)
+    assert torch.equal(torch.cat([p[2] for p in parts], -1), margin)
+
+
+@pytest.mark.parametrize("isa", suite.instruction_sets())
+def test_the_corners_of_the_bytes(isa: str) -> None:
+    """The largest coordinates, and the largest sums that 16 bits must hold: every sign pattern and axis meets every."""
+    signs = (torch.arange(256)[:, None] >> torch.arange(8) & 1).float() * 2 - 1
+    axes = torch.cat((torch.eye(8), -torch.eye(8)))
+    pairs = torch.cat([signs * (torch.arange(8) // 2 == i) for i in range(4)]).unique(dim=0)
+    rows = torch.cat((signs, axes, pairs))
+    noise = 1e-3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    q = directions(rows + noise, rows)
+    with suite.instruction_set(isa):
+        assert torch.equal(q.search()[0][0, 0], torch.arange(rows.shape[0]))
+        assert differing(directions(signs.roll(3, 1) * 1e-6 + noise[:256], rows)) == 0
+
+
+@pytest.mark.parametrize("isa", suite.instruction_sets())
+def test_rows_of_every_length(isa: str) -> None:
+    """Rows are compared by direction, but for those too short to have one: they lie at the middle of the sphere."""
+    gen = torch.Generator().manual_seed(0)
+    rows, e = torch.randn(2, 600, 8, generator=gen)
+    with suite.instruction_set(isa):
+        for scale in (1e-11, 1e15):
+            assert differing(directions(e, rows * scale)) == 0
+        rows[100] = 0
+        rows[200] *= 1e-13
+        assert differing(directions(e, rows)) == 0
+        rows[:, 0] = rows[:, 0].abs() + 3  # a zero row is nearer to what looks away from all others
+        rows[100] = 0
+        away = directions(torch.cat((-rows[:50], e)), rows)
+        assert differing(away) == 0 and (away.search()[0][..., :50] == 100).all()
+
+
+@pytest.mark.parametrize("isa", suite.instruction_sets())
+def test_frames_that_are_not_finite_leave_their_neighbours_alone(isa: str) -> None:
+    q = make(entries=500, frames=40, batch=1)
+    with suite.instruction_set(isa):
+        codes = q.search()[0]
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            z = q.z.clone()
+            z[0, 3, ::7] = bad
+            got = q.search(z)[0]
+            kept = torch.arange(40) % 7 != 0
+            assert torch.equal(got[..., kept], codes[..., kept]) and not got[..., ~kept].any()
 
 
 def test_ties_take_the_lowest_index() -> None:

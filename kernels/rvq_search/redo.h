@@ -79,13 +79,15 @@ static inline Vec<double> vload_wide(const float* p) {
 static inline void take_off(double* r, const RvqLayout& layout, const float* packed, int64_t stage, const float* row) {
   const float* bias = packed + layout.plain_out_bias() + stage * layout.channel_columns();
   const float* panel = packed + layout.out_panels();
+  double wide[kMaxDim];
+  for (int64_t d = 0; d < layout.dim; ++d) wide[d] = static_cast<double>(row[d]);
   for (int64_t p = 0; p < panel_count(layout.channels); ++p) {
     const int64_t begin = panel_begin(layout.channels, p), width = panel_begin(layout.channels, p + 1) - begin;
     const float* weights = panel + stage * layout.dim * width;
     for (int64_t n = 0; n < width; n += kLanes<double>) {
       Vec<double> sum{};
       for (int64_t d = 0; d < layout.dim; ++d)
-        sum = vfma(vload_wide(weights + d * width + n), vset1(static_cast<double>(row[d])), sum);
+        sum = vfma(vload_wide(weights + d * width + n), vset1(wide[d]), sum);
       vstore<double>(r + begin + n, vload<double>(r + begin + n) - (sum + vload_wide(bias + begin + n)));
     }
     panel += layout.stages * layout.dim * width;
