@@ -1,5 +1,5 @@
-// Squares of floats turned in registers: a strided scalar copy writes one float of a cache line at a time, and lines 4 KB
-// apart drive each other out of the cache before they are full.
+// Squares of floats turned in registers: a strided scalar copy writes one float of a cache line at a time, and lines 4
+// KB apart drive each other out of the cache before they are full.
 #pragma once
 #include "vec.h"
 

@@ -1,7 +1,7 @@
-// The first pass of the search where D <= 8: every row's score from bytes, of which only the largest of 16 rows is kept.
-// The groups of 16 rows whose largest comes within a proven slack of the best are then scored in float32; no other row
-// can be the winner, nor keep it from being clear. README.md derives the slack. A lane of a register of sums is a
-// group, so a lane that stays in the running is 16 rows that lie side by side in the float32 book.
+// The first pass of the search where D <= 8: every row's score from bytes, of which only the largest of 16 rows is
+// kept. The groups of 16 rows whose largest comes within a proven slack of the best are then scored in float32; no
+// other row can be the winner, nor keep it from being clear. README.md derives the slack. A lane of a register of sums
+// is a group, so a lane that stays in the running is 16 rows that lie side by side in the float32 book.
 #pragma once
 #include "redo.h"
 #include "scan.h"
@@ -150,7 +150,8 @@ void coarse_block(const CoarseBook& book, const CoarseQuery* queries, int32_t* m
 #pragma GCC unroll 8
         for (int f = 0; f < FB; ++f) most[f] = larger(most[f], dot_bytes(row_low, row_high, low[f], high[f]));
       }
-      const Ints limit = pass + 1 < book.passes ? spread_int(-(kLowest + 1)) : load_ints(present + part * kLanes<float>);
+      const Ints limit =
+          pass + 1 < book.passes ? spread_int(-(kLowest + 1)) : load_ints(present + part * kLanes<float>);
 #pragma GCC unroll 8
       for (int f = 0; f < FB; ++f) {
         const Ints value = smaller(most[f], limit);
@@ -189,7 +190,8 @@ static inline int64_t list_groups(const int32_t* maxima, int64_t step, int64_t p
     const int32_t begin = static_cast<int32_t>(pass * kCoarseGroups);
 #if DCX_ISA >= 2
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __mmask16 within = _mm512_cmpge_epi32_mask((__m512i)load_ints(maxima + pass * step), _mm512_set1_epi32(limit));
+    const __mmask16 within =
+        _mm512_cmpge_epi32_mask((__m512i)load_ints(maxima + pass * step), _mm512_set1_epi32(limit));
     const __m512i groups = _mm512_add_epi32(lanes, _mm512_set1_epi32(begin));
     _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(within, groups));
     count += __builtin_popcount(within);

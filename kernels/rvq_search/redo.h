@@ -1,7 +1,8 @@
 // What the float32 search may have got wrong, and the same code once more in float64; README.md derives both.
-// A code is clear when |e^ - c_second| - |e^ - c_best| is above twice the error of the direction e^, the spread. One that is not is
-// redone: the residual is rebuilt in float64 from z and the rows chosen so far, e follows from it, a float32 pass over
-// the rows still in the running finds those within the pass's own error of the smallest, and float64 distances decide.
+// A code is clear when |e^ - c_second| - |e^ - c_best| is above twice the error of the direction e^, the spread. One
+// that is not is redone: the residual is rebuilt in float64 from z and the rows chosen so far, e follows from it, a
+// float32 pass over the rows still in the running finds those within the pass's own error of the smallest, and float64
+// distances decide.
 #pragma once
 #include "book.h"
 #include "params.h"
@@ -86,8 +87,7 @@ static inline void take_off(double* r, const RvqLayout& layout, const float* pac
     const float* weights = panel + stage * layout.dim * width;
     for (int64_t n = 0; n < width; n += kLanes<double>) {
       Vec<double> sum{};
-      for (int64_t d = 0; d < layout.dim; ++d)
-        sum = vfma(vload_wide(weights + d * width + n), vset1(wide[d]), sum);
+      for (int64_t d = 0; d < layout.dim; ++d) sum = vfma(vload_wide(weights + d * width + n), vset1(wide[d]), sum);
       vstore<double>(r + begin + n, vload<double>(r + begin + n) - (sum + vload_wide(bias + begin + n)));
     }
     panel += layout.stages * layout.dim * width;

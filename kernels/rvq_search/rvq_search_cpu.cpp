@@ -78,8 +78,8 @@ struct FloatStage {
   void search(const float* query, int64_t count, Frame<float>* frames, const float* row_norms, Winner<float>* winners) {
     for (int64_t f = 0; f < count; ++f) {
       Frame<float>& frame = frames[f];
-      frame.spread = frame.broken ? HUGE_VAL
-                                  : bound.spread(frame.z_norm, row_norms + f * p.layout.stages, stage, frame.norm);
+      frame.spread =
+          frame.broken ? HUGE_VAL : bound.spread(frame.z_norm, row_norms + f * p.layout.stages, stage, frame.norm);
     }
     if (coarse.usable())
       coarse.search(query, count, frames, winners);
@@ -90,8 +90,8 @@ struct FloatStage {
     if (frame.broken || bound.clear(frame.spread, found.best, found.second)) return;
     float margin = 0;
     const int64_t groups = coarse.groups(query, frame.spread);
-    frame.broken = !redo_code(p.layout, packed, z, chosen, stage, bound.score, coarse.list(), groups, work,
-                              &found.entry, &margin);
+    frame.broken =
+        !redo_code(p.layout, packed, z, chosen, stage, bound.score, coarse.list(), groups, work, &found.entry, &margin);
     found.best = 0;
     found.second = margin;
     redone += !frame.broken;
@@ -165,8 +165,7 @@ void run(const RvqSearchParams& p) {
     conv_gemm<T>(count, operand, packed + layout.in_panels(), stages * dim, code, code_ld);
     memset(chosen, 0, static_cast<size_t>(count * code_ld) * sizeof(T));
     memset(query, 0, static_cast<size_t>((rows + kTileUnit) * dim) * sizeof(T));
-    for (int64_t f = 0; f < count; ++f)
-      frames[f] = {Stage::bound_norm(in + f * tile_ld, channel_ld), 0, T(0), false};
+    for (int64_t f = 0; f < count; ++f) frames[f] = {Stage::bound_norm(in + f * tile_ld, channel_ld), 0, T(0), false};
 
     int64_t redone = 0;
     for (int64_t stage = 0; stage < p.used; ++stage) {

@@ -37,6 +37,25 @@ void check_vectors() {
   }
 }
 
+// Every size up to two squares and one more, and nothing else is written; a whole square's rows and a part's.
+void check_transpose() {
+#if DCX_ISA >= 1
+  constexpr int64_t kMost = 2 * kSquare + 1;
+  static float from[kMost * (kMost + 3)], to[kMost * (kMost + 5)];
+  for (float& value : from) value = uniform();
+  for (int64_t rows = 1; rows <= kMost; ++rows)
+    for (int64_t columns = 1; columns <= kMost; ++columns) {
+      for (float& value : to) value = 7;
+      transpose(to, kMost + 5, from, kMost + 3, rows, columns);
+      bool same = true;
+      for (int64_t c = 0; c < kMost; ++c)
+        for (int64_t r = 0; r < kMost + 5; ++r)
+          same &= to[c * (kMost + 5) + r] == (r < rows && c < columns ? from[r * (kMost + 3) + c] : 7);
+      CHECK(same);
+    }
+#endif
+}
+
 // Every half-precision number survives the way to float and back, and what lies between two goes to the nearer one.
 void check_halves() {
   for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
@@ -290,6 +309,7 @@ void check_bf16_registers() {
 void check_common() {
   check_vectors<float>();
   check_vectors<double>();
+  check_transpose();
   check_halves();
   check_snake();
   check_activations();
