@@ -19,6 +19,7 @@ struct Runtime {
 };
 Runtime& runtime();
 
+// avx512_bf16 has VNNI's products of bytes as well: no CPU has the one without the other, a hypervisor may show it so.
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 constexpr Isa kAllIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
 // The best set that both this build and this machine have; DUALCODEC_EXT_ISA=generic|avx2|avx512|avx512_bf16 asks for
