@@ -48,7 +48,7 @@ at::Tensor pack_residual_unit_cpu(const at::Tensor& weight1,  // [C, C, 7]
   const at::ScalarType wide = accumulate_dtype(weight1.scalar_type());
   const at::ScalarType dtype = winograd == 0 ? packed_dtype(weight1.scalar_type()) : wide;
   const int64_t pointwise = panels_numel(dtype, 1, channels, channels);
-  at::Tensor packed = at::empty({(products + 1) * pointwise}, weight1.options().dtype(dtype));
+  at::Tensor packed = empty_weights((products + 1) * pointwise, weight1.options().dtype(dtype));
   const at::Tensor taps = weight1.detach().to(wide).contiguous();
   const auto transform = [&](auto* out) {
     with_winograd_form(winograd, [&](auto form) {

@@ -36,7 +36,7 @@ at::Tensor pack_conv1d_cpu(const at::Tensor& weight,  // [Cout, Cin, K]
   const at::ScalarType dtype = packed_dtype(weight.scalar_type());
   const at::Tensor values = weight.detach().to(accumulate_dtype(weight.scalar_type())).contiguous();
   const int64_t columns = values.size(0), channels = values.size(1), taps = values.size(2);
-  at::Tensor packed = at::empty({conv1d_numel(dtype, taps, channels, columns)}, values.options().dtype(dtype));
+  at::Tensor packed = empty_weights(conv1d_numel(dtype, taps, channels, columns), values.options().dtype(dtype));
   if (dtype == at::kBFloat16 && channels == 1)
     pack_panels_into(packed, 0, values, 1, taps, columns, 0, 1, taps);
   else

@@ -2,7 +2,7 @@
 
 #include <string_view>
 
-#include "../kernels/snake_upsample1d/params.h"
+#include "../kernels/snake_upsample1d/differences.h"
 #include "../kernels/snake_upsample1d/winograd.h"
 #include "checks.h"
 #include "packing.h"
@@ -51,10 +51,29 @@ at::Tensor fold_phase(const at::Tensor& weight, const UpsamplePhases& phases, in
 }
 
 void check_winograd(const char* op, int64_t winograd, const UpsamplePhases& phases) {
-  DCX_CHECK(winograd == 0 || winograd == kUpsampleProducts, op, ": winograd must be 0 (direct) or ", kUpsampleProducts,
-            ", got ", winograd);
-  DCX_CHECK(winograd == 0 || phases.mode == UpsampleMode::kTransposed, op,
-            ": winograd must be 0 unless mode is 'transposed', got ", winograd);
+  const bool transposed = phases.mode == UpsampleMode::kTransposed;
+  const int products = transposed ? kUpsampleProducts : kUpsampleDifferences;
+  DCX_CHECK(winograd == 0 || winograd == products, op, ": winograd must be 0 (direct) or ", products,
+            " where mode is '", transposed ? "transposed" : "repeat", "', got ", winograd);
+}
+
+// How many [Cin, Cout] matrices the weight packs as.
+int64_t matrices_of(int64_t winograd, const UpsamplePhases& phases) {
+  return winograd == 0 ? phases.total_taps() : winograd * phases.stride;
+}
+
+// [2 S][Cin][Cout] in double: what the base phase's two frames are multiplied by, then phase by phase the two taps that
+// move a frame on.
+at::Tensor difference_matrices(const at::Tensor& weight, const UpsamplePhases& phases) {
+  const int64_t stride = phases.stride;
+  const at::Tensor wide = weight.permute({2, 1, 0}).detach().to(at::kDouble);
+  at::Tensor matrices = at::empty({2 * stride, wide.size(1), wide.size(2)}, wide.options());
+  for (int64_t half = 0; half < 2; ++half) {
+    matrices.select(0, half).copy_(wide.narrow(0, half * stride, stride).sum(0));
+    for (int64_t i = 1; i < stride; ++i)
+      matrices.select(0, 2 * i + half).copy_(wide.select(0, moving_tap(phases, i) + half * stride));
+  }
+  return matrices;
 }
 
 // Winograd's are transformed, and in float32 at least.
@@ -65,12 +84,24 @@ at::Tensor pack_upsample1d_cpu(const at::Tensor& weight, int64_t stride, c10::st
   const auto [in_channels, out_channels] = weight_channels("pack_upsample1d", weight, phases);
   const at::ScalarType dtype =
       winograd == 0 ? packed_dtype(weight.scalar_type()) : accumulate_dtype(weight.scalar_type());
-  const int64_t matrices = winograd == 0 ? phases.total_taps() : winograd * stride;
-  at::Tensor packed =
-      at::empty({panels_numel(dtype, matrices, in_channels, out_channels)}, weight.options().dtype(dtype));
+  at::Tensor packed = empty_weights(panels_numel(dtype, matrices_of(winograd, phases), in_channels, out_channels),
+                                    weight.options().dtype(dtype));
   int64_t offset = 0;
-  for (int64_t phase = 0; phase < phases.stride && winograd != 0; ++phase) {
+  const auto pack = [&](const at::Tensor& matrices) {
+    pack_panels_into(packed, offset, matrices, matrices.size(0), in_channels, out_channels, in_channels * out_channels,
+                     out_channels, 1);
+    offset += panels_numel(dtype, matrices.size(0), in_channels, out_channels);
+  };
+  if (winograd == kUpsampleDifferences) {
+    pack(difference_matrices(weight, phases));
+    return packed;
+  }
+  for (int64_t phase = 0; phase < phases.stride; ++phase) {
     const at::Tensor folded = fold_phase(weight, phases, phase);
+    if (winograd == 0) {
+      pack(folded);
+      continue;
+    }
     const auto transform = [&](auto* out) {
       pack_winograd_phase(out + offset, folded.const_data_ptr<double>(), in_channels, out_channels);
     };
@@ -79,13 +110,6 @@ at::Tensor pack_upsample1d_cpu(const at::Tensor& weight, int64_t stride, c10::st
     else
       transform(packed.mutable_data_ptr<float>());
     offset += panels_numel(dtype, winograd, in_channels, out_channels);
-  }
-  if (winograd != 0) return packed;
-  for (int64_t phase = 0; phase < phases.stride; ++phase) {
-    const int64_t taps = phases.taps(phase);
-    pack_panels_into(packed, offset, fold_phase(weight, phases, phase), taps, in_channels, out_channels,
-                     in_channels * out_channels, out_channels, 1);
-    offset += panels_numel(dtype, taps, in_channels, out_channels);
   }
   return packed;
 }
@@ -123,17 +147,17 @@ at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x
   check_winograd(op, winograd, p.phases);
   DCX_CHECK(winograd == 0 || x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
             ": winograd must be 0 unless x is float32 or float64, got ", winograd, " with ", x.scalar_type());
-  DCX_CHECK(winograd == 0 || first % stride == 0, op, ": first must be a multiple of stride = ", stride,
-            " with winograd, got ", first);
+  DCX_CHECK(winograd != kUpsampleProducts || first % stride == 0, op, ": first must be a multiple of stride = ", stride,
+            " with winograd = 4, got ", first);
   p.winograd = winograd;
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::ScalarType dtype = packed_dtype(x.scalar_type());
-  const at::Tensor panels = packed_or(
-      op, packed,
-      panels_numel(dtype, winograd == 0 ? p.phases.total_taps() : winograd * stride, p.in_channels, p.out_channels),
-      dtype, [&] { return pack_upsample1d_cpu(weight.to(dtype), stride, mode, padding, winograd); });
+  const int64_t numel = panels_numel(dtype, matrices_of(winograd, p.phases), p.in_channels, p.out_channels);
+  const at::Tensor panels = packed_or(op, packed, numel, dtype, [&] {
+    return pack_upsample1d_cpu(weight.to(dtype), stride, mode, padding, winograd);
+  });
   if (out.has_value()) {
     DCX_CHECK(out->dim() == 3 && first >= 0 && first + out->size(2) <= p.out_steps, op,
               ": out must be [B, C, N] with first + N in 0..", p.out_steps, ", got first = ", first, " and ",

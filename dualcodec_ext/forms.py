@@ -12,7 +12,7 @@ Form = Literal["direct", "exact", "fast"]
 
 # Of residual units: the products of a group, and the outputs that they give.
 _UNIT_OUTPUTS = {0: 1, 10: 4, 13: 4, 22: 12}
-_UPSAMPLE_PRODUCTS: dict[Form, int] = {"direct": 0, "exact": 4, "fast": 4}
+_UPSAMPLE_PRODUCTS = {"transposed": 4, "repeat": 2}
 # With fewer channels rows are padded and Winograd is no faster, or a decoder's largest error comes close to the rule's
 # twice plain PyTorch's: up to 1.85 times for units of 16, and 2.03 where PyTorch runs in one thread; the same of 1024.
 _CHANNELS: dict[Form, range] = {"direct": range(0), "exact": range(32, 1024), "fast": range(16, 1 << 31)}
@@ -39,4 +39,4 @@ def unit_outputs(winograd: int) -> int:
 
 def upsample_products(form: Form, mode: str, channels: int) -> int:
     """Return the `winograd` of an upsampling to so many channels; kernels/snake_upsample1d/README.md as above."""
-    return _UPSAMPLE_PRODUCTS[form] if mode == "transposed" and channels in _CHANNELS[form] else 0
+    return _UPSAMPLE_PRODUCTS[mode] if channels in _CHANNELS[form] else 0

@@ -166,7 +166,7 @@ class UpsampleStep:
     @property
     def granularity(self) -> int:
         """As of `ResidualUnitStep`."""
-        return 3 * self.stride if self.winograd else 1
+        return 3 * self.stride if self.winograd == 4 else 1
 
     def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return ops.snake_upsample1d(

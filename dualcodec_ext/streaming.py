@@ -42,7 +42,7 @@ def decoder_steps(model: DualCodec, engine: Engine) -> list[Step]:
     """
     steps = list(engine.tiles.programs.decoder)
     if model._released:
-        if any(isinstance(step, UpsampleStep) and step.winograd for step in steps):
+        if any(isinstance(step, UpsampleStep) and step.granularity > 1 for step in steps):
             raise DualCodecError(
                 "StreamingDecoder: model must hold its parameters, its upsamplings are packed anew, got a released one"
             )
@@ -60,7 +60,7 @@ def decoder_steps(model: DualCodec, engine: Engine) -> list[Step]:
             block = next(blocks)
             snake, upsample = block[0], block[1]
             assert isinstance(snake, reference.Snake1d) and isinstance(upsample, WNConvTranspose1d | CausalUpsample)
-            if layer.step.winograd:
+            if layer.step.granularity > 1:
                 steps[i] = UpsampleStep.of(snake.alpha, upsample, dtype)
     return steps
 

@@ -139,7 +139,7 @@ def test_nan_reaches_every_sample_that_it_should() -> None:
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"winograd": 3}, r"winograd must be 0 \(direct\) or 4, got 3"),
+        ({"winograd": 3}, r"winograd must be 0 \(direct\) or 4 where mode is 'transposed', got 3"),
         ({"winograd": 4.0}, "winograd must be an integer, got 4.0"),
         ({"packed": torch.zeros(640)}, "packed must be a contiguous Float tensor of 1536 elements"),
         ({"x": torch.zeros(2, 6, 20).bfloat16()}, "winograd must be 0 unless x is float32 or float64"),
@@ -155,14 +155,14 @@ def test_errors(change: dict[str, Any], text: str) -> None:
 
 def test_errors_of_mode_and_stretch() -> None:
     weight, x, alpha = torch.zeros(5, 6, 8), torch.zeros(1, 6, 20), torch.ones(6)
-    text = "winograd must be 0 unless mode is 'transposed', got 4"
+    text = r"winograd must be 0 \(direct\) or 2 where mode is 'repeat', got 4"
     with pytest.raises(ValueError, match="pack_upsample1d: " + text):
         packing.pack_upsample1d(weight, 4, "repeat", (7, 0), 4)
     with pytest.raises(ValueError, match="snake_upsample1d: " + text):
         ops.snake_upsample1d(x, alpha, weight, stride=4, mode="repeat", padding=(7, 0), winograd=4)
     arguments = (x, alpha, torch.zeros(6, 5, 8), None, 4, "transposed", [2, 2], None, None, 4)
     with pytest.raises(
-        ValueError, match="snake_upsample1d: first must be a multiple of stride = 4 with winograd, got 2"
+        ValueError, match="snake_upsample1d: first must be a multiple of stride = 4 with winograd = 4, got 2"
     ):
         torch.ops.dualcodec_ext.snake_upsample1d.out(*arguments, first=2, out=torch.empty(1, 5, 8))
 

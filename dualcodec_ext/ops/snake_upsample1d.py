@@ -38,8 +38,9 @@ def snake_upsample1d(
         lengths: [B] int64, samples per item; those past it count as zero on input and output.
         packed: `ops.packing.pack_upsample1d(weight, stride, mode, padding, winograd)`; then of weight the shape alone
             is read.
-        winograd: in how many [Cin, Cout] products a phase's outputs for 3 frames are computed: 0, direct, in 6; 4, when
-            transposed, in float32 and float64 on the CPU.
+        winograd: 0, direct; or, in float32 and float64 on the CPU, a form with fewer [Cin, Cout] products. When
+            transposed 4: those that give a phase's outputs for 3 frames, where the direct form takes 6. When repeat 2:
+            those of a phase and frame, for up to 3.
 
     Returns:
         [B, Cout, (T + 1) S - left - right] or [B, Cout, (T - 2) S + left + right + 1], dtype and layout of x.
@@ -49,9 +50,10 @@ def snake_upsample1d(
         RuntimeError: a gradient is needed and `packed` is given.
 
     Numerics: float32 accumulation (float64 for float64); taps of a repeat that meet are added in float64 when packing.
-        On the CPU a bfloat16 x takes its weights in bfloat16. With `winograd` the outputs [3S * g, 3S * g + 3S) are one
+        On the CPU a bfloat16 x takes its weights in bfloat16. With winograd = 4 the outputs [3S * g, 3S * g + 3S) are one
         group: an output's bits, and whether it is NaN, depend on all inputs that its group reads. A signal cut at
-        multiples of 3S gives the same bits. The reference computes the same, directly, whatever `winograd` is.
+        multiples of 3S gives the same bits. With 2 a phase's are a sum over the phases between it and one of them, so
+        that it may be NaN where that one is. The reference computes the same, directly, whatever `winograd` is.
 
     Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_ref`.
     """

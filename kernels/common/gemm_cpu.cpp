@@ -7,10 +7,21 @@ namespace {
 // Weights beyond this pass through L2 once per tile.
 constexpr int64_t kStreamedBytes = 256 * 1024;
 
+// Weights that come next, fetched into L2 in the loop of the products, `lines` lines of 64 bytes per step: where a few
+// rows keep the multipliers busy for as long as memory takes.
+struct Stream {
+  const char* at = nullptr;
+  int64_t bytes = 0;
+  int64_t lines = 0;
+};
+
+// With fewer rows the loop is bound by reading its own weights, in order, which the hardware fetches ahead.
+constexpr int kFetchingRows = 4;
+
 // Everything below counts the reduction in steps, one element of B each.
 template <class A, class B, int MR, int NV>
 inline void micro_kernel(const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps, const B* b,
-                         int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add) {
+                         int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add, Stream stream) {
   typedef Sum<A> T;
   constexpr int64_t kStep = kChannelsPerElement<B>;
   Vec<T> acc[MR][NV];  // every loop over it is unrolled, or it would live in memory
@@ -25,6 +36,10 @@ inline void micro_kernel(const A* a, int64_t row_stride, int64_t tap_stride, int
 #pragma GCC unroll 8
     for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + k * tap_stride + 3 * g * row_stride;
     for (int64_t i = 0; i < steps; ++i) {
+      if constexpr (MR >= kFetchingRows) {
+        for (int64_t line = 0; line < stream.lines; ++line) __builtin_prefetch(stream.at + 64 * line, 0, 2);
+        stream.at += 64 * stream.lines;
+      }
       if constexpr (kStep == 1) {
         Vec<T> bv[NV];
 #pragma GCC unroll 4
@@ -74,14 +89,14 @@ inline void micro_kernel(const A* a, int64_t row_stride, int64_t tap_stride, int
 
 template <class A, class B, int MR, int NV>
 inline void row_block(int64_t rows, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps,
-                      const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add) {
+                      const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add, const Stream& stream) {
   if constexpr (MR > 1) {
     if (rows < MR) {
-      row_block<A, B, MR - 1, NV>(rows, a, row_stride, tap_stride, taps, steps, b, b_stride, c, ld_c, add);
+      row_block<A, B, MR - 1, NV>(rows, a, row_stride, tap_stride, taps, steps, b, b_stride, c, ld_c, add, stream);
       return;
     }
   }
-  micro_kernel<A, B, MR, NV>(a, row_stride, tap_stride, taps, steps, b, b_stride, c, ld_c, add);
+  micro_kernel<A, B, MR, NV>(a, row_stride, tap_stride, taps, steps, b, b_stride, c, ld_c, add, stream);
 }
 
 // Rows per register block, so that MR * NV accumulators, NV columns and one broadcast fill the register file.
@@ -103,6 +118,7 @@ struct Ahead {
   int64_t bytes = 0;
   char* written = nullptr;
   int64_t written_bytes = 0;
+  Stream stream = {};
 
   // The shares of one of `count` register blocks.
   static inline int64_t share(int64_t bytes, int64_t count) {
@@ -128,8 +144,15 @@ inline void panel_columns(int64_t m, const A* a, int64_t row_stride, int64_t tap
                 written_share = Ahead::share(ahead.written_bytes, count);
   for (int64_t i = 0; i < m; i += MR) {
     if (share + written_share > 0) ahead.fetch(share, written_share);
+    // What is left goes over the blocks that are left, as far as whole lines do.
+    Stream& stream = ahead.stream;
+    const int64_t lines = ceil_div(stream.bytes, 64 * taps * steps), blocks = count - i / MR;
+    stream.lines = ceil_div(lines, blocks);
     row_block<A, B, MR, NV>(m - i < MR ? m - i : MR, a + i * row_stride, row_stride, tap_stride, taps, steps, b,
-                            b_stride, c + i * ld_c, ld_c, add);
+                            b_stride, c + i * ld_c, ld_c, add, stream);
+    const int64_t fetched = minimum(stream.bytes, 64 * stream.lines * taps * steps);
+    stream.at += fetched;
+    stream.bytes -= fetched;
   }
 }
 
@@ -242,11 +265,17 @@ void conv_gemm_panel(int64_t m, const GemmOperand<A>& op, const B* b, int64_t co
                      int64_t ld_c, const GemmClips& clips) {
   if (m <= 0) return;
   const int64_t n0 = panel_begin(columns, panel), width = panel_begin(columns, panel + 1) - n0;
+  const int64_t steps = ceil_div(op.channels, kChannelsPerElement<B>);
   for_each_block<B>(op, [&](const Block& block) {
+    // As many weights as the block has lie behind it: its own product's, or those of the next one.
+    const int64_t slice = block.taps * (block.end - block.begin) * width;
+    const B* next = panel_at(op, b, n0) + (block.tap * steps + block.begin) * width + slice;
+    Ahead ahead{.stream = {reinterpret_cast<const char*>(next), slice * static_cast<int64_t>(sizeof(B))}};
     for (int64_t i = 0; i < clips.count; ++i) {
       GemmOperand<A> clip = op;
       clip.a += i * clips.a_step;
-      panel_block(m, clip, block, panel_at(op, b, n0), width, c + i * clips.c_step, ld_c);
+      panel_block(m, clip, block, panel_at(op, b, n0), width, c + i * clips.c_step, ld_c, ahead);
+      ahead = {};
     }
   });
 }

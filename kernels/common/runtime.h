@@ -67,6 +67,11 @@ inline void parallel(int64_t count, int64_t work, const F& body) {
 // reading the weights bounds it, so that every weight should be read once, by one thread.
 constexpr int64_t kShortRows = 64;
 inline bool is_short(int64_t rows, int64_t batch) { return rows * batch <= kShortRows; }
+// The same for a layer whose columns, `panels` of them, give every thread enough: time tiles of so few rows would leave
+// threads unequal work, and each of them would read all weights.
+inline bool is_short(int64_t rows, int64_t batch, int64_t panels) {
+  return is_short(rows, batch) || (rows * batch <= 2 * kShortRows && panels >= 2 * runtime().num_threads());
+}
 
 // Rows per time tile: at most max_rows, and as many tiles as keep every thread busy. Free to choose, since no kernel's
 // result depends on where a tile starts.

@@ -279,13 +279,22 @@ void run_short(const ResidualUnitParams& p, const typename Kind::Sum* shared, in
   T* in = scratch_rows<T>(kAllInput, p.batch * in_rows, ld);
   T* transformed = scratch_rows<T>(kTransformed, Shape::kOperands * p.batch * transformed_rows, ld);
   T* middle = scratch_rows<T>(kAllMiddle, p.batch * reached, ld);
-  for (int64_t b = 0; b < p.batch; ++b) {
-    T* tile = in + b * in_rows * ld;
-    load_snaked(tile, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b), shared, shared + ld);
-  }
+  const bool plain = is_direct<T>(p.x, p.channels);  // a panel's columns can then be loaded by themselves
+  for (int64_t b = 0; b < p.batch && !plain; ++b)
+    load_snaked(in + b * in_rows * ld, ld, in_rows, p.channels, p.x, b, -p.pad_left, p.in_valid(b), shared,
+                shared + ld);
   const int64_t panels = panel_count(p.channels), work = p.batch * rows * p.channels;
   parallel(panels, work * Shape::kOperands * Shape::kOperands, [&](int64_t panel) {
     const int64_t n0 = panel_begin(p.channels, panel), width = panel_begin(p.channels, panel + 1) - n0;
+    for (int64_t b = 0; b < p.batch && plain; ++b) {
+      const RowRange inside = rows_inside(-p.pad_left, in_rows, p.in_valid(b));
+      T* tile = in + b * in_rows * ld + n0;
+      for (int64_t r = 0; r < in_rows; ++r)
+        if (r < inside.first || r >= inside.last) memset(tile + r * ld, 0, static_cast<size_t>(width) * sizeof(T));
+      if (inside.last > inside.first)
+        snake_rows(tile + inside.first * ld, ld, row_of<const T>(p.x, b, inside.first - p.pad_left) + n0, p.x.stride_t,
+                   inside.last - inside.first, shared + n0, shared + ld + n0, width);
+    }
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t r = 0; r < transformed_rows; ++r)
         transform_input<T, F>(in + (b * in_rows + chunk.step(r)) * ld + n0, d * ld,
@@ -323,7 +332,7 @@ void run(const ResidualUnitParams& p) {
   T* shared = scratch_rows<T>(kShared, 4, ld);
   snake_prepare<T>(shared, ld, static_cast<const T*>(p.alpha1), p.channels);
   snake_prepare<T>(shared + 2 * ld, ld, static_cast<const T*>(p.alpha2), p.channels);
-  if (is_short(p.out_steps, p.batch)) {
+  if (is_short(p.out_steps, p.batch, panel_count(p.channels))) {
     run_short<Kind, F>(p, shared, halo);
     return;
   }

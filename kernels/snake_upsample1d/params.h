@@ -8,8 +8,9 @@ namespace dcx {
 struct SnakeUpsample1dParams {
   TensorView x;  // [B, Cin, T]
   TensorView y;  // [B, Cout, T']
-  // On the CPU: 0, direct, or kUpsampleProducts of winograd.h; weight is then, phase by phase, what its packer makes,
-  // and first a multiple of the stride.
+  // On the CPU: 0, direct; kUpsampleProducts of winograd.h when transposed: weight is then, phase by phase, what its
+  // packer makes, and first a multiple of the stride; or kUpsampleDifferences of differences.h in repeat mode: panels
+  // of [2 S][Cin].
   int64_t winograd;
   const void* weight;      // phase by phase, gemm_pack.h panels of [taps(p)][Cin] x Cout, compute type
   const void* bias;        // [round_up(Cout, 16)], compute type, zero-padded

@@ -10,7 +10,8 @@
 namespace dcx {
 namespace DCX_NS {
 
-void snake_upsample1d_winograd(const SnakeUpsample1dParams& p);  // winograd_cpu.cpp
+void snake_upsample1d_winograd(const SnakeUpsample1dParams& p);     // winograd_cpu.cpp
+void snake_upsample1d_differences(const SnakeUpsample1dParams& p);  // differences_cpu.cpp
 
 namespace {
 
@@ -123,7 +124,9 @@ void run(const SnakeUpsample1dParams& p) {
 }  // namespace
 
 void snake_upsample1d(const SnakeUpsample1dParams& p) {
-  if (p.winograd != 0)
+  if (p.winograd != 0 && p.phases.mode == UpsampleMode::kRepeat)
+    snake_upsample1d_differences(p);
+  else if (p.winograd != 0)
     snake_upsample1d_winograd(p);
   else if (p.x.dtype == DType::kF64)
     run<DoubleKind>(p);
