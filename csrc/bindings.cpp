@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../kernels/common/runtime.h"
+#include "program.h"
 #include "rvq.h"
 #include "snapshot.h"
 
@@ -132,5 +133,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_rvq_search_slack_factor", &dcx::set_rvq_search_slack_factor,
         "For tests: multiplies the slack within which rvq_search's pass over bytes keeps groups of rows.");
   m.def("set_gemm", &set_gemm, "Switches the small GEMM to own or brgemm (torch's); False when that is not built in.");
+  dcx::bind_program(m);
   dcx::bind_snapshot(m);
 }

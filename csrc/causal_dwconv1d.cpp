@@ -3,6 +3,7 @@
 #include "../kernels/causal_dwconv1d/params.h"
 #include "../kernels/common/conv_shape.h"
 #include "checks.h"
+#include "program.h"
 #ifdef DCX_WITH_CUDA
 #include "cuda.h"
 #endif
@@ -70,7 +71,7 @@ at::Tensor causal_dwconv1d_cpu(const OptionalTensor& out,   // [B, C, T'], x's d
   p.ln_weight = has_norm ? norm_weight.const_data_ptr() : nullptr;
   p.ln_bias = has_norm ? norm_bias.const_data_ptr() : nullptr;
   p.lengths = data_or_null<int64_t>(length_values);
-  launch_causal_dwconv1d_cpu(p);
+  launch(launch_causal_dwconv1d_cpu, p, x, y, taps_first, bias_values, norm_weight, norm_bias, length_values);
   return y;
 }
 

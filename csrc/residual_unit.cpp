@@ -8,6 +8,7 @@
 #include "../kernels/residual_unit/winograd.h"
 #include "checks.h"
 #include "packing.h"
+#include "program.h"
 #ifdef DCX_WITH_CUDA
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -132,7 +133,8 @@ at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dt
   p.alpha1 = alpha1_values.const_data_ptr();
   p.alpha2 = alpha2_values.const_data_ptr();
   p.lengths = data_or_null<int64_t>(length_values);
-  launch_residual_unit_cpu(p);
+  launch(launch_residual_unit_cpu, p, x, y, panels, bias1_values, bias2_values, alpha1_values, alpha2_values,
+         length_values);
   return y;
 }
 

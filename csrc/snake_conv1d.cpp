@@ -6,6 +6,7 @@
 #include "../kernels/snake_conv1d/params.h"
 #include "checks.h"
 #include "packing.h"
+#include "program.h"
 #ifdef DCX_WITH_CUDA
 #include <ATen/ops/constant_pad_nd.h>
 
@@ -106,7 +107,7 @@ at::Tensor snake_conv1d_cpu(const OptionalTensor& out,    // [B, Cout, T'], x's 
   p.bias = bias_values.const_data_ptr();
   p.alpha = alpha_values.defined() ? alpha_values.const_data_ptr() : nullptr;
   p.lengths = data_or_null<int64_t>(length_values);
-  launch_snake_conv1d_cpu(p);
+  launch(launch_snake_conv1d_cpu, p, x, y, panels, bias_values, alpha_values, residual, length_values);
   return y;
 }
 

@@ -6,6 +6,7 @@
 #include "../kernels/snake_upsample1d/winograd.h"
 #include "checks.h"
 #include "packing.h"
+#include "program.h"
 #ifdef DCX_WITH_CUDA
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -172,7 +173,7 @@ at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x
   p.bias = bias_values.const_data_ptr();
   p.alpha = alpha_values.const_data_ptr();
   p.lengths = data_or_null<int64_t>(length_values);
-  launch_snake_upsample1d_cpu(p);
+  launch(launch_snake_upsample1d_cpu, p, x, y, panels, bias_values, alpha_values, length_values);
   return y;
 }
 

@@ -1,4 +1,4 @@
-"""A stream's layers on the CPU: rows in memory that is there, the ops' `out=` overloads, calls put together once.
+"""A stream's layers on the CPU: rows in memory that is there, the ops' `out=` overloads, put together once.
 
 What a slot keeps between steps lies in one row of one tensor. A pass brings the rows of the slots that take part to the
 front of working memory that all layers share, computes behind them, and takes back what the next pass needs; slots that
@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import build
 from ._stream_plan import Layer, totals
 from .stages import Rows, stage_of
 from .steps import Step
@@ -29,15 +30,6 @@ _PASSES = 320  # kept, one for each number of slots, of frames and of codebooks
 
 def in_channels(step: Step) -> int:
     return stage_of(step).in_channels
-
-
-def runs_of(slots: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield stretches of consecutive slots: where each begins in `slots`, and its slots."""
-    begin = 0
-    for i in range(1, len(slots) + 1):
-        if i == len(slots) or slots[i] != slots[i - 1] + 1:
-            yield begin, slice(slots[begin], slots[i - 1] + 1)
-            begin = i
 
 
 class Memory:
@@ -56,30 +48,30 @@ class Memory:
         return sum(memory.numel() * memory.element_size() for memory in self._places)
 
 
-class Taking:
-    """The slots that take part in a pass which was put together for any slots, as many of them."""
+class Program(Protocol):
+    """Kernel launches and copies of the CPU, put together once: csrc/program.h."""
 
-    def __init__(self) -> None:
-        self.slots: tuple[int, ...] = ()
-        self._rows: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+    def record(self, call: Call) -> None:
+        """Put the kernels that call launches behind what there is; they are not run."""
 
-    def __len__(self) -> int:
-        return len(self.slots)
+    def keep(self, state: Tensor, rows: Tensor, into_state: bool) -> None:
+        """Put a copy between rows [n, numel] and those of state [slots, numel] that a run names."""
 
-    def rows(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """The rows of matrix [n, numel], or more of them, in memory that always lies there."""
-        key = matrix.data_ptr(), matrix.stride(0), matrix.shape[1]
-        found = self._rows.get(key, ())
-        if len(found) < matrix.shape[0]:
-            found = self._rows[key] = matrix.unbind(0)
-        return found
+    def zero(self, rows: Tensor) -> None:
+        """Put zeros into rows."""
 
-    def of(self, slots: tuple[int, ...], batch: int) -> tuple[int, ...] | Taking:
-        """Who takes part: all slots by name, whose rows lie side by side, any others as they are set here."""
-        if len(slots) == batch:
-            return slots
-        self.slots = slots
-        return self
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Put y += x."""
+
+    def run(self, slots: Sequence[int]) -> None:
+        """Run everything in order; slots: those that take part."""
+
+
+def new_program() -> Program:
+    module = build.load_module()
+    assert module is not None, "an engine on the CPU has it"
+    made: Program = module.Program()
+    return made
 
 
 class Chain:
@@ -134,26 +126,28 @@ class Chain:
             )
         return found
 
-    def calls(
+    def record(
         self,
+        program: Program,
         memory: Memory,
         place: int,
-        slots: Sequence[int] | Taking,
+        n: int,
         frames: int,
         outlet: Tensor,
         spans: Sequence[Sequence[Span]] | None = None,
-    ) -> Iterator[Call]:
-        """Yield the calls that turn the rows in `inlet` into those of `outlet`.
+    ) -> None:
+        """Put what turns the rows in `inlet` into those of `outlet` into a program.
 
         Args:
+            program: its runs name the n slots.
             memory: places 0 and 1 are used.
             place: of the inlet.
-            slots: that take part; of a Taking those that are set when the calls are made.
+            n: slots that take part.
             frames: of the pass.
             outlet: [n, C, frames * out_rows] of the last layer.
             spans: the rows within each slot's clip, others become zeros; None: all.
         """
-        n, offset = len(slots), 0
+        offset = 0
         made: dict[tuple[int, int, int], Rows] = {}
 
         def scratch(where: int, channels: int) -> Rows:
@@ -163,10 +157,10 @@ class Chain:
             whole, channels = self._whole(i, memory, place, n, frames), self.channels[i]
             fresh = frames * layer.in_rows
             if layer.context:
-                yield from keep(self.state, whole, slots, offset, layer.context, 0, into_state=False)
+                keep(program, self.state, whole, offset, layer.context, 0, into_state=False)
             if layer.missing:
                 assert frames == 1, "what is missing depends on where a frame ends"
-                yield whole[:, :, layer.context + fresh :].zero_
+                program.zero(whole[:, :, layer.context + fresh :])
             last = i == len(self.layers) - 1
             y = outlet if last else self.inlet(memory, place, n, frames, i + 1)
             most = frames * layer.out_rows
@@ -181,41 +175,27 @@ class Chain:
                 first = stage.first(begin - layer.out_delay)
                 stop = stage.stop(end - 1 - layer.out_delay)
                 x, part = whole[:, :, first - layer.first : stop - layer.first], y[:, :, begin:end]
-                if stage.granularity > 1 and end - begin > unit:
-                    for rows, some in frame_by_frame(x, part, unit):
-                        yield partial(stage.run, rows, first, some, begin - layer.out_delay)
-                else:
-                    yield partial(stage.run, x, first, part, begin - layer.out_delay)
+                apart = stage.granularity > 1 and end - begin > unit
+                for rows, some in frame_by_frame(x, part, unit) if apart else [(x, part)]:
+                    program.record(partial(stage.run, rows, first, some, begin - layer.out_delay))
             for b, (low, high) in enumerate(inside):
                 if low > 0:
-                    yield y[b, :, :low].zero_
+                    program.zero(y[b, :, :low])
                 if high < most:
-                    yield y[b, :, high:].zero_
+                    program.zero(y[b, :, high:])
             if layer.context:
-                yield from keep(self.state, whole, slots, offset, layer.context, fresh, into_state=True)
+                keep(program, self.state, whole, offset, layer.context, fresh, into_state=True)
             offset += layer.context * channels
 
 
 def keep(
-    state: Tensor, whole: Tensor, slots: Sequence[int] | Taking, offset: int, context: int, first: int, into_state: bool
-) -> Iterator[Call]:
-    """Yield the copies between `context` rows of whole [n, C, count], from row `first` on, and the slots' state."""
+    program: Program, state: Tensor, whole: Tensor, offset: int, context: int, first: int, into_state: bool
+) -> None:
+    """Put the copy between `context` rows of whole [n, C, count], from row `first` on, and the slots' state there."""
     channels, count = whole.shape[1:]
     numel = context * channels
     flat = whole.as_strided((whole.shape[0], numel), (count * channels, 1), whole.storage_offset() + first * channels)
-    if isinstance(slots, Taking):
-        rows, taking = slots.rows(state[:, offset : offset + numel]), slots
-        beside = slots.rows(flat)[: len(slots)]
-
-        def copy() -> None:
-            theirs = [rows[b] for b in taking.slots]
-            torch._foreach_copy_(*((theirs, beside) if into_state else (beside, theirs)))
-
-        yield copy
-        return
-    for begin, run in runs_of(slots):
-        kept, part = state[run, offset : offset + numel], flat[begin : begin + run.stop - run.start]
-        yield partial(kept.copy_, part) if into_state else partial(part.copy_, kept)
+    program.keep(state[:, offset : offset + numel], flat, into_state)
 
 
 def frame_by_frame(x: Tensor, y: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -262,13 +242,13 @@ class Kept(Generic[Made]):
 
 @dataclass
 class Pass:
-    """One pass: codes are written into `semantic` and `acoustic`, the calls fill `audio`."""
+    """One pass: codes are written into `semantic` and `acoustic`, the checks and then the program fill `audio`."""
 
     semantic: Tensor  # [n, 1, frames] int64
     acoustic: Tensor | None  # [n, q, frames] int64
     audio: Tensor  # [n, 1, frames * hop]
     checks: list[Call]  # the calls that refuse a code out of range, before any state has changed
-    calls: list[Call]
+    program: Program
 
 
 class DecoderState:
@@ -332,7 +312,6 @@ class CpuDecoder(DecoderState):
         audio = batch * max_frames * decoder[-1].out_rows
         self._memory = Memory(self.dtype, (widest, widest, acoustic, audio))
         self._made: Kept[Pass] = Kept()
-        self._taking = Taking()
 
     def bytes(self) -> int:
         return super().bytes() + self._memory.bytes()
@@ -349,32 +328,28 @@ class CpuDecoder(DecoderState):
         """Return [n, 1, F * hop], to be read before the next call."""
         if semantic is None:
             with torch.inference_mode(False):
-                made = self._pass(slots, frames, None, self.spans(frames, starts, lengths))
+                made = self._pass(len(slots), frames, None, self.spans(frames, starts, lengths))
         else:
             stages = 0 if acoustic is None else acoustic.shape[1]
             spans = self.spans(frames, starts, lengths) if self.before_the_first_sample(starts) else None
-            made = self._find(slots, frames, stages, spans)
+            made = self._find(len(slots), frames, stages, spans)
             made.semantic.copy_(semantic)
             if made.acoustic is not None and acoustic is not None:
                 made.acoustic.copy_(acoustic)
         for call in made.checks:
             call()
-        for call in made.calls:
-            call()
+        made.program.run(slots)
         return made.audio
 
-    def _find(self, slots: tuple[int, ...], frames: int, stages: int, spans: Sequence[Sequence[Span]] | None) -> Pass:
+    def _find(self, n: int, frames: int, stages: int, spans: Sequence[Sequence[Span]] | None) -> Pass:
         if spans is not None:
             with torch.inference_mode(False):
-                return self._pass(slots, frames, stages, spans)
-        n, taking = len(slots), self._taking.of(slots, self.state.shape[0])
-        return self._made.get((n, frames, stages), lambda: self._pass(taking, frames, stages, None))
+                return self._pass(n, frames, stages, spans)
+        return self._made.get((n, frames, stages), lambda: self._pass(n, frames, stages, None))
 
-    def _pass(
-        self, slots: tuple[int, ...] | Taking, frames: int, stages: int | None, spans: Sequence[Sequence[Span]] | None
-    ) -> Pass:
+    def _pass(self, n: int, frames: int, stages: int | None, spans: Sequence[Sequence[Span]] | None) -> Pass:
         """Put a pass together; stages: acoustic codebooks, None: there are no codes at all."""
-        n, memory, late = len(slots), self._memory, self._late
+        memory, late = self._memory, self._late
         before = len(self._semantic.layers)
         place = before % 2
         latent = self._decoder.inlet(memory, place, n, frames)
@@ -389,7 +364,7 @@ class CpuDecoder(DecoderState):
         else:
             quantizer = self.programs.semantic_quantizer
             checks.append(partial(quantizer.lookup_into, inlet, semantic, None, None))
-        calls: list[Call] = []
+        program = new_program()
         if late or acoustic is not None:
             fresh = whole[:, :, late:]
             if acoustic is None:
@@ -398,12 +373,12 @@ class CpuDecoder(DecoderState):
                 quantizer = self.programs.acoustic_quantizer
                 checks.append(partial(quantizer.lookup_into, fresh, acoustic, None, None))
             if late:
-                calls += keep(self._waiting, whole, slots, 0, late, 0, into_state=False)
+                keep(program, self._waiting, whole, 0, late, 0, into_state=False)
         inside = (None, None) if spans is None else (spans[:before], spans[before:])
-        calls += self._semantic.calls(memory, 0, slots, frames, latent, inside[0])
+        self._semantic.record(program, memory, 0, n, frames, latent, inside[0])
         if late or acoustic is not None:
-            calls.append(partial(latent.add_, whole[:, :, :frames]))
+            program.add(latent, whole[:, :, :frames])
             if late:
-                calls += keep(self._waiting, whole, slots, 0, late, frames, into_state=True)
-        calls += self._decoder.calls(memory, place, slots, frames, audio, inside[1])
-        return Pass(semantic, acoustic, audio, checks, calls)
+                keep(program, self._waiting, whole, 0, late, frames, into_state=True)
+        self._decoder.record(program, memory, place, n, frames, audio, inside[1])
+        return Pass(semantic, acoustic, audio, checks, program)

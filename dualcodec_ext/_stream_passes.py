@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._stream_cpu import Call, Chain, Kept, Memory, Taking
+from ._stream_cpu import Chain, Kept, Memory, Program, new_program
 from ._stream_plan import Layer, make_layers
 from .errors import DualCodecError
 from .steps import Step
@@ -71,23 +71,21 @@ class CpuEncoder(EncoderState):
         channels = max(programs.semantic_quantizer.out_weight.shape[1], programs.acoustic_quantizer.out_weight.shape[1])
         rows = batch * max_frames * channels
         self._memory = Memory(programs.dtype, (widest, widest, rows, rows))
-        self._made: Kept[tuple[Tensor, list[Call]]] = Kept()
-        self._taking = Taking()
+        self._made: Kept[tuple[Tensor, Program]] = Kept()
 
     def _through(self, i: int, slots: tuple[int, ...], frames: int, x: Tensor, place: int, channels: int) -> Tensor:
         """Run x through chain i, to rows [n, channels, frames] at a place."""
         chain, n = self.chains[i], len(slots)
         outlet = self._memory.rows(place, n, frames, channels)
 
-        def make() -> tuple[Tensor, list[Call]]:
-            inlet = chain.inlet(self._memory, 0, n, frames)
-            return inlet, list(chain.calls(self._memory, 0, taking, frames, outlet))
+        def make() -> tuple[Tensor, Program]:
+            inlet, program = chain.inlet(self._memory, 0, n, frames), new_program()
+            chain.record(program, self._memory, 0, n, frames, outlet)
+            return inlet, program
 
-        taking = self._taking.of(slots, self.state.shape[0])
-        inlet, calls = self._made.get((i, n, frames), make)
+        inlet, program = self._made.get((i, n, frames), make)
         inlet.copy_(x)
-        for call in calls:
-            call()
+        program.run(slots)
         return outlet
 
     def run(
