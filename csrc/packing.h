@@ -10,9 +10,9 @@ inline int64_t panels_numel(at::ScalarType dtype, int64_t taps, int64_t channels
   return taps * round_up(channels, dtype == at::kBFloat16 ? 2 : 1) * round_up(columns, kColumnUnit);
 }
 
-// An uninitialised [numel] for packed weights: from 2 MB on it begins with a huge page, and asks for such pages as far as
-// whole ones fit. A layer of few rows is bound by reading its weights, and with pages of 4 KB by looking up where they
-// lie.
+// An uninitialised [numel] for packed weights: from 2 MB on it begins with a huge page, and asks for such pages as far
+// as whole ones fit. A layer of few rows is bound by reading its weights, and with pages of 4 KB by looking up where
+// they lie.
 at::Tensor empty_weights(int64_t numel, const at::TensorOptions& options);
 
 // Packs into `out` from element `offset` on; strides in elements of `weight`, which is contiguous and of any float

@@ -156,9 +156,8 @@ at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::ScalarType dtype = packed_dtype(x.scalar_type());
   const int64_t numel = panels_numel(dtype, matrices_of(winograd, p.phases), p.in_channels, p.out_channels);
-  const at::Tensor panels = packed_or(op, packed, numel, dtype, [&] {
-    return pack_upsample1d_cpu(weight.to(dtype), stride, mode, padding, winograd);
-  });
+  const at::Tensor panels = packed_or(
+      op, packed, numel, dtype, [&] { return pack_upsample1d_cpu(weight.to(dtype), stride, mode, padding, winograd); });
   if (out.has_value()) {
     DCX_CHECK(out->dim() == 3 && first >= 0 && first + out->size(2) <= p.out_steps, op,
               ": out must be [B, C, N] with first + N in 0..", p.out_steps, ", got first = ", first, " and ",

@@ -65,9 +65,7 @@ def test_a_wrong_tap_is_seen(tap: int) -> None:
     made.weights["weight"] = wrong
     expected = replace(made, options={k: v for k, v in made.options.items() if k != "winograd"})
     with pytest.raises(AssertionError):
-        testing.assert_close(
-            actual, expected.expected(torch.float32), TOLERANCE["snake_upsample1d", torch.float32]
-        )
+        testing.assert_close(actual, expected.expected(torch.float32), TOLERANCE["snake_upsample1d", torch.float32])
 
 
 @pytest.mark.parametrize("steps", suite.EDGE_STEPS)

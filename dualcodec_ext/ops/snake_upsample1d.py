@@ -50,10 +50,10 @@ def snake_upsample1d(
         RuntimeError: a gradient is needed and `packed` is given.
 
     Numerics: float32 accumulation (float64 for float64); taps of a repeat that meet are added in float64 when packing.
-        On the CPU a bfloat16 x takes its weights in bfloat16. With winograd = 4 the outputs [3S * g, 3S * g + 3S) are one
-        group: an output's bits, and whether it is NaN, depend on all inputs that its group reads. A signal cut at
-        multiples of 3S gives the same bits. With 2 a phase's are a sum over the phases between it and one of them, so
-        that it may be NaN where that one is. The reference computes the same, directly, whatever `winograd` is.
+        On the CPU a bfloat16 x takes its weights in bfloat16. With winograd = 4 the outputs [3S * g, 3S * g + 3S) are
+        one group: an output's bits, and whether it is NaN, depend on all inputs that its group reads. A signal cut at
+        multiples of 3S gives the same bits. With 2 a phase is a sum over the phases between it and one of them, so that
+        it may be NaN where that one is. The reference computes the same, directly, whatever `winograd` is.
 
     Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_ref`.
     """

@@ -10,8 +10,8 @@ constexpr int kUpsampleDifferences = 2;
 // The one phase that reads two frames: taps 0 .. S - 1 fall on the first of them, the others on the second.
 inline int64_t difference_base(const UpsamplePhases& phases) { return phases.pad_left % phases.stride; }
 
-// Of the two taps that move a frame on between phase i - 1 and phase i, 1 <= i < S, the earlier one; the other is S taps
-// on.
+// Of the two taps that move a frame on between phase i - 1 and phase i, 1 <= i < S, the earlier one; the other is S
+// taps on.
 inline int64_t moving_tap(const UpsamplePhases& phases, int64_t i) {
   return (phases.stride - i + phases.pad_left) % phases.stride;
 }

@@ -1,6 +1,6 @@
-// The repeat mode with 2 products per phase: from one phase to the next just two taps move a frame on, so that a phase is
-// its neighbour plus what those taps give for the differences between frames (README.md). A task is one (clip, stretch of
-// frames), or, of few frames, one panel of columns over all clips.
+// The repeat mode with 2 products per phase: from one phase to the next just two taps move a frame on, so that a phase
+// is its neighbour plus what those taps give for the differences between frames (README.md). A task is one (clip,
+// stretch of frames), or, of few frames, one panel of columns over all clips.
 #include "differences.h"
 
 #include "../common/gemm.h"
@@ -44,8 +44,8 @@ inline void subtract(T* out, const T* in, int64_t rows, int64_t row_numel) {
     vstore<T>(out + i, vload<T>(in + row_numel + i) - vload<T>(in + i));
 }
 
-// Products of one panel, [stride][rows][width]: the base phase's, then those between phase i - 1 and phase i. Frames lie
-// `step` elements apart in `in` and `differences`, rows in_ld.
+// Products of one panel, [stride][rows][width]: the base phase's, then those between phase i - 1 and phase i. Frames
+// lie `step` elements apart in `in` and `differences`, rows in_ld.
 template <class T>
 void multiply(const SnakeUpsample1dParams& p, const Layer& layer, int64_t n0, int64_t width, const T* in,
               const T* differences, int64_t step, int64_t rows, T* products) {
