@@ -69,7 +69,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     read_gbs = weights / read_s / 1e9
     frame_s = hop / cfg["sample_rate"]
     ours = {"side": "dualcodec_ext", "ours": True, "p50_s": percentile(kept, 50), "p99_s": percentile(kept, 99)}
-    read = {"side": READ, "ours": False, "p50_s": read_s, "bytes": weights, "gbs": read_gbs}
+    # What the machine itself does to one step in a hundred shows in the reads too.
+    read = {"side": READ, "ours": False, "p50_s": read_s, "p99_s": percentile(reads_s[20:], 99)}
+    read |= {"bytes": weights, "gbs": read_gbs}
     sides = [
         row | {"status": "timed", "dtype": args.dtype, "times_real_time": args.batch * frame_s / row["p50_s"]}
         for row in (ours | {"samples_s": kept}, read)
@@ -91,7 +93,8 @@ def told(run: Mapping[str, Any]) -> str:
     p50, p99 = (f"{ours[key] * 1e3:.2f} ms ({ours[key] / read['p50_s']:.2f}x)" for key in ("p50_s", "p99_s"))
     return (
         f"{case['model']} {run['dtype']} B={run['batch']} {run['threads']} threads, frames of"
-        f" {case['frame_s'] * 1e3:.0f} ms: p50 {p50}, p99 {p99} of {read['p50_s'] * 1e3:.2f} ms for reading"
+        f" {case['frame_s'] * 1e3:.0f} ms: p50 {p50}, p99 {p99} of {read['p50_s'] * 1e3:.2f} ms (its own p99"
+        f" {read['p99_s'] / read['p50_s']:.2f}x) for reading"
         f" {read['bytes'] / 2**20:.0f} MiB of weights at {read['gbs']:.1f} GB/s; state"
         f" {case['state_bytes'] / 2**20:.1f} MiB"
     )
