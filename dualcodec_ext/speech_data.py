@@ -7,9 +7,11 @@ Needs a Debian system: apt-get, dpkg-deb, ffmpeg, and the packages flite and esp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ._files import reason, write_atomic
+from ._files import reason, remove_if_there, write_atomic
 from .errors import DualCodecError
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
@@ -84,7 +86,8 @@ def prepare(out: Path, packages: Path | None = None) -> list[Clip]:
     """Make the corpus below `out`.
 
     Args:
-        out: made if missing; files that are there already are kept.
+        out: made if missing; files that are there already are kept, all of them whole: a run that was stopped, by
+            whatever, goes on.
         packages: folder with the .deb files; None fetches them with apt-get.
 
     Returns:
@@ -140,6 +143,22 @@ def _sentences(path: Path) -> list[str]:
     return [text for text in texts if len(text) > 12 and not re.search(r"[\[\]<>]", text)]
 
 
+@contextlib.contextmanager
+def _whole(*paths: Path) -> Iterator[list[Path]]:
+    """Give names for programs to write to, of the same ending; the files take their own when the block ends.
+
+    They are hidden: whoever reads the folder's audio passes over what a killed run left.
+    """
+    making = [path.with_name(f".{path.name}") for path in paths]
+    try:
+        yield making
+        for temporary, path in zip(making, paths, strict=True):
+            os.replace(temporary, path)
+    finally:
+        for temporary in making:
+            remove_if_there(str(temporary))
+
+
 def _place(out: Path, speaker: str) -> tuple[str, Path]:
     split = "validation" if speaker in VALIDATION else "train"
     folder = out / split / speaker
@@ -159,10 +178,11 @@ def _recorded(root: Path, out: Path) -> Iterator[Clip]:
             jobs.append((source, target / ("_".join(relative.parts).removesuffix(".g722") + ".flac")))
         for some in _batches([job for job in jobs if not job[1].exists()], _FILES_PER_CALL):
             inputs = itertools.chain.from_iterable(("-f", "g722", "-i", str(source)) for source, _ in some)
-            outputs = itertools.chain.from_iterable(
-                ("-map", f"{i}:a", "-ar", "16000", "-ac", "1", str(flac)) for i, (_, flac) in enumerate(some)
-            )
-            _run(["ffmpeg", "-nostdin", "-v", "error", "-y", *inputs, *outputs])
+            with _whole(*(flac for _, flac in some)) as making:
+                outputs = itertools.chain.from_iterable(
+                    ("-map", f"{i}:a", "-ar", "16000", "-ac", "1", str(flac)) for i, flac in enumerate(making)
+                )
+                _run(["ffmpeg", "-nostdin", "-v", "error", "-y", *inputs, *outputs])
         for _, flac in jobs:
             yield Clip(str(flac.relative_to(out)), split, folder.name, "recorded")
 
@@ -186,7 +206,8 @@ def _flite(sentences: Sequence[str], out: Path) -> Iterator[Clip]:
         for i, text in enumerate(_passages(sentences, 0)):
             path = target / f"{i:03}.wav"
             if not path.exists():
-                _run(["flite", "-voice", voice, "-t", text.replace("\n", " "), "-o", str(path)])
+                with _whole(path) as (making,):
+                    _run(["flite", "-voice", voice, "-t", text.replace("\n", " "), "-o", str(making)])
             yield Clip(str(path.relative_to(out)), split, speaker, "flite")
 
 
@@ -199,7 +220,8 @@ def _espeak(sentences: Sequence[str], out: Path) -> Iterator[Clip]:
             path = target / f"{i:03}.wav"
             if not path.exists():
                 speed = str(140 + 12 * (i % 5))
-                _run(["espeak-ng", "-v", voice, "-s", speed, "--stdin", "-w", str(path)], text=text)
+                with _whole(path) as (making,):
+                    _run(["espeak-ng", "-v", voice, "-s", speed, "--stdin", "-w", str(making)], text=text)
             yield Clip(str(path.relative_to(out)), split, speaker, "espeak")
 
 
