@@ -12,6 +12,7 @@ validation split (`dualcodec_ext.speech_data`), of at least 20 frames per entry.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from dualcodec_ext._training.scores import speech_scores
 from dualcodec_ext.audio import read_audio, resample
 from dualcodec_ext.code_use import codebook_use
 from dualcodec_ext.hub import BUNDLED
+
+from .machine import commit
 
 PACKAGE = "pocketsphinx-testdata"
 FRAMES_PER_ENTRY = 20
@@ -53,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     results["scores"] = scores(model, clips)
     results |= use(model, options.data / "validation")
     results["against_float64"] = parity(model, clips.values())
-    step = trained_steps(options.weights / "model.safetensors" if options.weights else BUNDLED["tiny"])
-    results["trained_steps"] = step
+    path = options.weights / "model.safetensors" if options.weights else BUNDLED["tiny"]
+    results["trained_steps"] = trained_steps(path)
+    results["weights_sha256"] = weights_sha256(path)
+    results["commit"], results["dirty"] = commit()
     print("| codebooks | STOI | PESQ (wide band) |\n|---|---|---|")
     for count, row in results["scores"].items():
         print(f"| {count} | {row['stoi']:.3f} | {row['pesq']:.2f} |")
@@ -163,6 +168,17 @@ def trained_steps(path: Path) -> int:
     with safe_open(str(path), framework="numpy") as file:
         said = file.metadata() or {}
     return int(said.get("step", said.get("trained_steps", 0)))
+
+
+def weights_sha256(path: Path) -> str:
+    """Digest of a file's tensors: names, dtypes, shapes and values, whatever the file says about itself beside them."""
+    from safetensors.numpy import load_file
+
+    digest = hashlib.sha256()
+    for name, values in sorted(load_file(str(path)).items()):
+        digest.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def publish(run: Path, results: dict[str, Any]) -> None:
