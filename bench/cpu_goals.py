@@ -128,6 +128,12 @@ GOALS = (
     Goal("encode 12hz_v1, fp32", _codec("encode", "12hz_v1"), _OURS, _demands(None, 0.8, 2.3), True),
     Goal("encode 25hz_v1, fp32", _codec("encode", "25hz_v1"), _OURS, _demands(None, 0.8, 2.3), True),
     Goal(
+        "decode tiny, fp32, on two cores",
+        _codec("decode", "tiny") | {"threads": 2},
+        _OURS,
+        (Demand("real time", 100, pace),),
+    ),
+    Goal(
         "rvq_search 12hz_v1, 7 x 4096",
         {"what": "ops", "model": "12hz_v1", "op": "rvq_search", "where": "acoustic", "device": "cpu"},
         _OURS,

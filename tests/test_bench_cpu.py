@@ -97,6 +97,18 @@ def test_goals_are_read_off_the_runs(runs: list[Any]) -> None:
     assert table["encode 12hz_v1, fp32", "the direct limit"] == ["-", "not measured"]
 
 
+def test_the_trained_model_has_a_pace(runs: list[Any]) -> None:
+    goal = ("decode tiny, fp32, on two cores", "real time")
+    for seconds, wanted in ((0.08, ["125.00x", "met"]), (0.125, ["80.00x", "missed"])):
+        tiny = made_run("decode", [row("dualcodec_ext", seconds, ours=True), row("reference", 0.01)], "tiny")
+        for threads in (2, 16):
+            table = {tuple(cells[:2]): cells[3:5] for cells in cpu_goals.rows([*runs, tiny | {"threads": threads}])}
+            assert table[goal] == (wanted if threads == 2 else ["-", "not measured"])
+    committed = json.loads((ROOT / "bench/results/cpu-decode-tiny.json").read_text(encoding="utf-8"))
+    table = {tuple(cells[:2]): cells[4] for cells in cpu_goals.rows([committed])}
+    assert table[goal] == "met"
+
+
 def test_a_ratio_past_the_direct_limit_leaves_the_share() -> None:
     """Where a ratio takes more than 95 % of what direct products can reach, the share of it is the goal."""
     for seconds, pypi, wanted in (
