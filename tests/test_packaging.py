@@ -1,5 +1,7 @@
 """What is built and installed: wheel, sdist, editable install, and a module that does not fit."""
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,9 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
+from packaging.requirements import Requirement
 
 from dualcodec_ext import build
+from dualcodec_ext._cli.voice import vowels
 
 ROOT = Path(__file__).resolve().parents[1]
 MINOR = ".".join(torch.__version__.split(".")[:2])
@@ -159,6 +164,59 @@ print(dx.doctor())
     assert lines[0].startswith(site) and lines[1].startswith(site) and lines[2] == "True"
     assert lines[3] == "[1.0, 2.0, 3.0, 3.0, 3.0] False"
     assert lines[-1] == "Nothing needs mending."
+
+
+def requirements(of: importlib.metadata.PathDistribution) -> Iterator[str]:
+    """The distributions that one needs where none of its extras is asked for."""
+    for requirement in map(Requirement, of.requires or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield requirement.name
+
+
+def link_declared(wheel: Path, folder: Path) -> set[str]:
+    """Link what a wheel declares, and what that declares, out of this environment into a folder; return the names."""
+    with zipfile.ZipFile(wheel) as archive:
+        info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        waiting = list(requirements(importlib.metadata.PathDistribution(zipfile.Path(archive, info).parent)))
+    found: set[str] = set()
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in found:
+            continue
+        found.add(name)
+        of = importlib.metadata.distribution(name)
+        waiting += requirements(of)
+        for top in {path.parts[0] for path in of.files or ()} - {"..", "__pycache__"}:
+            with contextlib.suppress(FileExistsError):  # a folder that several share
+                (folder / top).symlink_to(of.locate_file(top))
+    return found
+
+
+def test_speech_comes_back_with_what_is_declared_alone(wheel: Path, tmp_path: Path) -> None:
+    """An environment of the wheel and its declared dependencies, and no network."""
+    (tmp_path / "packages").mkdir()
+    declared = link_declared(wheel, tmp_path / "packages")
+    assert {"numpy", "torch", "typer", "jinja2"} <= declared and not {"pytest", "matplotlib", "scipy"} & declared
+    python = make_environment(tmp_path / "venv", str(tmp_path / "packages"))
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index")
+    succeed(*pip, wheel, cwd=tmp_path)
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    # Where a process may leave the network it does; in any case Python's sockets are refused.
+    refuse = "import socket\ndef refuse(*_):\n    raise AssertionError('the network was asked')\n"
+    (site / "refuse_sockets.py").write_text(refuse + "socket.socket.connect = refuse\n")
+    (site / "refuse_sockets.pth").write_text("import refuse_sockets\n")
+    alone = ["unshare", "--net", "--map-root-user"]
+    if shutil.which("unshare") is None or run(*alone, "true", cwd=tmp_path).returncode:
+        alone = []
+    program = "import importlib.util as u, socket; print(u.find_spec('pytest'), socket.socket.connect)"
+    assert succeed(*alone, python, "-c", program, cwd=tmp_path).startswith("None <function refuse")
+    soundfile.write(tmp_path / "in.wav", vowels("aeiou").samples[:24011], 24000)
+    roundtrip = [python.with_name("dualcodec-ext"), "roundtrip", "in.wav", "out.wav", "--codes", "in.codes.safetensors"]
+    assert "tiny" in succeed(*alone, *roundtrip, cwd=tmp_path)
+    (before, _), (after, rate_hz) = (soundfile.read(tmp_path / name) for name in ("in.wav", "out.wav"))
+    assert rate_hz == 24000 and after.shape == (24011,)
+    assert 0.5 < (after**2).mean() / (before**2).mean() < 2
+    assert (tmp_path / "in.codes.safetensors").stat().st_size > 0
 
 
 @pytest.mark.parametrize("how", ["script", "module"])
