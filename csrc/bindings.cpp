@@ -30,11 +30,13 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   define_with_out(m, "causal_dwconv1d",
                   "Tensor x, Tensor weight, Tensor? bias, int[] padding, Tensor? ln_weight, Tensor? ln_bias, float "
                   "eps, Tensor? lengths");
-  // What lies between a Conformer's linear layers, on the CPU alone: `_w2v_layers.py` runs on them.
+  // A Conformer layer's parts, on the CPU alone: `_w2v_layers.py` runs on them.
   m.def("conformer_attention(Tensor projected, Tensor distances, int heads, int left, Tensor? valid) -> Tensor");
   m.def(
       "conformer_convolution(Tensor x, Tensor weight, Tensor ln_weight, Tensor ln_bias, float eps, Tensor? valid) -> "
       "Tensor");
+  m.def("conformer_linear(Tensor x, Tensor packed, Tensor? bias, int columns, bool swish) -> Tensor");
+  m.def("conformer_linear_add(Tensor(a!) sum, Tensor x, Tensor packed, Tensor? bias, float alpha) -> ()");
   m.def(
       "conformer_norm(Tensor(a!) x, Tensor? addend, float alpha, Tensor weight, Tensor bias, float eps, ScalarType "
       "dtype, Tensor? next_weight=None, Tensor? next_bias=None) -> Tensor");

@@ -4,6 +4,7 @@
 
 #include "../kernels/conformer/params.h"
 #include "checks.h"
+#include "packing.h"
 
 namespace dcx {
 namespace {
@@ -72,6 +73,63 @@ at::Tensor conformer_attention(const at::Tensor& projected,  // [B, T, 3 * H * D
   p.valid = bytes_of(mask);
   launch_conformer_attention_cpu(p);
   return y;
+}
+
+// What both forms need; `bias_values` keeps the bias.
+ConformerLinearParams check_linear(const char* op, const at::Tensor& x, const at::Tensor& packed,
+                                   const OptionalTensor& bias, int64_t columns, at::Tensor& bias_values) {
+  check_steps(op, "x", x);
+  DCX_CHECK(x.is_contiguous() && x.size(2) > 0 && x.size(2) % 2 == 0, op,
+            ": x must be contiguous with an even number of channels, got ", shape_text(x));
+  DCX_CHECK(columns > 0 && columns % kColumnUnit == 0, op, ": columns must be a multiple of ", kColumnUnit, ", got ",
+            columns);
+  ConformerLinearParams p{};
+  p.rows = x.size(0) * x.size(1);
+  p.channels = x.size(2);
+  p.columns = columns;
+  const bool fits = packed.numel() == panels_numel(x.scalar_type(), 1, p.channels, columns) && packed.is_contiguous();
+  DCX_CHECK(fits && packed.scalar_type() == x.scalar_type(), op, ": packed must be pack_conv1d's of [N, K, 1] = [",
+            columns, ", ", p.channels, ", 1] ", x.scalar_type(), ", got ", shape_text(packed), " ",
+            packed.scalar_type());
+  if (bias.has_value() && bias->defined()) bias_values = padded_vector(op, "bias", *bias, columns, kColumnUnit);
+  p.x = x.const_data_ptr();
+  p.weight = packed.const_data_ptr();
+  p.bias = data_or_null<float>(bias_values);
+  p.dtype = kernel_dtype(x.scalar_type());
+  return p;
+}
+
+at::Tensor conformer_linear(const at::Tensor& x,         // [B, T, K] f32|bf16, contiguous
+                            const at::Tensor& packed,    // pack_conv1d's of the weight [N, K, 1], x's dtype
+                            const OptionalTensor& bias,  // [N] f32
+                            int64_t columns, bool swish) {
+  at::Tensor bias_values;
+  ConformerLinearParams p = check_linear("conformer_linear", x, packed, bias, columns, bias_values);
+  at::Tensor y = at::empty({x.size(0), x.size(1), columns}, x.options());
+  if (p.rows == 0) return y;
+  p.y = y.mutable_data_ptr();
+  p.swish = swish;
+  launch_conformer_linear_cpu(p);
+  return y;
+}
+
+// sum += alpha * (x weight^T + bias).
+void conformer_linear_add(at::Tensor& sum,             // [B, T, N] f32, contiguous
+                          const at::Tensor& x,         // [B, T, K] f32|bf16, contiguous
+                          const at::Tensor& packed,    // pack_conv1d's of the weight [N, K, 1], x's dtype
+                          const OptionalTensor& bias,  // [N] f32
+                          double alpha) {
+  const char* op = "conformer_linear_add";
+  const bool fits = sum.dim() == 3 && x.dim() == 3 && sum.size(0) == x.size(0) && sum.size(1) == x.size(1);
+  DCX_CHECK(fits && sum.scalar_type() == at::kFloat && sum.is_contiguous(), op,
+            ": sum must be [B, T, N] float32, contiguous, with x's B and T, got ", shape_text(sum), " ",
+            sum.scalar_type(), " for x ", shape_text(x));
+  at::Tensor bias_values;
+  ConformerLinearParams p = check_linear(op, x, packed, bias, sum.size(2), bias_values);
+  if (p.rows == 0) return;
+  p.sum = sum.mutable_data_ptr<float>();
+  p.alpha = static_cast<float>(alpha);
+  launch_conformer_linear_cpu(p);
 }
 
 // With next_weight and next_bias x becomes its norm, and what is returned is that one's norm by them.
@@ -165,5 +223,7 @@ at::Tensor conformer_convolution(const at::Tensor& x,       // [B, T, 2 * C] f32
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
   m.impl("conformer_attention", dcx::conformer_attention);
   m.impl("conformer_convolution", dcx::conformer_convolution);
+  m.impl("conformer_linear", dcx::conformer_linear);
+  m.impl("conformer_linear_add", dcx::conformer_linear_add);
   m.impl("conformer_norm", dcx::conformer_norm);
 }

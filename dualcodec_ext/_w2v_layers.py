@@ -2,9 +2,9 @@
 
 A layer of the released model is a feed-forward, self-attention with learned biases per clipped distance, a convolution
 and another feed-forward, each behind a LayerNorm and added to what it was given. Against transformers' own forward:
-the three projections of attention's input are one, weights lie as oneDNN reads them, and what is between the linear
-layers are the kernels of kernels/conformer, which has their numbers; without the compiled module it is plain torch, and
-their definition. LayerNorms, the sums and attention's scores are float32.
+the three projections of attention's input are one, and all else are the kernels of kernels/conformer, which has their
+numbers. Linear layers are oneDNN's where it is faster; without the compiled module what lies between them is plain
+torch, the kernels' definition. LayerNorms, the sums and attention's scores are float32.
 """
 
 from __future__ import annotations
@@ -25,20 +25,55 @@ class _Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, swish: bool = False) -> None:
         weight = weight.detach().to(dtype).contiguous()
-        self.bias = None if bias is None else bias.detach().to(dtype)
-        self.dtype, self.swish = dtype, swish
-        self.packed, self.weight = _pack(weight), weight
-        if self.packed is not None:
+        self.dtype, self.swish, self.columns = dtype, swish, weight.shape[0]
+        self.own = _own(weight)
+        # The kernel adds it to float32 sums.
+        self.bias = None if bias is None else bias.detach().to(dtype if self.own is None else torch.float32)
+        self.packed, self.weight = None if self.own is not None else _pack(weight), weight
+        if self.packed is not None or self.own is not None:
             self.weight = weight.new_empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
+        if self.own is not None:
+            z: Tensor = torch.ops.dualcodec_ext.conformer_linear(x, self.own, self.bias, self.columns, self.swish)
+            return z
         if self.packed is not None:
             after = "swish" if self.swish else "none"
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, after, [], "")
             return y
         y = F.linear(x, self.weight, self.bias)
         return F.silu(y) if self.swish else y
+
+    def add_to(self, total: Tensor, x: Tensor, alpha: float) -> Tensor | None:
+        """Add alpha * the layer's output to `total`, float32, in place; or return the output where that is not done."""
+        if self.own is None:
+            return self(x)
+        torch.ops.dualcodec_ext.conformer_linear_add(total, x.to(self.dtype), self.own, self.bias, alpha)
+        return None
+
+
+def _own(weight: Tensor) -> Tensor | None:
+    """Lay a weight out as conformer_linear reads it; None where that takes it not, or oneDNN is faster.
+
+    With AMX oneDNN multiplies bfloat16 in tiles; below AVX-512 the kernel has not been measured.
+    """
+    module = load_module()
+    if module is None or _kernel("conformer_linear") is None or weight.shape[0] % 16 or weight.shape[1] % 2:
+        return None
+    half = weight.dtype == torch.bfloat16
+    if module.active_isa() not in (("avx512_bf16",) if half else ("avx512", "avx512_bf16")) or (half and _has_amx()):
+        return None
+    packed: Tensor = torch.ops.dualcodec_ext.pack_conv1d(weight[..., None])
+    return packed
+
+
+def _has_amx() -> bool:
+    # No public call says so. Where torch drops this one, the CPU is taken to have none.
+    try:
+        return bool(torch.cpu._is_amx_tile_supported())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def _pack(weight: Tensor) -> Tensor | None:
@@ -65,8 +100,8 @@ class _FeedForward:
         self.inner = _Linear(inner.weight, inner.bias, dtype, swish=True)
         self.outer = _Linear(outer.weight, outer.bias, dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.outer(self.inner(x))
+    def __call__(self, x: Tensor, total: Tensor) -> Tensor | None:
+        return self.outer.add_to(total, self.inner(x), 0.5)
 
 
 class _Attention:
@@ -79,9 +114,10 @@ class _Attention:
         self.left = module.left_max_position_embeddings
         self.distances = module.distance_embedding.weight.detach().to(dtype).contiguous()  # [left + 1 + right, D]
 
-    def __call__(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, valid: Tensor | None, total: Tensor) -> Tensor | None:
         attend = _kernel("conformer_attention") or _attend
-        return self.out(attend(self.project(x), self.distances, self.heads, self.left, valid))
+        heard = attend(self.project(x), self.distances, self.heads, self.left, valid)
+        return self.out.add_to(total, heard, 1.0)
 
 
 def _attend(projected: Tensor, distances: Tensor, heads: int, left: int, valid: Tensor | None) -> Tensor:
@@ -106,10 +142,11 @@ class _Convolution:
         self.contract = _Linear(module.pointwise_conv2.weight[:, :, 0], None, dtype)
         self.depthwise = module.depthwise_conv.weight.detach()[:, 0].t().contiguous()  # [K, C]
 
-    def __call__(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, valid: Tensor | None, total: Tensor) -> Tensor | None:
         convolve = _kernel("conformer_convolution") or _convolve
         norm = self.norm
-        return self.contract(convolve(self.expand(x), self.depthwise, norm.weight, norm.bias, norm.eps, valid))
+        found = convolve(self.expand(x), self.depthwise, norm.weight, norm.bias, norm.eps, valid)
+        return self.contract.add_to(total, found, 1.0)
 
 
 def _convolve(
@@ -152,10 +189,10 @@ class _Layer:
             The output after the norm that follows, in the weights' dtype; without one the output itself, in float32.
         """
         norms, dtype = self.norms, self.dtype
-        y = _add_norm(x, self.first(y), 0.5, norms[1], dtype)
-        y = _add_norm(x, self.attention(y, valid), 1.0, norms[2], dtype)
-        y = _add_norm(x, self.convolution(y, valid), 1.0, norms[3], dtype)
-        return _add_norm(x, self.last(y), 0.5, self.norm, dtype if following else torch.float32, following)
+        y = _add_norm(x, self.first(y, x), 0.5, norms[1], dtype)
+        y = _add_norm(x, self.attention(y, valid, x), 1.0, norms[2], dtype)
+        y = _add_norm(x, self.convolution(y, valid, x), 1.0, norms[3], dtype)
+        return _add_norm(x, self.last(y, x), 0.5, self.norm, dtype if following else torch.float32, following)
 
 
 def _add_norm(

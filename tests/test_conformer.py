@@ -1,4 +1,4 @@
-"""What lies between a Conformer's linear layers, against the plain torch of `_w2v_layers` in float64."""
+"""A Conformer layer's parts, against the plain torch of `_w2v_layers` in float64."""
 
 from __future__ import annotations
 
@@ -117,6 +117,59 @@ def test_convolution(
     compare(actual, expected, "conformer_convolution", dtype)
 
 
+def packed_linear(inner: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight [N, K], the same packed, and a bias."""
+    weight = (made(columns, inner, seed=1) * inner**-0.5).to(dtype)
+    return weight, CONFORMER.pack_conv1d(weight[..., None]), made(columns, seed=2)
+
+
+LINEAR = [(1, 499, 1024, 240), (1, 100, 4096, 112), (2, 1, 2, 16), (3, 37, 30, 48), (1, 300, 160, 1024)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("swish", [False, True])
+@pytest.mark.parametrize(("batch", "steps", "inner", "columns"), LINEAR)
+def test_linear(isa: str, batch: int, steps: int, inner: int, columns: int, swish: bool, dtype: torch.dtype) -> None:
+    x = made(batch, steps, inner, dtype=dtype)
+    weight, packed, bias = packed_linear(inner, columns, dtype)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    with testing.poisoned_memory():
+        actual = CONFORMER.conformer_linear(x, packed, bias, columns, swish)
+    compare(actual, F.silu(expected) if swish else expected, "conformer_linear", dtype)
+    with testing.poisoned_memory():
+        actual = CONFORMER.conformer_linear(x, packed, None, columns, swish)
+    expected = expected - bias.double()
+    compare(actual, F.silu(expected) if swish else expected, "conformer_linear", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "steps", "inner", "columns"), LINEAR)
+def test_linear_added_to_a_sum(isa: str, batch: int, steps: int, inner: int, columns: int, dtype: torch.dtype) -> None:
+    x, total = made(batch, steps, inner, dtype=dtype), made(batch, steps, columns, seed=3)
+    weight, packed, bias = packed_linear(inner, columns, dtype)
+    expected = total.double() + 0.5 * F.linear(x.double(), weight.double(), bias.double())
+    CONFORMER.conformer_linear_add(total, x, packed, bias, 0.5)
+    compare(total, expected, "conformer_linear", F32)  # the sum stays float32, whatever x is
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_is_as_accurate_as_torch(dtype: torch.dtype) -> None:
+    """By the rule for 100,000 outputs and more, at the model's widest reduction."""
+    x = made(1, 128, 4096, dtype=dtype)
+    weight, packed, bias = packed_linear(4096, 1024, dtype)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    actual = CONFORMER.conformer_linear(x, packed, bias, 1024, False)
+    testing.assert_close_to_f64(actual, expected, F.linear(x, weight, bias.to(dtype)))
+
+
+def test_linear_keeps_a_nan_in_its_row() -> None:
+    x = made(1, 40, 32)
+    x[0, 7, 3] = torch.nan
+    _, packed, bias = packed_linear(32, 64, F32)
+    y = CONFORMER.conformer_linear(x, packed, bias, 64, True)[0]
+    assert y[7].isnan().all() and int(y.isnan().sum()) == 64
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("addend", [None, *DTYPES])
 @pytest.mark.parametrize("following", [False, True])
@@ -142,7 +195,16 @@ def each_op(batch: int, steps: int, dtype: torch.dtype) -> dict[str, Callable[[s
     projected, x = made(batch, steps, 3 * 96, dtype=dtype), made(batch, steps, 192, dtype=dtype)
     distances, weight, row = made(12, 48, dtype=dtype), made(7, 96), made(batch, steps, 96)
     norm, valid = (made(96, seed=1), made(96, seed=2)), some_valid(batch, steps)
+    _, packed, bias = packed_linear(192, 96, dtype)
+
+    def added(of: slice) -> Tensor:
+        total = row[of].clone()
+        CONFORMER.conformer_linear_add(total, x[of], packed, bias, 0.5)
+        return total
+
     return {
+        "linear": lambda of: CONFORMER.conformer_linear(x[of], packed, bias, 96, True),
+        "linear_add": added,
         "attention": lambda of: CONFORMER.conformer_attention(projected[of], distances, 2, 8, valid[of]),
         "convolution": lambda of: CONFORMER.conformer_convolution(x[of], weight, *norm, EPS, valid[of]),
         "norm": lambda of: CONFORMER.conformer_norm(row[of].clone(), x[of, :, :96], 0.5, *norm, EPS, dtype),
@@ -150,7 +212,7 @@ def each_op(batch: int, steps: int, dtype: torch.dtype) -> dict[str, Callable[[s
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["attention", "convolution", "norm"])
+@pytest.mark.parametrize("op", ["attention", "convolution", "linear", "linear_add", "norm"])
 def test_bits_depend_on_no_thread_and_no_neighbour(op: str, dtype: torch.dtype) -> None:
     call = each_op(8, 301, dtype)[op]
     threads = torch.get_num_threads()
@@ -166,7 +228,7 @@ def test_bits_depend_on_no_thread_and_no_neighbour(op: str, dtype: torch.dtype) 
         assert torch.equal(call(slice(clip, clip + 1)), found[0][clip : clip + 1])
 
 
-@pytest.mark.parametrize("op", ["attention", "convolution", "norm"])
+@pytest.mark.parametrize("op", ["attention", "convolution", "linear", "linear_add", "norm"])
 def test_nothing_is_computed_of_nothing(op: str) -> None:
     for batch, steps in ((0, 5), (2, 0)):
         assert each_op(max(batch, 1), steps, F32)[op](slice(batch)).shape == (batch, steps, 96)
@@ -185,8 +247,8 @@ def test_any_strides() -> None:
 
 def test_a_wrong_call_is_one_line() -> None:
     x, row, vector = made(1, 4, 24), made(1, 4, 8), made(8)
-    attention, convolution, norm = (
-        getattr(CONFORMER, f"conformer_{name}") for name in ("attention", "convolution", "norm")
+    attention, convolution, norm, linear, add = (
+        getattr(CONFORMER, f"conformer_{name}") for name in ("attention", "convolution", "norm", "linear", "linear_add")
     )
 
     def fails(match: str, call: Callable[..., Tensor], *args: object) -> None:
@@ -216,3 +278,12 @@ def test_a_wrong_call_is_one_line() -> None:
     fails(r"dtype must be float32 or bfloat16, got Double", normed, row, None, F64)
     fails(r"addend must be x's shape \[1, 4, 8\], got \[1, 4, 24\]", normed, row, x, F32)
     fails(r"next_weight and next_bias must come together", normed, row, None, F32, vector)
+    packed = packed_linear(24, 16, F32)[1]
+    fails(r"^conformer_linear: x must be float32 or bfloat16, got Double", linear, x.double(), packed, None, 16, False)
+    fails(r"x must be contiguous with an even number of channels", linear, x[..., :3], packed, None, 16, False)
+    fails(r"columns must be a multiple of 16, got 8", linear, x, packed, None, 8, False)
+    fails(r"packed must be pack_conv1d's of \[N, K, 1\] = \[32, 24, 1\] Float", linear, x, packed, None, 32, False)
+    fails(r"packed must be .* BFloat16, got \[384\] Float", linear, x.bfloat16(), packed, None, 16, False)
+    fails(r"bias must be \[C\] = \[16\] float32, got \[8\]", linear, x, packed, vector, 16, False)
+    fails(r"^conformer_linear_add: sum must be \[B, T, N\] float32", add, row.bfloat16(), x, packed, None, 1.0)
+    fails(r"with x's B and T, got \[1, 3, 16\] Float for x \[1, 4, 24\]", add, made(1, 3, 16), x, packed, None, 1.0)

@@ -287,12 +287,14 @@ def test_w2v_bfloat16_is_no_further_off_than_autocast(folder):
     assert 1e-3 < error < 1.1 * autocast
 
 
-@pytest.mark.parametrize("without", [None, "oneDNN", "kernels"])
+@pytest.mark.parametrize("without", [None, "own", "oneDNN", "kernels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_w2v_layers_pack_or_do_without(folder, monkeypatch, dtype, without):
     audio = make_speech(24000)
     if without == "kernels":
         monkeypatch.setattr("dualcodec_ext._w2v_layers._kernel", lambda name: None)
+    if without in ("own", "oneDNN"):
+        monkeypatch.setattr("dualcodec_ext._w2v_layers._own", lambda weight: None)
     if without == "oneDNN":
         monkeypatch.setattr("dualcodec_ext._w2v_layers._pack", lambda weight: None)
     got = features_of(folder, autocast=dtype)(audio)

@@ -28,6 +28,8 @@ TOLERANCE["conformer_attention", F32] = 3e-6
 TOLERANCE["conformer_attention", BF16] = 1.5e-2
 TOLERANCE["conformer_convolution", F32] = 5e-6
 TOLERANCE["conformer_convolution", BF16] = 6e-2
+TOLERANCE["conformer_linear", F32] = 1e-5
+TOLERANCE["conformer_linear", BF16] = 4e-2
 TOLERANCE["conformer_norm", F32] = 4e-6
 TOLERANCE["conformer_norm", BF16] = 4e-2
 

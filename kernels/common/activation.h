@@ -40,6 +40,16 @@ static inline Vec<float> gelu(Vec<float> x) {
   return (x < zero ? zero : x) - tail;  // a NaN is not below zero, and stays
 }
 
+// 1 / (1 + exp(-x)), and x times that.
+static inline Vec<float> sigmoid(Vec<float> x) {
+  const Vec<float> zero{}, one = vset1(1.0f), far = vset1(87.0f);
+  Vec<float> a = x < zero ? -x : x;
+  a = a > far ? far : a;  // a NaN stays
+  const Vec<float> e = exp_below_zero(-a);
+  return (x < zero ? e : one) / (one + e);
+}
+static inline Vec<float> swish(Vec<float> x) { return x * sigmoid(x); }
+
 static inline Vec<float> tanh_of(Vec<float> x) {
   constexpr float kOver[] = {1.0f, 0.133796662f, 0.00349397119f, 2.0582409e-05f, 1.33175666e-08f};
   constexpr float kUnder[] = {1.0f, 0.467129797f, 0.0258708354f, 0.000328298775f, 7.7614061e-07f};

@@ -52,6 +52,7 @@
 DCX_LAUNCH_CPU(causal_dwconv1d, CausalDwconv1dParams)
 DCX_LAUNCH_CPU(conformer_attention, ConformerAttentionParams)
 DCX_LAUNCH_CPU(conformer_convolution, ConformerConvolutionParams)
+DCX_LAUNCH_CPU(conformer_linear, ConformerLinearParams)
 DCX_LAUNCH_CPU(conformer_norm, ConformerNormParams)
 DCX_LAUNCH_CPU(residual_unit, ResidualUnitParams)
 DCX_LAUNCH_CPU(rvq_lookup, RvqLookupParams)

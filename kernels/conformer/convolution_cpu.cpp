@@ -21,14 +21,6 @@ constexpr int kBlockVectors = 2;
 
 enum Slot { kGate = 0, kInput = 1, kOutput = 2 };
 
-inline Vec<float> sigmoid(Vec<float> x) {
-  const Vec<float> zero{}, one = vset1(1.0f), far = vset1(87.0f);
-  Vec<float> a = x < zero ? -x : x;
-  a = a > far ? far : a;  // a NaN stays
-  const Vec<float> e = exp_below_zero(-a);
-  return (x < zero ? e : one) / (one + e);
-}
-
 // `Rows` rows of a stretch of channels; rows of out and weight are ld apart.
 template <int Rows>
 inline void convolve(float* out, const float* in, const float* weight, int64_t ld, int64_t taps) {
@@ -91,8 +83,7 @@ void conformer_convolution(const ConformerConvolutionParams& p) {
     for (int64_t r = 0; r < count; ++r) {
       float* row = out + r * ld;
       layer_norm_row<float>(row, p.channels, ld, p.ln_weight, p.ln_bias, p.eps);
-      for (int64_t c = 0; c < ld; c += kWide)
-        vstore<float>(row + c, vload<float>(row + c) * sigmoid(vload<float>(row + c)));
+      for (int64_t c = 0; c < ld; c += kWide) vstore<float>(row + c, swish(vload<float>(row + c)));
     }
     store_tile<float>(out, ld, count, p.channels, p.y, b, t0, p.steps);
   });

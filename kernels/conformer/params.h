@@ -3,8 +3,8 @@
 
 namespace dcx {
 
-// A Conformer layer between its linear layers, as w2v-BERT has it. Signals are [B, C, T] with stride 1 on C, float32 or
-// bfloat16; what is computed on the way is float32.
+// A Conformer layer, as w2v-BERT has it. Signals are [B, C, T] with stride 1 on C, float32 or bfloat16; what is
+// computed on the way is float32.
 
 // softmax over j of scale * (q_i . k_j + q_i . distances[clamp(j - i, -left, right) + left]), times v_j.
 struct ConformerAttentionParams {
@@ -30,6 +30,19 @@ struct ConformerNormParams {
   float alpha, eps;
 };
 
+// z = x weight^T + bias, swished where that is asked for; y = z, or sum += alpha * z.
+struct ConformerLinearParams {
+  const void* x;       // [rows][channels], float32 or bfloat16
+  const void* weight;  // its panels, of gemm_pack.h or gemm_pack_bf16.h
+  const float* bias;   // [columns]; null: none
+  void* y;             // [rows][columns], of x's dtype; null: sum is what is written
+  float* sum;          // [rows][columns]
+  DType dtype;
+  int64_t rows, channels, columns;  // columns: a multiple of 16; channels: even in bfloat16
+  float alpha;
+  bool swish;
+};
+
 // Channels that the convolution takes at a time: its vectors and rows of weights are padded with zeros to their
 // multiple.
 constexpr int64_t kConformerChannels = 64;
@@ -48,6 +61,7 @@ struct ConformerConvolutionParams {
 };
 
 void launch_conformer_attention_cpu(const ConformerAttentionParams& params);
+void launch_conformer_linear_cpu(const ConformerLinearParams& params);
 void launch_conformer_norm_cpu(const ConformerNormParams& params);
 void launch_conformer_convolution_cpu(const ConformerConvolutionParams& params);
 
