@@ -120,8 +120,8 @@ def heard(results: Mapping[str, Any]) -> str:
     unclear = parity["below_margin_bound"]
     lines += [
         f"Of {parity['codes']} codes of these clips {parity['equal']} are the float64 model's, given the same features;"
-        f" the margins of {unclear} ({100 * unclear / parity['codes']:.2f} %) are so small that the rounding of a float32"
-        " encoder might turn them."
+        f" the margins of {unclear} ({100 * unclear / parity['codes']:.2f} %) are so small that the rounding of a"
+        " float32 encoder might turn them."
     ]
     return "\n".join(lines) + "\n"
 
