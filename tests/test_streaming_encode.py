@@ -22,19 +22,23 @@ KINDS: dict[str, dict[str, Any]] = {
     "no blocks": {"convnext_layers": 0},
     "one codebook": {"n_codebooks": 1, "codebook_dim": 8},
 }
+BUNDLED = "preset tiny"  # with its trained weights and its own front end
 LOG_MEL = {"encoder_rates": (4, 5, 6, 4), "decoder_rates": (4, 6, 5, 4), "semantic_dim": 160}
 
 
 @functools.cache
 def model(name: str) -> dx.DualCodec:
+    if name == BUNDLED:
+        return dx.DualCodec.from_pretrained("tiny").eval()
     changes = LOG_MEL if name == "log-mel" else KINDS.get(name)
     base = {**testing.TINY, "causal_encoder": True, "causal_decoder": True}
     return dx.accelerate(testing.seeded_model(settings_of(name) if changes is None else {**base, **changes}))
 
 
 def check(name: str, batch: int, frames: int, data: Any, **how: Any) -> None:
-    """Slots that begin one after the other, get pieces of their own sizes, and end on their own."""
-    made, front_end = model(name), how.get("front_end")
+    """Slots that begin one after the other, get pieces of their own sizes, one of which is reset, and end alone."""
+    made = model(name)
+    front_end = how.get("front_end", made.front_end)
     hop, dim = made.dac.hop_length, made.settings["semantic_dim"]
     encoder = dx.StreamingEncoder(made, batch, data.draw(st.sampled_from([None, 1, 3]), "max_frames"), **how)
     samples = [max(0, frames * hop - data.draw(st.integers(0, hop + 3), "short")) for _ in range(batch)]
@@ -56,7 +60,13 @@ def check(name: str, batch: int, frames: int, data: Any, **how: Any) -> None:
     def left(b: int) -> tuple[int, int]:
         return samples[b] - heard[b], 0 if front_end is not None else counts[b] - seen[b]
 
+    steps_to_reset = data.draw(st.integers(0, 3), "steps before a slot is reset")
     while unfinished := [b for b in range(batch) if any(left(b))]:
+        steps_to_reset -= 1
+        if steps_to_reset == -1:  # its clip comes again
+            again = data.draw(st.integers(0, batch - 1), "slot that is reset")
+            encoder.reset([b == again for b in range(batch)])
+            heard[again], seen[again], found[again] = 0, 0, []
         leader = data.draw(st.sampled_from(unfinished), "slot")
         take, some = left(leader)
         pieces = data.draw(st.tuples(size, st.integers(0, 3)), "samples and frames")
@@ -86,10 +96,14 @@ def test_any_cut(name: str, batch: int, frames: int, quantizers: int | None, dat
     check(name, batch, frames, data, num_quantizers=quantizers)
 
 
-@settings(max_examples=2, deadline=None, derandomize=True)
-@given(st.data())
-def test_any_cut_at_real_widths(data: Any) -> None:
-    check("12hz_stream", 2, 4, data)
+@pytest.mark.parametrize("name", ["12hz_stream", BUNDLED])
+def test_any_cut_at_real_widths(name: str) -> None:
+    @settings(max_examples=4, deadline=None, derandomize=True)
+    @given(st.data())
+    def draw(data: Any) -> None:
+        check(name, 2, 4, data)
+
+    draw()
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
