@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from w2v_bert import STATISTICS_FILE, save_w2v_bert, upstream_features
 
 from dualcodec_ext import _w2v_fbank
+from dualcodec_ext import _w2v_layers as layers
 from dualcodec_ext.errors import DualCodecError, MissingExtraError
 from dualcodec_ext.semantic import LogMelFeatures, W2vBertFeatures, resample, resample_24k_to_16k
 from dualcodec_ext.testing import make_speech
@@ -222,9 +223,21 @@ def features_of(folder, **settings) -> W2vBertFeatures:
 def test_w2v_features_are_hidden_state_17(folder, batch, samples, factor):
     audio = make_speech(samples, batch=batch)
     got = features_of(folder, downsample_factor=factor)(audio)
-    expected = upstream_features(folder, audio, factor)
-    assert got.dtype == torch.float32 and got.shape == expected.shape
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    plain, exact = (upstream_features(folder, audio, factor, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert got.dtype == torch.float32 and got.shape == exact.shape
+    error, of_plain = got - exact, plain - exact
+    assert error.abs().max() < 2 * of_plain.abs().max() and error.square().mean() < 4 * of_plain.square().mean()
+    assert error.abs().max() < 5e-5  # worst seen: 1.6e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_w2v_features_are_the_same_alone_and_in_a_batch(folder, dtype):
+    if layers._own(torch.zeros(16, 2, dtype=dtype)) is None:
+        pytest.skip("the linear layers are oneDNN's here, which promises no such thing")
+    features, audio = features_of(folder, autocast=dtype), make_speech(30000, batch=3)
+    together = features(audio)
+    for i in range(3):
+        assert torch.equal(features(audio[i : i + 1]), together[i : i + 1])
 
 
 @pytest.mark.parametrize("padding_value", [0.0, 1.0])

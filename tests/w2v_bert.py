@@ -44,20 +44,30 @@ def save_w2v_bert(folder: Path, hidden: int = 32, layers: int = 19, half: bool =
 
 
 @torch.no_grad()
-def upstream_features(folder: Path, audio: Tensor, factor: int, half: torch.dtype | None = None) -> Tensor:
-    """Return [B, C, F] as the PyPI package gives it: the whole model, hidden_states[17], then the statistics."""
+def upstream_features(
+    folder: Path, audio: Tensor, factor: int, half: torch.dtype | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return [B, C, F] as the PyPI package gives it: the whole model, hidden_states[17], then the statistics.
+
+    Args:
+        folder: of `save_w2v_bert`.
+        audio: [B, 1, S].
+        factor: how many frames are averaged into one.
+        half: torch.autocast's dtype; None: without.
+        dtype: of the model's weights and input.
+    """
     from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
 
-    model = Wav2Vec2BertModel.from_pretrained(folder).float().eval()
+    model = Wav2Vec2BertModel.from_pretrained(folder).to(dtype).eval()
     extractor = SeamlessM4TFeatureExtractor.from_pretrained(folder)
     at_16k = [resample(clip, 24000, 16000) for clip in audio]  # a batch may round differently
     inputs = [extractor(clip, sampling_rate=16000, return_tensors="pt") for clip in at_16k]
     with torch.autocast("cpu", dtype=half, enabled=half is not None):
         hidden = model(
-            input_features=torch.cat([item["input_features"] for item in inputs]),
+            input_features=torch.cat([item["input_features"] for item in inputs]).to(dtype),
             attention_mask=torch.cat([item["attention_mask"] for item in inputs]),
             output_hidden_states=True,
         ).hidden_states[17]
         statistics = torch.load(folder / STATISTICS_FILE, weights_only=True)
         feat = (hidden - statistics["mean"]) / statistics["var"].sqrt()
-        return torch.nn.functional.avg_pool1d(feat.transpose(1, 2).float(), factor, factor)
+        return torch.nn.functional.avg_pool1d(feat.transpose(1, 2).to(dtype), factor, factor)
