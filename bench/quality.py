@@ -12,6 +12,7 @@ validation split (`dualcodec_ext.speech_data`), of at least 20 frames per entry.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import hashlib
 import json
 import subprocess
@@ -37,6 +38,7 @@ from .machine import commit
 
 PACKAGE = "pocketsphinx-testdata"
 FRAMES_PER_ENTRY = 20
+VALIDATION_CLIPS, VALIDATION_S = 20, 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,12 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--publish", action="store_true", help="copy the weights into the package, with their scores")
     parser.add_argument("--output", type=Path, default=Path("bench/results/quality_tiny.json"))
     options = parser.parse_args(argv)
+    missing = [name for name in ("pystoi", "pesq") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} must be installed: pip install '.[train]'")
     model = dx.DualCodec.from_pretrained(options.weights or "tiny")
     model.prepare()
     with tempfile.TemporaryDirectory() as temporary:
         clips = test_clips(options.test or fetch(Path(temporary)))
     results: dict[str, Any] = {"clips": {name: round(clip.numel() / 24000, 2) for name, clip in clips.items()}}
     results["scores"] = scores(model, clips)
+    results["validation"] = {"clips": VALIDATION_CLIPS, "seconds": VALIDATION_S}
+    results["validation"]["scores"] = scores(model, validation_clips(options.data / "validation"))
     results |= use(model, options.data / "validation")
     results["against_float64"] = parity(model, clips.values())
     path = options.weights / "model.safetensors" if options.weights else BUNDLED["tiny"]
@@ -91,6 +98,12 @@ def test_clips(root: Path) -> dict[str, Tensor]:
         samples = [resample(part.samples, part.sample_rate_hz, 24000) for part in parts]
         read[name] = torch.from_numpy(np.concatenate(samples))[None, None]
     return read
+
+
+def validation_clips(folder: Path) -> dict[str, Tensor]:
+    """Cut evenly spaced stretches out of the validation split's voices, [1, 1, S] at 24 kHz each."""
+    cuts = stretches(load_voices(folder, 24000), VALIDATION_S * 24000, VALIDATION_CLIPS)
+    return {f"{name} {i}": clip for i, (name, clip) in enumerate(cuts)}
 
 
 @torch.no_grad()

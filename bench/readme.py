@@ -114,6 +114,21 @@ def heard(results: Mapping[str, Any]) -> str:
     lines = [f"Means over recordings that nothing was trained on or chosen by: {clips}.", ""]
     rows = [[count, f"{row['stoi']:.3f}", f"{row['pesq']:.2f}"] for count, row in results["scores"].items()]
     lines += _table(["codebooks", "STOI", "PESQ, wide band"], rows)
+    falls = [
+        f"{name.upper()} from {count} to {count + 1} codebooks"
+        for name in ("stoi", "pesq")
+        for count in range(1, len(rows))
+        if results["scores"][str(count + 1)][name] < results["scores"][str(count)][name]
+    ]
+    lines += ["", f"Scores rise with each codebook but for {', '.join(falls)}." if falls else "Scores rise with each."]
+    if "validation" in results:
+        ours = results["validation"]["scores"]
+        first, second, last = ours["1"], ours["2"], ours[str(len(rows))]
+        clips, seconds = results["validation"]["clips"], results["validation"]["seconds"]
+        lines[-1] += (
+            f" Over {clips} stretches of {seconds} s of the validation split STOI goes from {first['stoi']:.3f} over {second['stoi']:.3f} to {last['stoi']:.3f}, PESQ from"
+            f" {first['pesq']:.2f} over {second['pesq']:.2f} to {last['pesq']:.2f}."
+        )
     shares = ", ".join(f"{100 * share:.0f}" for share in results["codebook_use"])
     lines += ["", f"Of each codebook's entries {shares} % occur in {results['frames']} frames of held-out speech."]
     parity = results["against_float64"]
