@@ -12,8 +12,8 @@ validation split (`dualcodec_ext.speech_data`), of at least 20 frames per entry.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys

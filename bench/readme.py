@@ -126,8 +126,9 @@ def heard(results: Mapping[str, Any]) -> str:
         first, second, last = ours["1"], ours["2"], ours[str(len(rows))]
         clips, seconds = results["validation"]["clips"], results["validation"]["seconds"]
         lines[-1] += (
-            f" Over {clips} stretches of {seconds} s of the validation split STOI goes from {first['stoi']:.3f} over {second['stoi']:.3f} to {last['stoi']:.3f}, PESQ from"
-            f" {first['pesq']:.2f} over {second['pesq']:.2f} to {last['pesq']:.2f}."
+            f" Over {clips} stretches of {seconds} s of the validation split STOI goes from {first['stoi']:.3f} over"
+            f" {second['stoi']:.3f} to {last['stoi']:.3f}, PESQ from {first['pesq']:.2f} over {second['pesq']:.2f} to"
+            f" {last['pesq']:.2f}."
         )
     shares = ", ".join(f"{100 * share:.0f}" for share in results["codebook_use"])
     lines += ["", f"Of each codebook's entries {shares} % occur in {results['frames']} frames of held-out speech."]
