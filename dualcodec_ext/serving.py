@@ -75,7 +75,13 @@ class Server:
         from ._serving.app import Service
 
         self._service = Service(self._streams, self.info, self.options)
-        runner = web.AppRunner(self._service.app(), access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        runner = web.AppRunner(
+            self._service.app(),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            keepalive_timeout=self.options.hello_s,  # ends connections that bring no whole request, too
+        )
         await runner.setup()
         try:
             await web.TCPSite(runner, self.options.host, self.options.port).start()

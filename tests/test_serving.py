@@ -266,19 +266,6 @@ def test_too_large(model: dx.DualCodec, speech: np.ndarray[Any, Any]) -> None:
     play(model, scenario, message_bytes=10000)
 
 
-def test_silent_clients_are_dropped(model: dx.DualCodec) -> None:
-    async def scenario(place: Place) -> None:
-        async with place.client() as client:
-            assert (await client.end())[::2] == ("silent", 1008)
-        async with place.client() as client:
-            await client.hello()
-            assert (await client.end())[::2] == ("silent", 1008)
-        found = await place.metrics()
-        assert found["dualcodec_dropped_total", "silent"] == found["dualcodec_refused_total", "silent"] == 1
-
-    play(model, scenario, hello_s=0.05, idle_s=0.05)
-
-
 def test_a_full_server_says_so(model: dx.DualCodec) -> None:
     async def scenario(place: Place) -> None:
         async with place.client() as first, place.client() as second:
@@ -296,47 +283,6 @@ def test_a_full_server_says_so(model: dx.DualCodec) -> None:
         assert (await place.metrics())["dualcodec_refused_total", "full"] == 1
 
     play(model, scenario, streams=2)
-
-
-def test_a_client_that_does_not_read_is_dropped(model: dx.DualCodec, speech: np.ndarray[Any, Any]) -> None:
-    """Its queue stays bounded, and the others' streams go on."""
-    codes = np.zeros((5000, CODEBOOKS), np.uint16)
-
-    async def scenario(place: Place) -> None:
-        async def trouble() -> None:
-            _, writer = await asyncio.open_connection("127.0.0.1", place.server.port, limit=1024)
-            key = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-            key += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-            writer.write(f"GET /v1/stream HTTP/1.1\r\nHost: x\r\n{key}\r\n".encode())
-            writer.write(_frame(1, b'{"task": "decode"}'))
-            most_s = 0.0
-            streams = place.server._streams
-            while place.server._streams.metrics.dropped.labels("too_slow")._value.get() == 0:
-                if writer.transport.get_write_buffer_size() < 1 << 16 and not writer.transport.is_closing():
-                    writer.write(_frame(2, b"C\0" + codes.tobytes()))
-                await asyncio.sleep(0.01)
-                for stream in streams.open_ones:
-                    if stream.hello.task == "decode":
-                        most_s = max(most_s, stream.out_s)
-            writer.close()
-            # A step's worth beyond the limit.
-            assert 2 < most_s <= 2 + 0.02 * 4 * 4
-
-        await beside(place, model, speech, trouble())
-        assert not [stream for stream in place.server._streams.open_ones if stream.hello.task == "decode"]
-
-    play(model, scenario, stall_s=0.2, ahead_s=2.0)
-
-
-def _frame(opcode: int, payload: bytes) -> bytes:
-    """A client's WebSocket frame, masked with zeros."""
-    length = len(payload)
-    head = bytes([0x80 | opcode])
-    if length < 126:
-        head += bytes([0x80 | length])
-    else:
-        head += bytes([0x80 | 127]) + length.to_bytes(8, "big")
-    return head + bytes(4) + payload
 
 
 def test_who_sends_ahead_waits(model: dx.DualCodec) -> None:

@@ -192,9 +192,10 @@ class _Connection:
     async def _receive(self, limit_s: float, otherwise: str) -> str | bytes | None:
         """The next message; None: the client has gone."""
         try:
-            message = await self._socket.receive(limit_s)
+            async with asyncio.timeout(limit_s):  # receive's own limit begins anew at every ping
+                message = await self._socket.receive()
         except TimeoutError:
-            raise Drop("silent", otherwise) from None
+            raise self._socket.broken or Drop("silent", otherwise) from None
         if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
             data: str | bytes = message.data
             return data
@@ -252,17 +253,24 @@ class _Connection:
 
     async def _tell(self, drop: Drop) -> None:
         """Ends the connection, with the reason where the client still reads."""
-        limit_s = _CLOSE_S if drop.code != "too_slow" else 0.1
-        with contextlib.suppress(ConnectionError, TimeoutError, RuntimeError):
-            async with asyncio.timeout(limit_s):
-                self._socket.told = True
-                await self._socket.send_str(drop.text())
-            # RFC 6455 leaves 123 bytes for a reason.
-            reason = drop.message.encode("ascii", "replace")[:120]
-            await self._socket.close(code=CLOSE_CODES[drop.code], message=reason)
-        transport = self._request.transport
-        if transport is not None and drop.code == "too_slow":
-            transport.abort()  # closing would wait for what it does not read
+        transport, task = self._request.transport, asyncio.current_task()
+        if drop.code == "too_slow":
+            # A reason would lie behind what it does not read, and closing would wait for that.
+            if transport is not None:
+                transport.abort()
+            return
+        try:
+            with contextlib.suppress(ConnectionError, TimeoutError, RuntimeError):
+                async with asyncio.timeout(_CLOSE_S):
+                    self._socket.told = True
+                    await self._socket.send_str(drop.text())
+                # RFC 6455 leaves 123 bytes for a reason.
+                reason = drop.message.encode("ascii", "replace")[:120]
+                await self._socket.close(code=CLOSE_CODES[drop.code], message=reason)
+        except asyncio.CancelledError:
+            # aiohttp raises it, too, where the sender was cancelled while it waited for the client to read.
+            if task is None or task.cancelling():
+                raise
 
 
 _EMPTY = (b"P\0", b"C\0")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..model import DualCodec
 
     Array = npt.NDArray[Any]
+    Turn = contextlib.AbstractContextManager[Any]
 
 _WARM_UP_S = 2.0  # at most: with hundreds of slots it would take minutes
 MOST_FRAMES = 4  # of one pass: a stream with a backlog then holds others up no longer than that takes
@@ -58,12 +61,14 @@ class EncodeStage:
     Args:
         model: with a causal encoder and features of its own.
         slots: streams side by side.
+        turn: held during a step.
     """
 
     name = "encode"
 
-    def __init__(self, model: DualCodec, slots: int) -> None:
+    def __init__(self, model: DualCodec, slots: int, turn: Turn | None = None) -> None:
         self._encoder = StreamingEncoder(model, slots, MOST_FRAMES)
+        self._turn = turn or contextlib.nullcontext()
         self.unit = int(model.dac.hop_length)
 
     def silence(self, frames: int) -> Array:
@@ -74,8 +79,9 @@ class EncodeStage:
         for b, part in zip(slots, parts, strict=True):
             audio[b, 0] = part
         mask = _mask(self._encoder.batch_size, slots)
-        semantic, acoustic = self._encoder.step(torch.from_numpy(audio), mask=mask)
-        codes = (semantic if acoustic is None else torch.cat([semantic, acoustic], 1)).numpy()
+        with self._turn:
+            semantic, acoustic = self._encoder.step(torch.from_numpy(audio), mask=mask)
+            codes = (semantic if acoustic is None else torch.cat([semantic, acoustic], 1)).cpu().numpy()
         return [codes[b].T for b in slots]
 
     def end(self, slots: Sequence[int]) -> list[Array]:
@@ -83,7 +89,8 @@ class EncodeStage:
         return [np.zeros((0, 1), np.int64)] * len(slots)
 
     def reset(self, slots: Sequence[int]) -> None:
-        self._encoder.reset(_mask(self._encoder.batch_size, slots))
+        with self._turn:
+            self._encoder.reset(_mask(self._encoder.batch_size, slots))
 
 
 class DecodeStage:
@@ -93,14 +100,16 @@ class DecodeStage:
         model: any.
         slots: streams side by side.
         lookahead: as for StreamingDecoder.
+        turn: held during a step.
     """
 
     name = "decode"
     unit = 1
 
-    def __init__(self, model: DualCodec, slots: int, lookahead: int | None) -> None:
+    def __init__(self, model: DualCodec, slots: int, lookahead: int | None, turn: Turn | None = None) -> None:
         most = MOST_FRAMES if lookahead is None else None
         self._decoder = StreamingDecoder(model, slots, most, lookahead)
+        self._turn = turn or contextlib.nullcontext()
         self._device = next(model.parameters()).device
         self._codebooks = 1 + int(model.settings["n_codebooks"])
         self.lookahead_frames = self._decoder.lookahead_frames
@@ -113,16 +122,19 @@ class DecodeStage:
         rows = np.zeros((self._decoder.batch_size, codebooks, frames), np.int64)
         for b, part in zip(slots, parts, strict=True):
             rows[b] = part.T
-        codes = torch.from_numpy(rows).to(self._device)
-        acoustic = codes[:, 1:] if codebooks > 1 else None
         mask = _mask(self._decoder.batch_size, slots)
-        return self._of(self._decoder.step(codes[:, :1], acoustic, mask), slots)
+        with self._turn:
+            codes = torch.from_numpy(rows).to(self._device)
+            acoustic = codes[:, 1:] if codebooks > 1 else None
+            return self._of(self._decoder.step(codes[:, :1], acoustic, mask), slots)
 
     def end(self, slots: Sequence[int]) -> list[Array]:
-        return self._of(self._decoder.flush(_mask(self._decoder.batch_size, slots)), slots)
+        with self._turn:
+            return self._of(self._decoder.flush(_mask(self._decoder.batch_size, slots)), slots)
 
     def reset(self, slots: Sequence[int]) -> None:
-        self._decoder.reset_slots(slots)
+        with self._turn:
+            self._decoder.reset_slots(slots)
 
     def _of(self, audio: Tensor, slots: Sequence[int]) -> list[Array]:
         samples, counts = audio[:, 0].float().cpu().numpy(), self._decoder.sample_counts
@@ -154,12 +166,14 @@ def make_stages(
     Raises:
         DualCodecError: the model can't stream at all.
     """
-    decoder = DecodeStage(model, slots, lookahead)
+    # While one thread records a CUDA graph no other may allocate, or the recording fails.
+    turn = threading.Lock() if next(model.parameters()).device.type == "cuda" else None
+    decoder = DecodeStage(model, slots, lookahead, turn)
     if model.front_end is None:
         why = "the model computes no features of its own: those of w2v-BERT depend on the whole clip"
     else:
         try:
-            return EncodeStage(model, slots), decoder, {}
+            return EncodeStage(model, slots, turn), decoder, {}
         except DualCodecError as error:
             why = str(error)
     return None, decoder, dict.fromkeys(("roundtrip", "encode"), why)

@@ -1,0 +1,257 @@
+"""The server's limits: clients that are silent, that don't read, or that ask for more than there is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu import DEVICE, needs_device
+from serving import CODEBOOKS, HOP, Client, Place, check_pcm, decoded, offline, play, voice
+from test_serving import beside
+
+import dualcodec_ext as dx
+from dualcodec_ext._serving.streams import Stream
+from dualcodec_ext._serving.worker import Result
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FRAME_S = 0.02
+MOST_STEP_S = 4 * FRAME_S  # what a step may add to a stream's queue
+
+
+@pytest.fixture(scope="module")
+def model() -> dx.DualCodec:
+    return dx.DualCodec.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="module")
+def speech() -> np.ndarray[Any, Any]:
+    return voice()
+
+
+class Sender:
+    """Every stream's: sends while `go` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = asyncio.Event()
+        following = Stream.next
+
+        async def following_once(stream: Stream) -> bytes | str:
+            found = await following(stream)
+            await self.go.wait()
+            return found
+
+        monkeypatch.setattr(Stream, "next", following_once)
+
+
+async def read_on(place: Place) -> None:
+    """Returns when the server has had every chance to read what lies in its sockets."""
+    for _ in range(5):
+        assert (await place.get("/healthz"))[0] == 200
+
+
+# Silence -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pings", [False, True], ids=["nothing", "pings"])
+@pytest.mark.parametrize(("limit", "counter"), [("hello_s", "refused"), ("idle_s", "dropped")])
+def test_silent_clients_are_dropped(model: dx.DualCodec, limit: str, counter: str, pings: bool) -> None:
+    """WebSocket's own pings are no messages."""
+
+    async def ping(client: Client) -> None:
+        while True:
+            await client.socket.ping()
+            await asyncio.sleep(0.01)
+
+    async def scenario(place: Place) -> None:
+        async with place.client() as client:
+            if limit == "idle_s":
+                await client.hello()
+            task = asyncio.create_task(ping(client) if pings else asyncio.sleep(0))
+            try:
+                assert (await client.end())[::2] == ("silent", 1008)
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        assert (await place.metrics())[f"dualcodec_{counter}_total", "silent"] == 1
+
+    play(model, scenario, **{limit: 0.3})
+
+
+@pytest.mark.parametrize("half", [b"", b"GET /v1/stream HTTP/1.1\r\nHost"], ids=["nothing", "half a request"])
+def test_connections_without_a_request_are_closed(model: dx.DualCodec, half: bytes) -> None:
+    async def scenario(place: Place) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.server.port)
+        writer.write(half)
+        assert await reader.read() == b""
+        writer.close()
+
+    play(model, scenario, hello_s=0.2)
+
+
+# Clients that don't read ---------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_does_not_read_is_dropped(model: dx.DualCodec, speech: np.ndarray[Any, Any]) -> None:
+    """Its connection goes, and the others' streams go on."""
+    codes = np.zeros((5000, CODEBOOKS), np.uint16)
+
+    async def scenario(place: Place) -> None:
+        async def trouble() -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", place.server.port, limit=1024)
+            key = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            key += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+            writer.write(f"GET /v1/stream HTTP/1.1\r\nHost: x\r\n{key}\r\n".encode())
+            writer.write(_frame(1, b'{"task": "decode"}'))
+            transports: set[Any] = set()
+            while place.server._streams.metrics.dropped.labels("too_slow")._value.get() == 0:
+                if writer.transport.get_write_buffer_size() < 1 << 16 and not writer.transport.is_closing():
+                    writer.write(_frame(2, b"C\0" + codes.tobytes()))
+                await asyncio.sleep(0.01)
+                connections = place.server._runner.server.connections
+                transports.update(one.transport for one in connections if one.transport is not None)
+            # Its socket closes though nobody reads what was to leave.
+            await place.until(lambda: sum(one.get_extra_info("socket").fileno() < 0 for one in transports) == 1)
+            writer.close()
+
+        await beside(place, model, speech, trouble())
+        assert not [stream for stream in place.server._streams.open_ones if stream.hello.task == "decode"]
+
+    play(model, scenario, stall_s=0.2, ahead_s=2.0)
+
+
+def _frame(opcode: int, payload: bytes) -> bytes:
+    """A client's WebSocket frame, masked with zeros."""
+    length = len(payload)
+    head = bytes([0x80 | opcode])
+    if length < 126:
+        head += bytes([0x80 | length])
+    else:
+        head += bytes([0x80 | 127]) + length.to_bytes(8, "big")
+    return head + bytes(4) + payload
+
+
+def test_a_client_that_reads_late_gets_everything(
+    model: dx.DualCodec, speech: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing leaves its queue stays bounded: the stream rests, and goes on when there is room."""
+    codes = offline(model, np.tile(speech, 2))
+    wave = decoded(model, codes)
+
+    async def scenario(place: Place) -> None:
+        sender, streams, most_s, steps = Sender(monkeypatch), place.server._streams, 0.0, 0
+        loop, deliver = asyncio.get_running_loop(), streams._decoder._done
+
+        def step_by_step(results: Sequence[Result]) -> None:
+            """No step begins before the results of the last one are in the queues."""
+            nonlocal most_s, steps
+            steps += 1
+            deliver(results)
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(60)
+            most_s = max(most_s, *(result.lane.owner.out_s for result in results))
+            steps -= 1
+
+        async with place.client() as client:
+            await client.hello("decode")
+            (stream,) = streams.open_ones
+            streams._decoder._done = step_by_step
+            sending = asyncio.create_task(client.send_codes(codes, 10))
+            await place.until(lambda: stream._paused and stream._frames > 0)
+            await read_on(place)
+            assert 1 < stream.out_s <= 1 + MOST_STEP_S and not sender.go.is_set()
+            sender.go.set()
+            await sending
+            await client.flush()
+            got = await client.clip()
+            check_pcm(got.pcm, wave)
+            assert got.flushed["frames"] == len(codes)
+            await place.until(lambda: steps == 0)
+        assert 1 < most_s <= 1 + MOST_STEP_S
+
+    play(model, scenario, ahead_s=1.0)
+
+
+def test_a_flood_of_pings_that_are_not_read(model: dx.DualCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualcodec_ext._serving import streams
+
+    monkeypatch.setattr(streams, "_MOST_OUT_BYTES", 10000)
+    most = 0
+
+    async def scenario(place: Place) -> None:
+        nonlocal most
+        sender = Sender(monkeypatch)
+        async with place.client() as client:
+            await client.hello("decode")
+            (stream,) = place.server._streams.open_ones
+            say = stream.say
+
+            def watched(message: dict[str, Any]) -> None:
+                nonlocal most
+                say(message)
+                most = max(most, stream._out_bytes)
+
+            stream.say = watched  # type: ignore[method-assign]
+            text = json.dumps({"type": "ping", "id": "x" * 100})
+            for _ in range(500):
+                await client.socket.send_str(text)
+            await place.until(lambda: stream._out_bytes > 10000)
+            await read_on(place)
+            sender.go.set()
+            for _ in range(500):
+                assert (await client.text())["type"] == "pong"
+
+    play(model, scenario)
+    assert 10000 < most < 10000 + 150
+
+
+def test_a_flood_of_flushes(model: dx.DualCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(place: Place) -> None:
+        sender, most = Sender(monkeypatch), 0
+        async with place.client() as client:
+            await client.hello("decode")
+            (stream,) = place.server._streams.open_ones
+            worker, lane = stream.lanes[0]
+            worker.pause(lane, True)
+            put = stream.put
+
+            def watched(*part: Any, **more: Any) -> None:
+                nonlocal most
+                put(*part, **more)
+                most = max(most, len(stream._clips))
+
+            stream.put = watched  # type: ignore[method-assign]
+            for _ in range(200):
+                await client.flush()
+            await place.until(lambda: len(stream._clips) > 16)
+            await read_on(place)
+            worker.pause(lane, False)
+            sender.go.set()
+            for _ in range(200):
+                assert (await client.clip()).flushed == {"type": "flushed", "frames": 0, "samples": 0}
+            assert most == 17
+
+    play(model, scenario)
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@needs_device
+def test_one_clip_on_a_device(speech: np.ndarray[Any, Any]) -> None:
+    moved = dx.DualCodec.from_pretrained("tiny", device=DEVICE)
+
+    async def scenario(place: Place) -> None:
+        async with place.client() as client:
+            await client.hello()
+            await client.send_pcm(speech, 777)
+            await client.flush()
+            got = await client.clip()
+            frames = -(-len(speech) // HOP)
+            assert got.codes.shape == (frames, CODEBOOKS)
+            assert got.flushed == {"type": "flushed", "frames": frames, "samples": frames * HOP}
+            check_pcm(got.pcm, decoded(moved, got.codes))
+
+    play(moved, scenario)
