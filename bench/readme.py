@@ -162,7 +162,7 @@ def served(run: Mapping[str, Any]) -> str:
                 str(case["clients"]),
                 first,
                 latency,
-                f"{case['underruns']} of {case['clips']} clips" if case["underruns"] else "none",
+                f"{case['underruns']} in {case['clips']} clips" if case["underruns"] else "none",
                 f"{100 * case['server_cpus']:.0f} %",
             ]
         )

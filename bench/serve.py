@@ -63,6 +63,7 @@ class Heard:
     first_s: list[float] = field(default_factory=list)
     latency_s: list[float] = field(default_factory=list)
     underruns: int = 0
+    clips_with_underruns: int = 0
     clips: int = 0
     samples: int = 0
 
@@ -150,6 +151,7 @@ async def _client(session: Any, plan: Plan, all_there: asyncio.Barrier, after_s:
                 heard.latency_s.append(now_s - sent_s[clip][piece])
                 playback.add(count, now_s)
             heard.underruns += playback.underruns
+            heard.clips_with_underruns += playback.underruns > 0
             heard.clips += 1
             heard.samples += samples
         await sender
@@ -274,6 +276,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     "first_s": _points([s for h in heard for s in h.first_s]),
                     "latency_s": _points([s for h in heard for s in h.latency_s]),
                     "underruns": sum(h.underruns for h in heard),
+                    "clips_with_underruns": sum(h.clips_with_underruns for h in heard),
                     "clients_with_underruns": sum(h.underruns > 0 for h in heard),
                     "server_cpus": server_cpus,
                     "clients_cpus": clients_cpus,

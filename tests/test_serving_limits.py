@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from serving import CODEBOOKS, HOP, Client, Place, check_pcm, decoded, offline, 
 from test_serving import beside
 
 import dualcodec_ext as dx
+from dualcodec_ext._serving.protocol import pcm_message
 from dualcodec_ext._serving.streams import Stream
 from dualcodec_ext._serving.worker import Result
 
@@ -232,6 +234,103 @@ def test_a_flood_of_flushes(model: dx.DualCodec, monkeypatch: pytest.MonkeyPatch
             for _ in range(200):
                 assert (await client.clip()).flushed == {"type": "flushed", "frames": 0, "samples": 0}
             assert most == 17
+
+    play(model, scenario)
+
+
+# What there is to have ------------------------------------------------------------------------------------------------
+
+
+def test_connections_that_ended_count_no_more(model: dx.DualCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualcodec_ext._serving import app
+
+    monkeypatch.setattr(app, "_SPARE_CONNECTIONS", 2)
+
+    async def scenario(place: Place) -> None:
+        for _ in range(10):
+            async with place.client() as client:
+                await client.hello("decode")
+            await place.until(lambda: not place.server._streams.open_ones)
+        async with place.client() as client:
+            await client.hello("decode")
+
+    play(model, scenario, streams=1)
+
+
+def test_nobody_raises_the_servers_limit(model: dx.DualCodec) -> None:
+    async def scenario(place: Place) -> None:
+        for asked_s, given_s in ((1e9, 3.0), (0.5, 0.5)):
+            async with place.client() as client:
+                await client.hello("decode", max_ahead_s=asked_s)
+                (stream,) = place.server._streams.open_ones
+                assert stream.hello.ahead_s == given_s
+            await place.until(lambda: not place.server._streams.open_ones)
+
+    play(model, scenario, ahead_s=3.0)
+
+
+def test_messages_of_few_samples(model: dx.DualCodec, speech: np.ndarray[Any, Any]) -> None:
+    """More than are kept apart, before they make a frame."""
+    part = speech[10000:11500]
+
+    async def scenario(place: Place) -> None:
+        async with place.client() as client:
+            await client.hello("encode")
+            await client.send_pcm(part, 3)
+            await client.flush()
+            assert np.array_equal((await client.clip()).codes, offline(model, part))
+
+    play(model, scenario)
+
+
+def test_neighbours_with_other_codebooks(model: dx.DualCodec, speech: np.ndarray[Any, Any]) -> None:
+    """What waits side by side for the decoder comes out as alone."""
+    codes = offline(model, speech)[:40]
+
+    async def scenario(place: Place) -> None:
+        stage, go_on = place.server._streams._decoder.stage, threading.Event()
+        run = stage.run
+
+        def wait(*arguments: Any) -> Any:
+            go_on.wait()
+            return run(*arguments)
+
+        stage.run = wait  # type: ignore[method-assign]
+        try:
+            async with place.client() as one, place.client() as three, place.client() as ten:
+                clients = {1: one, 3: three, 10: ten}
+                for books, client in clients.items():
+                    await client.hello("decode", codebooks=books)
+                    await client.send_codes(codes[:, :books], 40)
+                    await client.flush()
+                streams = place.server._streams.open_ones
+                await place.until(lambda: all(stream._frames == 40 for stream in streams))
+                go_on.set()
+                for books, client in clients.items():
+                    check_pcm((await client.clip()).pcm, decoded(model, codes[:, :books]))
+        finally:
+            go_on.set()
+
+    play(model, scenario)
+
+
+def test_samples_are_clipped() -> None:
+    samples = np.array([0.0, 0.25, -0.25, 32767 / 32768, 1.0, -1.0, 1.5, -1.5, 1e9, -1e9, 1.6 / 32768], np.float32)
+    message = pcm_message(samples)
+    assert message[:2] == b"P\0"
+    wanted = [0, 8192, -8192, 32767, 32767, -32768, 32767, -32768, 32767, -32768, 2]
+    assert np.frombuffer(message[2:], "<i2").tolist() == wanted
+
+
+def test_what_is_not_finite_is_not_sent(model: dx.DualCodec, speech: np.ndarray[Any, Any]) -> None:
+    async def scenario(place: Place) -> None:
+        stage = place.server._streams._decoder.stage
+        run = stage.run
+        stage.run = lambda *given: [np.full_like(x, np.nan) for x in run(*given)]  # type: ignore[method-assign]
+        async with place.client() as client:
+            await client.hello("decode")
+            await client.send_codes(offline(model, speech)[:5], 5)
+            assert await client.end() == ("internal", "the model's output is not finite", 1011)
 
     play(model, scenario)
 

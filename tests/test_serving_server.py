@@ -187,11 +187,21 @@ def test_pages_of_other_sites(model: dx.DualCodec) -> None:
         for origin in (place.server.url.rstrip("/"), "https://friend.example"):
             async with place.client(headers={"Origin": origin}) as client:
                 await client.hello()
-        for origin in ("https://other.example", "null", "http://127.0.0.1:1"):
+        port = place.server.port
+        async with place.client(headers={"Origin": f"http://localhost:{port}", "Host": f"localhost:{port}"}) as client:
+            await client.hello()
+        rebound = f"evil.example:{port}"
+        for origin, host in (
+            ("https://other.example", None),
+            ("null", None),
+            ("http://[", None),
+            ("http://127.0.0.1:1", None),
+            (f"http://{rebound}", rebound),
+        ):
             with pytest.raises(aiohttp.WSServerHandshakeError) as raised:
-                async with place.client(headers={"Origin": origin}):
+                async with place.client(headers={"Origin": origin} | ({"Host": host} if host else {})):
                     pass
-            assert raised.value.status == 403
+            assert raised.value.status == 403, origin
 
     play(model, scenario, origins=("https://friend.example",))
 
@@ -207,6 +217,7 @@ def test_too_many_connections(model: dx.DualCodec, monkeypatch: pytest.MonkeyPat
                 async with place.client():
                     pass
             assert raised.value.status == 503
+            assert (await place.metrics())["dualcodec_refused_total", "full"] == 1
 
     play(model, scenario, streams=1)
 

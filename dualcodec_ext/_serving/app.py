@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from aiohttp import WSMsgType, web
 
 from .metrics import CONTENT_TYPE
-from .options import ServeOptions
+from .options import ServeOptions, is_loopback
 from .protocol import CLOSE_CODES, Drop, ModelInfo, parse_control, parse_data, parse_hello, ready_text
 from .streams import Stream, Streams
 
@@ -118,7 +118,18 @@ class Service:
     def _check_origin(self, request: web.Request) -> None:
         """Pages of other sites may not use a server that their visitor can reach."""
         origin = request.headers.get("Origin")
-        if origin is not None and origin not in self.options.origins and urlsplit(origin).netloc != request.host:
+        if origin is None or origin in self.options.origins:
+            return
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            own = False
+        else:
+            own = parts.netloc == request.host
+            if is_loopback(self.options.host):
+                # Any name may be made to point here, and its page then has this server as its own.
+                own = own and is_loopback(parts.hostname or "")
+        if not own:
             raise web.HTTPForbidden(text=f"pages of {origin[:200]} may not open streams here: see --allow-origin\n")
 
 

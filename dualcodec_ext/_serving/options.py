@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -57,6 +58,14 @@ class ServeOptions:
         for origin in self.origins:
             if not _is_origin(origin):
                 raise DualCodecError(f"serve: an allowed origin must be like https://example.org, got {origin!r}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or the name localhost, is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _is_origin(text: object) -> bool:
