@@ -335,6 +335,67 @@ def test_what_is_not_finite_is_not_sent(model: dx.DualCodec, speech: np.ndarray[
     play(model, scenario)
 
 
+def test_a_slot_is_free_again_where_ready_cannot_be_sent(model: dx.DualCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualcodec_ext._serving import app
+
+    async def scenario(place: Place) -> None:
+        def gone(*_: Any) -> str:
+            raise ConnectionResetError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(app, "ready_text", gone)
+            async with place.client() as client:
+                await client.socket.send_str('{"task": "decode"}')
+                await client.socket.receive()
+        async with place.client() as client:
+            await client.hello("decode")
+
+    play(model, scenario, streams=1)
+
+
+def test_metrics_while_a_step_is_held_up(model: dx.DualCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(place: Place) -> None:
+        sender, stage, go_on = Sender(monkeypatch), place.server._streams._decoder.stage, threading.Event()
+        run, held = stage.run, threading.Event()
+
+        def wait(*arguments: Any) -> Any:
+            held.set()
+            go_on.wait()
+            return run(*arguments)
+
+        stage.run = wait  # type: ignore[method-assign]
+        codes, streams = np.zeros((4, CODEBOOKS), np.uint16), place.server._streams.open_ones
+        try:
+            async with place.client() as one, place.client() as two:
+                for client in (one, two):
+                    await client.hello("decode")
+                await one.send_codes(codes[:1], 1)
+                await place.until(held.is_set)
+                for client in (one, two):
+                    await client.send_codes(codes, 4)
+                await place.until(lambda: sum(stream._frames for stream in streams) == 9)
+                found = await place.metrics()
+                assert found["dualcodec_queue_seconds", "in"] == pytest.approx(9 * FRAME_S)
+                assert found["dualcodec_queue_seconds", "out"] == 0
+                await asyncio.sleep(0.1)
+                go_on.set()
+                await place.until(lambda: sum(stream._frames for stream in streams) == 0)
+                found = await place.metrics()
+                sender.go.set()
+                assert found["dualcodec_queue_seconds", "in"] == 0
+                assert found["dualcodec_queue_seconds", "out"] == pytest.approx(9 * FRAME_S)
+                assert found["dualcodec_frames_total", "decode"] == 9
+                assert found["dualcodec_audio_seconds_total", "decode"] == pytest.approx(9 * FRAME_S)
+                assert found["dualcodec_step_slots_count", "decode"] == 2  # one alone, then both by four frames
+                assert found["dualcodec_step_slots_sum", "decode"] == 3
+                assert found["dualcodec_time_to_first_audio_seconds_count", "decode"] == 2
+                assert found["dualcodec_time_to_first_audio_seconds_sum", "decode"] >= 2 * 0.1
+        finally:
+            go_on.set()
+
+    play(model, scenario)
+
+
 # On a GPU ------------------------------------------------------------------------------------------------------------
 
 
