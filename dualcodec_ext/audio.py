@@ -341,7 +341,7 @@ class AudioWriter:
         return self
 
     def write(self, samples: Samples) -> None:
-        """Writes float32 [T]; what lies outside -1 to 1 is clipped by 16-bit formats."""
+        """Writes float32 [T]; 16-bit formats hold the nearest step, and clip what lies outside -1 to 1."""
         import numpy as np
 
         if not np.isfinite(samples).all():
@@ -351,7 +351,11 @@ class AudioWriter:
             self._write_held()
 
     def _write_held(self) -> None:
+        import numpy as np
+
         block, self._held = self._held[:_WRITTEN_SAMPLES], self._held[_WRITTEN_SAMPLES:]
+        if self._file.subtype == "PCM_16":  # to the nearest step; libsndfile takes the one below
+            block = np.clip(np.rint(block * np.float32(32768)), -32768, 32767).astype(np.int16)
         with self._explained():
             self._file.write(block)
 

@@ -74,7 +74,7 @@ class StreamingDecoder(Slots):
 
     Args:
         model: a `DualCodec` in eval mode; its weights are those of now.
-        batch_size: slots. One that takes no part in a step costs its memory alone.
+        batch_size: slots. One that takes no part in a step costs its memory alone; on a GPU a step computes all.
         max_frames: frames of one pass; a step with more is made in several, and working memory goes by it. None: 16
             over batch_size, at least 1.
         lookahead: frames that the output may run behind. None, or as many as the layers need: exact. Fewer: where a
@@ -251,7 +251,8 @@ class StreamingDecoder(Slots):
             mask: [B] bool, as many slots as the state holds, which take them in order; None: all slots.
 
         Raises:
-            DualCodecError: the state of another version, model, dtype or look-ahead, or of another number of slots.
+            DualCodecError: the state of another version, dtype or look-ahead, of a model of other shapes, or of another
+                number of slots.
         """
         name = self._agreeing(state, {"version": _STATE_VERSION, "lookahead_frames": self.lookahead_frames})
         slots, own_rows = list(self._taking_part(mask)), self._run.state
@@ -325,7 +326,10 @@ class StreamingDecoder(Slots):
                 audio[b, :, filled[b] : filled[b] + high - low].copy_(rows[i, :, low:high])
                 filled[b] += high - low
         self.sample_counts, most = filled, max(filled)
-        for b, count in enumerate(filled):
-            if count < most:
-                audio[b, :, count:most].zero_()
+        idle = [b for b, count in enumerate(filled) if count == 0]
+        if most and idle:  # in one call, so that idle slots cost next to nothing
+            audio[idle, :, :most] = 0
+        for b in slots:
+            if 0 < filled[b] < most:
+                audio[b, :, filled[b] : most].zero_()
         return audio[..., :most]

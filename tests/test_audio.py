@@ -372,3 +372,14 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     assert found("*.gone")[2] == [("*.gone", "no file matches this pattern")]
     (tmp_path / "empty").mkdir()
     assert found("empty")[2] == [("empty", "no file below this folder ends in .wav, .flac, .ogg, .oga, ...")]
+
+
+def test_sixteen_bits_hold_the_nearest_step(tmp_path):
+    steps = np.array([0, 0.25, 0.49, 0.51, 0.99, -0.25, -0.51, -7.5, 30000.4, 40000, -40000], np.float32)
+    for name in ("a.wav", "a.flac"):
+        audio.write_audio(tmp_path / name, steps / np.float32(32768), 24000)
+        found = soundfile.read(tmp_path / name, dtype="int16")[0]
+        assert found.tolist() == [0, 0, 0, 1, 1, 0, -1, -8, 30000, 32767, -32768]
+        again = tmp_path / f"again-{name}"
+        audio.write_audio(again, audio.read_audio(tmp_path / name).samples, 24000)
+        assert np.array_equal(soundfile.read(again, dtype="int16")[0], found), "what was read is written as it was"
