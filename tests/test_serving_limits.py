@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu import DEVICE, needs_device
-from serving import CODEBOOKS, HOP, Client, Place, check_pcm, decoded, offline, play, voice
+from serving import CODEBOOKS, Client, Place, check_pcm, decoded, offline, play, voice
 from test_serving import beside
 
 import dualcodec_ext as dx
@@ -394,24 +393,3 @@ def test_metrics_while_a_step_is_held_up(model: dx.DualCodec, monkeypatch: pytes
             go_on.set()
 
     play(model, scenario)
-
-
-# On a GPU ------------------------------------------------------------------------------------------------------------
-
-
-@needs_device
-def test_one_clip_on_a_device(speech: np.ndarray[Any, Any]) -> None:
-    moved = dx.DualCodec.from_pretrained("tiny", device=DEVICE)
-
-    async def scenario(place: Place) -> None:
-        async with place.client() as client:
-            await client.hello()
-            await client.send_pcm(speech, 777)
-            await client.flush()
-            got = await client.clip()
-            frames = -(-len(speech) // HOP)
-            assert got.codes.shape == (frames, CODEBOOKS)
-            assert got.flushed == {"type": "flushed", "frames": frames, "samples": frames * HOP}
-            check_pcm(got.pcm, decoded(moved, got.codes))
-
-    play(moved, scenario)
