@@ -73,7 +73,8 @@ def score(
             book.append(chosen)
         for count in counts:
             decoded = model.decode_from_codes(semantic, acoustic[:, : count - 1] if count > 1 else None)
-            for name, value in speech_scores(clip[0, 0], decoded[0, 0, : clip.shape[-1]], _rate(model)).items():
+            samples = min(clip.shape[-1], decoded.shape[-1])  # w2v-BERT's features may come a frame short
+            for name, value in speech_scores(clip[0, 0, :samples], decoded[0, 0, :samples], _rate(model)).items():
                 found.setdefault(f"{name}_{count}", []).append(value)
     scores: dict[str, Any] = {name: round(float(np.mean(values)), 4) for name, values in found.items()}
     scores["entropy_bits"] = [round(entropy_bits(torch.cat(book).cpu()), 2) for book in codes]
