@@ -351,11 +351,9 @@ class AudioWriter:
             self._write_held()
 
     def _write_held(self) -> None:
-        import numpy as np
-
         block, self._held = self._held[:_WRITTEN_SAMPLES], self._held[_WRITTEN_SAMPLES:]
         if self._file.subtype == "PCM_16":  # to the nearest step; libsndfile takes the one below
-            block = np.clip(np.rint(block * np.float32(32768)), -32768, 32767).astype(np.int16)
+            block = (block * 32768).round().clip(-32768, 32767).astype("int16")
         with self._explained():
             self._file.write(block)
 
