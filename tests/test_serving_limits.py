@@ -10,27 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import CODEBOOKS, Client, Place, check_pcm, decoded, offline, play, voice
-from test_serving import beside
+from serving import CODEBOOKS, Client, Place, check_pcm, decoded, offline, play
+from test_serving import beside, model, speech
 
 import dualcodec_ext as dx
 from dualcodec_ext._serving.protocol import pcm_message
 from dualcodec_ext._serving.streams import Stream
 from dualcodec_ext._serving.worker import Result
 
+__all__ = ["model", "speech"]  # fixtures
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAME_S = 0.02
 MOST_STEP_S = 4 * FRAME_S  # what a step may add to a stream's queue
-
-
-@pytest.fixture(scope="module")
-def model() -> dx.DualCodec:
-    return dx.DualCodec.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def speech() -> np.ndarray[Any, Any]:
-    return voice()
 
 
 class Sender:

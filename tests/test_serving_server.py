@@ -18,23 +18,16 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from serving import HOP, RATE_HZ, Client, Place, check_pcm, decoded, offline, play, voice
+from serving import HOP, RATE_HZ, Client, Place, check_pcm, decoded, offline, play
+from test_serving import model, speech
 
 import dualcodec_ext as dx
 from dualcodec_ext import cli
 from dualcodec_ext.serving import ServeOptions, Server
 
+__all__ = ["model", "speech"]  # fixtures
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model() -> dx.DualCodec:
-    return dx.DualCodec.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def speech() -> np.ndarray[Any, Any]:
-    return voice()
 
 
 def test_a_failing_step_ends_its_streams_alone(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import opsuite as suite
 import pytest
+import test_upsample_winograd as form
 import torch
 from test_snake_upsample1d import case as direct_case
 from test_upsample_winograd import channels_last, check
-from tolerances import TOLERANCE
 
 from dualcodec_ext import ops, testing
-from dualcodec_ext.ops import packing
 from dualcodec_ext.reference.layers import CausalUpsample
 
 REPEAT = {
@@ -58,21 +56,12 @@ def test_codec_shapes(cin: int, stride: int, steps: int, look_ahead: bool) -> No
 
 @pytest.mark.parametrize("tap", range(8))
 def test_a_wrong_tap_is_seen(tap: int) -> None:
-    made = case(16, 16)
-    wrong = made.weights["weight"].clone()  # type: ignore[union-attr]
-    wrong[3, 5, tap] += 0.05
-    actual = made.actual()
-    made.weights["weight"] = wrong
-    expected = replace(made, options={k: v for k, v in made.options.items() if k != "winograd"})
-    with pytest.raises(AssertionError):
-        testing.assert_close(actual, expected.expected(torch.float32), TOLERANCE["snake_upsample1d", torch.float32])
+    form.check_wrong_tap(case(16, 16), tap)
 
 
 @pytest.mark.parametrize("steps", suite.EDGE_STEPS)
 def test_edge_sizes(steps: int) -> None:
-    check(case(steps=steps))
-    check(channels_last(case(16, 32, steps=steps)))
-    check(case(stride=2, padding=(1, 2), steps=steps, batch=0))
+    form.check_edge_sizes(case, steps, (1, 2))
 
 
 def test_strides_and_slices() -> None:
@@ -81,27 +70,15 @@ def test_strides_and_slices() -> None:
 
 
 def test_lengths() -> None:
-    suite.check_lengths(case(20, batch=4), [20, 0, 1, 17])
-    suite.check_lengths(channels_last(case(16, 32, 3, steps=200, batch=4)), [200, 0, 100, 199])
+    form.check_lengths(case)
 
 
 def test_determinism() -> None:
-    """A few frames are split by columns, many by time, with the same bits."""
-    clips = case(100, 48, 3, steps=150, batch=3)
-    suite.check_threads(clips)
-    suite.check_alone(clips)
-    suite.check_threads(replace(clips, x=clips.x[:1]))
-    short = case(30, 100, 3, steps=2, batch=140)
-    assert torch.equal(replace(short, x=short.x[:30]).actual(), short.actual()[:30])
+    form.check_determinism(case, 30)
 
 
 def test_packed_reads_each_tap_once() -> None:
-    made = case(30, 20, 5)
-    weights = dict(made.weights)
-    packed = packing.pack_upsample1d(weights["weight"], 5, "repeat", made.options["padding"], 2)
-    assert packed.numel() == 2 * 5 * 30 * 32
-    weights["weight"] = torch.zeros(1).expand(weights["weight"].shape)
-    assert torch.equal(ops.snake_upsample1d(made.x, **weights, **made.options, packed=packed), made.actual())
+    form.check_packed(case(30, 20, 5), "repeat", 2)
 
 
 @pytest.mark.parametrize("padding", [(7, 0), (2, 5)], ids=["causal", "look-ahead"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,53 @@ def channels_last(made: suite.Case) -> suite.Case:
     return replace(made, x=made.x.transpose(1, 2).contiguous().transpose(1, 2))
 
 
+# What this form and the one by differences (test_upsample_differences.py) are held to alike; `case` makes either.
+
+
+def check_wrong_tap(made: suite.Case, tap: int) -> None:
+    expected = replace(made, options={k: v for k, v in made.options.items() if k != "winograd"})
+    wrong = made.weights["weight"].clone()  # type: ignore[union-attr]
+    wrong[3, 5, tap] += 0.05
+    expected.weights = {**made.weights, "weight": wrong}
+    with pytest.raises(AssertionError):
+        testing.assert_close(
+            made.actual(), expected.expected(torch.float32), TOLERANCE["snake_upsample1d", torch.float32]
+        )
+
+
+def check_edge_sizes(case: Callable[..., suite.Case], steps: int, padding: tuple[int, int]) -> None:
+    check(case(steps=steps))
+    check(channels_last(case(16, 32, steps=steps)))
+    check(case(stride=2, padding=padding, steps=steps, batch=0))
+
+
+def check_lengths(case: Callable[..., suite.Case]) -> None:
+    suite.check_lengths(case(20, batch=4), [20, 0, 1, 17])
+    suite.check_lengths(channels_last(case(16, 32, 3, steps=200, batch=4)), [200, 0, 100, 199])
+
+
+def check_determinism(case: Callable[..., suite.Case], few: int) -> None:
+    """Of 140 short clips `few` are split by columns; all are by time, with the same bits."""
+    clips = case(100, 48, 3, steps=150, batch=3)
+    suite.check_threads(clips)
+    suite.check_alone(clips)
+    suite.check_threads(replace(clips, x=clips.x[:1]))
+    short = case(30, 100, 3, steps=2, batch=140)
+    assert torch.equal(replace(short, x=short.x[:few]).actual(), short.actual()[:few])
+
+
+def check_packed(made: suite.Case, mode: str, products: int) -> None:
+    """The same bits; of the weight nothing but its shape is then read."""
+    weights = dict(made.weights)
+    packed = packing.pack_upsample1d(weights["weight"], 5, mode, made.options["padding"], products)
+    assert packed.numel() == products * 5 * 30 * 32
+    weights["weight"] = torch.zeros(1).expand(weights["weight"].shape)
+    assert torch.equal(ops.snake_upsample1d(made.x, **weights, **made.options, packed=packed), made.actual())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("shape", TRANSPOSED.values(), ids=TRANSPOSED.keys())
 @pytest.mark.parametrize("isa", suite.instruction_sets())
 def test_forward(shape: dict[str, Any], isa: str) -> None:
@@ -65,22 +113,12 @@ def test_codec_shapes(cin: int, stride: int, steps: int) -> None:
 
 @pytest.mark.parametrize("tap", range(8))
 def test_a_wrong_tap_is_seen(tap: int) -> None:
-    made = case(16, 16)
-    expected = replace(made, options={k: v for k, v in made.options.items() if k != "winograd"})
-    wrong = made.weights["weight"].clone()  # type: ignore[union-attr]
-    wrong[3, 5, tap] += 0.05
-    expected.weights = {**made.weights, "weight": wrong}
-    with pytest.raises(AssertionError):
-        testing.assert_close(
-            made.actual(), expected.expected(torch.float32), TOLERANCE["snake_upsample1d", torch.float32]
-        )
+    check_wrong_tap(case(16, 16), tap)
 
 
 @pytest.mark.parametrize("steps", suite.EDGE_STEPS)
 def test_edge_sizes(steps: int) -> None:
-    check(case(steps=steps))
-    check(channels_last(case(16, 32, steps=steps)))
-    check(case(stride=2, padding=(0, 0), steps=steps, batch=0))
+    check_edge_sizes(case, steps, (0, 0))
 
 
 def test_strides_and_slices() -> None:
@@ -89,27 +127,15 @@ def test_strides_and_slices() -> None:
 
 
 def test_lengths() -> None:
-    suite.check_lengths(case(20, batch=4), [20, 0, 1, 17])
-    suite.check_lengths(channels_last(case(16, 32, 3, steps=200, batch=4)), [200, 0, 100, 199])
+    check_lengths(case)
 
 
 def test_determinism() -> None:
-    """Few groups are split by columns, many by time, with the same bits."""
-    clips = case(100, 48, 3, steps=150, batch=3)
-    suite.check_threads(clips)
-    suite.check_alone(clips)
-    suite.check_threads(replace(clips, x=clips.x[:1]))
-    short = case(30, 100, 3, steps=2, batch=140)
-    assert torch.equal(replace(short, x=short.x[:50]).actual(), short.actual()[:50])
+    check_determinism(case, 50)
 
 
 def test_packed_gives_the_same_bits_and_reads_the_shape_alone() -> None:
-    made = case(30, 20, 5)
-    weights = dict(made.weights)
-    packed = packing.pack_upsample1d(weights["weight"], 5, "transposed", made.options["padding"], 4)
-    assert packed.numel() == 4 * 5 * 30 * 32
-    weights["weight"] = torch.zeros(1).expand(weights["weight"].shape)
-    assert torch.equal(ops.snake_upsample1d(made.x, **weights, **made.options, packed=packed), made.actual())
+    check_packed(case(30, 20, 5), "transposed", 4)
 
 
 @pytest.mark.parametrize("cut", [3, 36, 210])
