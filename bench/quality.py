@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from torch import Tensor
 import dualcodec_ext as dx
 from dualcodec_ext import reference, testing
 from dualcodec_ext._training.data import load_voices, stretches
-from dualcodec_ext._training.scores import speech_scores
+from dualcodec_ext._training.scores import missing_scorers, speech_scores
 from dualcodec_ext.audio import read_audio, resample
 from dualcodec_ext.code_use import codebook_use
 from dualcodec_ext.hub import BUNDLED
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--publish", action="store_true", help="copy the weights into the package, with their scores")
     parser.add_argument("--output", type=Path, default=Path("bench/results/quality_tiny.json"))
     options = parser.parse_args(argv)
-    missing = [name for name in ("pystoi", "pesq") if importlib.util.find_spec(name) is None]
+    missing = missing_scorers()
     if missing:
         parser.error(f"{' and '.join(missing)} must be installed: pip install '.[train]'")
     model = dx.DualCodec.from_pretrained(options.weights or "tiny")

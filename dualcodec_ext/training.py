@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from ._training.discriminators import Discriminators
 from ._training.forward import Forward, Output, allow_recompiling, compile_snake
 from ._training.losses import SpectralLoss, discriminator_loss, feature_loss, generator_loss, waveform_loss
 from ._training.recipe import Recipe
+from ._training.scores import missing_scorers
 from ._training.state import State, take_over
 from .errors import DualCodecError
 from .model import FEATURES
@@ -283,7 +283,7 @@ def train(
         tell(f"train: {name} is left out: shorter than a segment")
     for line in trainer.left:
         tell(f"not taken over: {line}")
-    missing = [name for name in ("pystoi", "pesq") if importlib.util.find_spec(name) is None]
+    missing = missing_scorers()
     if missing:
         tell(f"validation goes without {' and '.join(missing)}: pip install 'dualcodec-ext[train]'")
     try:

@@ -18,6 +18,11 @@ from ..semantic import resample
 _SCORE_RATE_HZ = 16000
 
 
+def missing_scorers() -> list[str]:
+    """Return which of the packages that score speech are not installed."""
+    return [name for name in ("pystoi", "pesq") if importlib.util.find_spec(name) is None]
+
+
 def speech_scores(clean: Tensor, decoded: Tensor, rate_hz: int) -> dict[str, float]:
     """Compare decoded speech with what was encoded.
 
