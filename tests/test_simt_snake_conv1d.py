@@ -122,7 +122,6 @@ ONE_INPUT: dict[str, dict[str, Any]] = {
         "steps": 30,
         "first": True,
         "padding": (6, 0),
-        "activation": "tanh",
     },
 }
 SHAPES: dict[str, dict[str, Any]] = {

@@ -109,76 +109,200 @@ DCX_DEVICE bool gather_ranges(const ConvGemmParams& p, float (&total)[kSums], ui
   return true;
 }
 
-// Bias, activation, Snake, residual, rounding, and the store, 16 bytes of a row at a time; sums lie kLd floats apart.
-// A thread keeps its columns from row to row; threads past the last whole row of vectors rest.
-template <class T, int kRows, int kColumns, int kThreads, int kLd>
-DCX_DEVICE void conv_finish(const ConvGemmParams& p, const ConvPlace& at, const float* sums) {
-  constexpr int kVector = Vector16<T>::kCount, kPerRow = kColumns / kVector, kRowsAtOnce = kThreads / kPerRow;
-  static_assert(kLd % 4 == 0 && kRowsAtOnce > 0, "vectors of a row lie on 16 bytes");
-  const int offset = thread_index() % kPerRow * kVector, wide = static_cast<int>(at.column) + offset;
-  if (thread_index() >= kRowsAtOnce * kPerRow || wide >= at.columns) return;
-  const int columns = static_cast<int>(p.step_columns), beside = wide / columns, column = wide - beside * columns;
-  const int64_t phase = at.phase + beside;
-  const T* residual = static_cast<const T*>(p.residual.data);
+// What finishing does to a thread's 16 bytes of columns, the same in every row.
+template <class T>
+struct ConvColumns {
+  static constexpr int kVector = Vector16<T>::kCount;
   float bias[kVector], alpha[kVector], inverse[kVector];
-  DCX_UNROLL
-  for (int v = 0; v < kVector; ++v) {
-    const bool valid = column + v < columns;
-    bias[v] = valid && p.bias != nullptr ? p.bias[column + v] : 0.0f;
-    alpha[v] = valid && p.out_alpha != nullptr ? p.out_alpha[column + v] : 0.0f;
-    inverse[v] = snake_inverse(alpha[v]);
+  int count;  // columns that there are
+
+  DCX_DEVICE ConvColumns(const ConvGemmParams& p, int column) : count(static_cast<int>(p.step_columns) - column) {
+    DCX_UNROLL
+    for (int v = 0; v < kVector; ++v) {
+      bias[v] = v < count && p.bias != nullptr ? p.bias[column + v] : 0.0f;
+      alpha[v] = v < count && p.out_alpha != nullptr ? p.out_alpha[column + v] : 0.0f;
+      inverse[v] = snake_inverse(alpha[v]);
+    }
   }
-  const int stride = p.phases.stride > 0 ? static_cast<int>(p.phases.stride) : 1;
-  const int tile_rows = static_cast<int>(p.tile_rows);
-  DCX_NO_UNROLL
-  for (int row = thread_index() / kPerRow; row < kRows; row += kRowsAtOnce) {
-    const int item = p.tile_items == 1 ? 0 : row / tile_rows;
-    const int64_t b = at.clip + item, q = at.row + row - item * tile_rows, t = q * stride + phase;
-    if (item >= p.tile_items || b >= p.batch || row - item * tile_rows >= tile_rows || q >= p.rows || t >= p.out_steps)
-      continue;
-    const bool counts = t < conv_out_valid(p, b);
-    const int64_t source = t + p.residual_shift;
-    const bool adds =
-        residual != nullptr && counts && (p.residual_valid == 0 || (source >= 0 && source < conv_in_valid(p, b)));
+
+  using Words = Vector16<uint32_t>;
+  DCX_DEVICE Words load_residual(const ConvGemmParams& p, const T* from) const {
+    if (p.vector_residual) return *reinterpret_cast<const Words*>(from);
+    Vector16<T> values{};
+    DCX_UNROLL
+    for (int v = 0; v < kVector; ++v)
+      if (v < count) values.values[v] = from[v * p.residual.stride_c];
+    Words words;
+    memcpy(&words, &values, sizeof(words));
+    return words;
+  }
+
+  // counts: whether the row lies within the clip, else it becomes zeros; more: the residual, looked at where it adds.
+  template <bool kActivates>
+  DCX_DEVICE void finish(const ConvGemmParams& p, const float* sums, bool counts, bool adds, const Words& more,
+                         T* to) const {
     float values[kVector];
     DCX_UNROLL
     for (int v = 0; v < kVector; v += 4) {
-      const auto four = *reinterpret_cast<const Vector16<float>*>(sums + row * kLd + offset + v);
+      const auto four = *reinterpret_cast<const Vector16<float>*>(sums + v);
       DCX_UNROLL
-      for (int i = 0; i < 4; ++i) values[v + i] = counts ? four.values[i] + bias[v + i] : 0.0f;
+      for (int i = 0; i < 4; ++i) values[v + i] = four.values[i] + bias[v + i];
     }
-    if (counts && p.activation != Activation::kNone) {
+    if constexpr (kActivates) {
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v) values[v] = finish_activation(values[v], p.activation);
     }
-    if (counts && p.out_alpha != nullptr) {
+    if (p.out_alpha != nullptr) {
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v) values[v] = snake_as<T>(values[v], alpha[v], inverse[v]);
     }
     if (adds) {
-      const T* extra = residual + b * p.residual.stride_b + source * p.residual.stride_t + column * p.residual.stride_c;
-      if (p.vector_residual) {
-        const auto more = *reinterpret_cast<const Vector16<T>*>(extra);
-        DCX_UNROLL
-        for (int v = 0; v < kVector; ++v) values[v] += to_float(more.values[v]);
-      } else {
-        DCX_UNROLL
-        for (int v = 0; v < kVector; ++v)
-          if (column + v < columns) values[v] += to_float(extra[v * p.residual.stride_c]);
-      }
+      DCX_UNROLL
+      for (int v = 0; v < kVector; ++v) values[v] += value_of<T>(more, v);
     }
-    T* to = static_cast<T*>(const_cast<void*>(p.y.data)) + b * p.y.stride_b + t * p.y.stride_t + column * p.y.stride_c;
     Vector16<T> out;
     DCX_UNROLL
-    for (int v = 0; v < kVector; ++v) out.values[v] = from_float<T>(values[v]);
+    for (int v = 0; v < kVector; ++v) out.values[v] = from_float<T>(counts ? values[v] : 0.0f);
     if (p.vector_store) {
       *reinterpret_cast<Vector16<T>*>(to) = out;
     } else {
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v)
-        if (column + v < columns) to[v * p.y.stride_c] = out.values[v];
+        if (v < count) to[v * p.y.stride_c] = out.values[v];
     }
   }
-}
+};
+
+// Bias, activation, Snake, residual, rounding, and the store, 16 bytes of a row at a time; sums lie kLd floats apart.
+// A thread keeps its columns from row to row; threads past the last whole row of vectors rest.
+template <class T, int kRows, int kColumns, int kThreads, int kLd>
+struct ConvFinish {
+  static constexpr int kVector = Vector16<T>::kCount, kPerRow = kColumns / kVector, kRowsAtOnce = kThreads / kPerRow;
+  static constexpr int kPasses = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+  static_assert(kLd % 4 == 0 && kRowsAtOnce > 0, "vectors of a row lie on 16 bytes");
+
+  // A thread's first row: everything moves on by the same amount from row to row of a clip.
+  struct Rows {
+    const float* sums;
+    T* y;
+    const T* residual;
+    int64_t y_step, residual_step;
+    // Rows of the tile: up to there they are of the output, up to counting of the clip, between begin and end they have
+    // a residual.
+    int row, there, counting, begin, end;
+  };
+
+  static DCX_DEVICE void run(const ConvGemmParams& p, const ConvPlace& at, const float* sums) {
+    const int offset = thread_index() % kPerRow * kVector, wide = static_cast<int>(at.column) + offset;
+    if (thread_index() >= kRowsAtOnce * kPerRow || wide >= at.columns) return;
+    const int columns = static_cast<int>(p.step_columns), beside = wide / columns, column = wide - beside * columns;
+    const ConvColumns<T> own(p, column);
+    const bool adds = p.residual.data != nullptr, activates = p.activation != Activation::kNone;
+    if (p.tile_items > 1 || (adds && activates)) {
+      row_by_row(p, at, own, column, at.phase + beside, sums + offset);
+      return;
+    }
+    Rows rows = rows_of(p, at, column, at.phase + beside, sums + offset);
+    if (activates)
+      walk<1, true, false>(p, own, rows);
+    else if (adds)
+      walk<(kPasses < 8 ? kPasses : 8), false, true>(p, own, rows);
+    else
+      walk<2, false, false>(p, own, rows);
+  }
+
+  // Rows of several clips, or what is rare.
+  static DCX_DEVICE void row_by_row(const ConvGemmParams& p, const ConvPlace& at, const ConvColumns<T>& own, int column,
+                                    int64_t phase, const float* sums) {
+    const int stride = p.phases.stride > 0 ? static_cast<int>(p.phases.stride) : 1;
+    const int tile_rows = static_cast<int>(p.tile_rows);
+    const T* residual = static_cast<const T*>(p.residual.data);
+    T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + column * p.y.stride_c;
+    DCX_NO_UNROLL
+    for (int row = thread_index() / kPerRow; row < kRows; row += kRowsAtOnce) {
+      const int item = row / tile_rows;
+      const int64_t b = at.clip + item, q = at.row + row - item * tile_rows, t = q * stride + phase;
+      if (item >= p.tile_items || b >= p.batch || q >= p.rows || t >= p.out_steps) continue;
+      const bool counts = t < conv_out_valid(p, b);
+      const int64_t source = t + p.residual_shift;
+      const bool adds =
+          residual != nullptr && counts && (p.residual_valid == 0 || (source >= 0 && source < conv_in_valid(p, b)));
+      Vector16<uint32_t> more{};
+      if (adds)
+        more = own.load_residual(p, residual + b * p.residual.stride_b + source * p.residual.stride_t +
+                                        column * p.residual.stride_c);
+      T* to = y + b * p.y.stride_b + t * p.y.stride_t;
+      if (p.activation != Activation::kNone)
+        own.template finish<true>(p, sums + row * kLd, counts, adds, more, to);
+      else
+        own.template finish<false>(p, sums + row * kLd, counts, adds, more, to);
+    }
+  }
+
+  static DCX_DEVICE Rows rows_of(const ConvGemmParams& p, const ConvPlace& at, int column, int64_t phase,
+                                 const float* sums) {
+    const int stride = p.phases.stride > 0 ? static_cast<int>(p.phases.stride) : 1;
+    const int64_t t = at.row * stride + phase;  // of the tile's first row
+    // Rows whose step, `first` in the tile's first row, lies below limit.
+    const auto below = [&](int64_t limit, int64_t first) {
+      const int64_t steps = minimum(maximum(int64_t{0}, limit - first), int64_t{kRows} * stride);
+      return (static_cast<int>(steps) + stride - 1) / stride;
+    };
+    Rows rows;
+    rows.row = thread_index() / kPerRow;
+    rows.there = minimum(below(p.out_steps, t), static_cast<int>(minimum(p.tile_rows, p.rows - at.row)));
+    rows.counting = minimum(rows.there, below(conv_out_valid(p, at.clip), t));
+    rows.begin = 0;
+    rows.end = rows.counting;
+    const int64_t source = t + p.residual_shift;
+    if (p.residual.data != nullptr && p.residual_valid != 0) {
+      rows.begin = below(0, source);
+      rows.end = minimum(rows.end, below(conv_in_valid(p, at.clip), source));
+    }
+    const int64_t down = int64_t{rows.row} * stride, step = int64_t{kRowsAtOnce} * stride;
+    rows.sums = sums + rows.row * kLd;
+    rows.y = static_cast<T*>(const_cast<void*>(p.y.data)) + at.clip * p.y.stride_b + (t + down) * p.y.stride_t +
+             column * p.y.stride_c;
+    rows.y_step = step * p.y.stride_t;
+    rows.residual = nullptr;
+    rows.residual_step = 0;
+    if (p.residual.data != nullptr) {
+      rows.residual = static_cast<const T*>(p.residual.data) + at.clip * p.residual.stride_b +
+                      (source + down) * p.residual.stride_t + column * p.residual.stride_c;
+      rows.residual_step = step * p.residual.stride_t;
+    }
+    return rows;
+  }
+
+  // kBatch rows at a time, whose residuals are on their way at once.
+  template <int kBatch, bool kActivates, bool kAdds>
+  static DCX_DEVICE void walk(const ConvGemmParams& p, const ConvColumns<T>& own, Rows& rows) {
+    DCX_NO_UNROLL
+    for (; rows.row < rows.there; rows.row += kBatch * kRowsAtOnce) {
+      const auto adds = [&](int row) { return kAdds && row >= rows.begin && row < rows.end; };
+      Vector16<uint32_t> more[kBatch] = {};
+      if (kAdds && p.vector_residual) {  // loads without a branch between them
+        DCX_UNROLL
+        for (int i = 0; i < kBatch; ++i)
+          if (adds(rows.row + i * kRowsAtOnce))
+            more[i] = *reinterpret_cast<const Vector16<uint32_t>*>(rows.residual + i * rows.residual_step);
+      } else if (kAdds) {
+        DCX_UNROLL
+        for (int i = 0; i < kBatch; ++i)
+          if (adds(rows.row + i * kRowsAtOnce)) more[i] = own.load_residual(p, rows.residual + i * rows.residual_step);
+      }
+      DCX_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = rows.row + i * kRowsAtOnce;
+        if (row < rows.there)
+          own.template finish<kActivates>(p, rows.sums + i * (kRowsAtOnce * kLd), row < rows.counting, adds(row),
+                                          more[i], rows.y + i * rows.y_step);
+      }
+      rows.sums += kBatch * (kRowsAtOnce * kLd);
+      rows.y += kBatch * rows.y_step;
+      rows.residual += kBatch * rows.residual_step;
+    }
+  }
+};
 
 }  // namespace dcx

@@ -41,38 +41,43 @@ struct ConvWgmma {
     return panel + panel_cell(row, cell) * 16;
   }
 
-  // The 16 bytes of weights that a thread copies in every step: where they lie behind the first tap's first channel,
-  // and their channel of the chunk; past the columns there is none.
-  static constexpr int kPerRow = kColumns / kVector, kCopies = (kChunk * kPerRow + kThreads - 1) / kThreads;
-  struct Copies {
-    int from[kCopies];
-    int channel[kCopies];
+  // The 16 bytes of weights that a thread copies in every step, kCopies times, kWeightRows of the chunk's channels
+  // apart: where it stands on its walk over the steps. Rows a multiple of 8 apart have their cells in the same place.
+  static constexpr int kPerRow = kColumns / kVector;
+  static constexpr int kWeightRows = kThreads / kPerRow >= 32 ? 32 : 16, kCopies = kChunk / kWeightRows;
+  static_assert(kWeightRows * kPerRow <= kThreads && kWeightRows % 8 == 0, "every cell has its thread");
+  struct Weights {
+    const T* from;
+    unsigned char* to;  // in the first stage
+    int left;           // channels from this thread's first one on, of the chunks that are left; none past the columns
+    int tap, stage;
   };
-  static DCX_DEVICE Copies weight_copies(const Params& p, const ConvPlace& at) {
-    Copies own;
+  static DCX_DEVICE Weights first_weights(const Params& p, const ConvPlace& at, int chunk, unsigned char* stages) {
     const int step_columns = static_cast<int>(p.step_columns), padded = static_cast<int>(p.columns_padded);
-    const int phase_rows = at.taps * static_cast<int>(p.channels_padded);
-    DCX_UNROLL
-    for (int i = 0; i < kCopies; ++i) {
-      const int number = i * kThreads + thread_index(), k = number / kPerRow;
-      const int column = static_cast<int>(at.column) + number % kPerRow * kVector, beside = column / step_columns;
-      own.from[i] = (beside * phase_rows + k) * padded + column - beside * step_columns;
-      own.channel[i] = number < kChunk * kPerRow && column < at.columns ? k : 1 << 30;
-    }
-    return own;
+    const int channels = static_cast<int>(p.channels_padded);
+    const int k = thread_index() / kPerRow, cell = thread_index() % kPerRow;
+    const int column = static_cast<int>(at.column) + cell * kVector, beside = column / step_columns;
+    const bool counts = k < kWeightRows && column < at.columns;
+    const int64_t row = at.weight_rows + int64_t{beside} * at.taps * channels + chunk * kChunk + k;
+    return Weights{static_cast<const T*>(p.weight) + row * padded + (column - beside * step_columns),
+                   stages + cell / 8 * kPanelBytes + panel_cell(k, cell % 8) * 16,
+                   counts ? channels - chunk * kChunk - k : k < kWeightRows ? 0 : -kChunk, 0, 0};
   }
-  // The weights of one step: 64 channels' rows, zeros past the channels and the columns.
-  static DCX_DEVICE void load_weights(const Params& p, const Copies& own, const T* weight, int chunk, int tap,
-                                      unsigned char* to) {
-    const int channels = static_cast<int>(p.channels_padded), deep = channels - chunk * kChunk;
-    const T* from = weight + int64_t{tap * channels + chunk * kChunk} * p.columns_padded;
-    DCX_UNROLL
-    for (int i = 0; i < kCopies; ++i) {
-      const int number = i * kThreads + thread_index(), cell = number % kPerRow;
-      if (kChunk * kPerRow % kThreads != 0 && number >= kChunk * kPerRow) break;
-      const bool valid = own.channel[i] < deep;
-      cp_async16(cell_at(to + cell / 8 * kPanelBytes, number / kPerRow, cell % 8), valid ? from + own.from[i] : weight,
-                 valid);
+  // Copies a step's weights, zeros past the channels and the columns, and goes on to the next step.
+  static DCX_DEVICE void load_weights(const Params& p, int taps, Weights& own) {
+    if (kWeightRows * kPerRow == kThreads || thread_index() < kWeightRows * kPerRow) {
+      unsigned char* to = own.to + own.stage * kStageBytes;
+      const T* from = own.from;
+      DCX_UNROLL
+      for (int i = 0; i < kCopies; ++i, from += kWeightRows * p.columns_padded)
+        cp_async16(to + i * (kWeightRows * kPanelRowBytes), from, i * kWeightRows < own.left);
+    }
+    own.stage = own.stage + 1 == p.stages ? 0 : own.stage + 1;
+    own.from += p.channels_padded * p.columns_padded;
+    if (++own.tap == taps) {
+      own.tap = 0;
+      own.from += (kChunk - taps * p.channels_padded) * p.columns_padded;
+      own.left -= kChunk;
     }
   }
 
@@ -112,10 +117,10 @@ struct ConvWgmma {
     }
   }
 
-  // A row of a tile that brings its rows anew for every step: the time of the first tap's first channel, its clip's
-  // place in x and the steps that count there.
-  struct OwnRow {
-    int64_t clip;
+  // A row of a tile that brings its rows anew for every step: the first tap's first channel in x, its time, and the
+  // steps that count there.
+  struct alignas(16) OwnRow {
+    const T* x;
     int t, steps;
   };
   static DCX_DEVICE void fill_own(const Params& p, const ConvPlace& at, OwnRow* rows) {
@@ -124,22 +129,22 @@ struct ConvWgmma {
     const int item = p.tile_items == 1 ? 0 : row / tile_rows;
     const int64_t clip = at.clip + item, q = at.row + row - item * tile_rows;
     const bool used = row < tile_rows * static_cast<int>(p.tile_items) && clip < p.batch;
-    rows[row] =
-        OwnRow{used ? clip * p.x.stride_b : 0, static_cast<int>((q * p.row_scale + at.first) * p.row_step - p.pad_left),
-               used ? input_steps(p, clip) : 0};
+    const int64_t t = (q * p.row_scale + at.first) * p.row_step - p.pad_left;
+    const T* x = static_cast<const T*>(p.x.data);
+    rows[row] = used ? OwnRow{x + (clip * p.x.stride_b + t * p.x.stride_t), static_cast<int>(t), input_steps(p, clip)}
+                     : OwnRow{x, 0, 0};
   }
   static DCX_DEVICE void load_own(const Params& p, const OwnRow* rows, int chunk, int tap, unsigned char* to) {
     const Channel own = channel_of(p, chunk);
     const int shift = tap * static_cast<int>(p.dilation * p.row_step) + own.later;
-    const T* x = static_cast<const T*>(p.x.data);
+    const int64_t beside = shift * p.x.stride_t + own.channel;
+    rows += thread_index() / kCells;
+    to = static_cast<unsigned char*>(cell_at(to, thread_index() / kCells, thread_index() % kCells));
     DCX_UNROLL
     for (int i = 0; i < kOwnRows; ++i) {
-      const int row = thread_index() / kCells + i * kRowsAtOnce;
-      const OwnRow place = rows[row];
-      const int t = place.t + shift;
-      const bool valid = own.valid && static_cast<unsigned>(t) < static_cast<unsigned>(place.steps);
-      cp_async16(cell_at(to, row, thread_index() % kCells), valid ? x + place.clip + t * p.x.stride_t + own.channel : x,
-                 valid);
+      const OwnRow place = rows[i * kRowsAtOnce];
+      const bool valid = own.valid && static_cast<unsigned>(place.t + shift) < static_cast<unsigned>(place.steps);
+      cp_async16(to + i * (kRowsAtOnce * kPanelRowBytes), place.x + beside, valid);
     }
   }
 
@@ -164,14 +169,16 @@ struct ConvWgmma {
     wgmma_commit();
   }
 
+  struct alignas(8) SumPair {
+    float low, high;
+  };
   static DCX_DEVICE void store(const float (&sums)[kSums], float* out) {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     DCX_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) DCX_UNROLL
     for (int half = 0; half < 2; ++half) {
       float* to = out + (warp * 16 + half * 8 + lane / 4) * kSumLd + n * 8 + lane % 4 * 2;
-      to[0] = sums[n * 4 + half * 2];
-      to[1] = sums[n * 4 + half * 2 + 1];
+      *reinterpret_cast<SumPair*>(to) = SumPair{sums[n * 4 + half * 2], sums[n * 4 + half * 2 + 1]};
     }
   }
 
@@ -185,18 +192,13 @@ struct ConvWgmma {
     const int first_chunk = chunks * range / p.ranges;
     const int end_chunk = p.spread ? chunks * (range + 1) / p.ranges : chunks;
     const int count = (end_chunk - first_chunk) * taps;
-    const T* weight = static_cast<const T*>(p.weight) + at.weight_rows * p.columns_padded;
-    const Copies copies = weight_copies(p, at);
     const bool per_tap = p.per_tap;
 
     // The first steps' weights come before the wait for what is in front of this kernel in the stream.
     if (!p.weights_stand) grid_wait();
-    Step ahead{first_chunk, 0, 0};  // the next to be copied in
+    Weights weights = first_weights(p, at, first_chunk, stages);  // of the next step to be copied in
     DCX_NO_UNROLL
-    for (int i = 0; i < kAhead && i < count; ++i) {
-      load_weights(p, copies, weight, ahead.chunk, ahead.tap, stages + i * kStageBytes);
-      ahead.advance(taps, false, 1);
-    }
+    for (int i = 0; i < kAhead && i < count; ++i) load_weights(p, taps, weights);
     if (p.weights_stand) grid_wait();
     const int steps = input_steps(p, at.clip);
     OwnRow* own = reinterpret_cast<OwnRow*>(rows + p.row_buffers * row_bytes);
@@ -204,43 +206,45 @@ struct ConvWgmma {
       fill_own(p, at, own);
       sync_threads();
     }
-    ahead = Step{first_chunk, 0, 0};
+    Step ahead{first_chunk, 0, 0};
     int issued = 0;
-    const auto issue = [&] {
-      if (issued < count) {
-        if (issued >= kAhead)
-          load_weights(p, copies, weight, ahead.chunk, ahead.tap, stages + issued % p.stages * kStageBytes);
-        unsigned char* to = rows + ahead.rows * row_bytes;
-        if (per_tap)
-          load_own(p, own, ahead.chunk, ahead.tap, to);
-        else if (ahead.tap == 0)
-          load_segment(p, at, steps, ahead.chunk, to);
-        ahead.advance(taps, per_tap, p.row_buffers);
-        ++issued;
-      }
-      cp_async_commit();
+    const auto load_rows = [&] {
+      unsigned char* to = rows + ahead.rows * row_bytes;
+      if (per_tap)
+        load_own(p, own, ahead.chunk, ahead.tap, to);
+      else if (ahead.tap == 0)
+        load_segment(p, at, steps, ahead.chunk, to);
+      ahead.advance(taps, per_tap, p.row_buffers);
+      ++issued;
     };
-    for (int i = 0; i < kAhead; ++i) issue();
+    for (int i = 0; i < kAhead; ++i) {
+      if (issued < count) load_rows();
+      cp_async_commit();
+    }
 
     float sums[kSums], total[kSums];
     DCX_UNROLL
     for (int i = 0; i < kSums; ++i) sums[i] = total[i] = 0.0f;
     Step now{first_chunk, 0, 0};
-    int ranges_done = 0;
+    int ranges_done = 0, stage = 0;
     int flush = kRanged && !p.spread ? chunks / p.ranges * taps : count;
-    const int group_rows = thread_index() / 128 * 64;
+    const int group_rows = shuffle(thread_index() / 128, 0) * (64 * kPanelRowBytes);  // known to be the warp's
     const int tap_bytes = per_tap ? 0 : static_cast<int>(p.dilation) * kPanelRowBytes;
+    const Panel first_rows = panel_at(rows, 0), first_stage = panel_at(stages, kPanelBytes);
     DCX_NO_UNROLL
     for (int step = 0; step < count; ++step) {
       cp_async_wait<kAhead - 1>();
       fence_async();
       sync_threads();
-      const Panel a =
-          moved(panel_at(rows + now.rows * row_bytes, 0), group_rows * kPanelRowBytes + now.tap * tap_bytes);
-      const Panel b = panel_at(stages + step % p.stages * kStageBytes, kPanelBytes);
-      multiply(sums, a, b);
-      issue();
+      multiply(sums, moved(first_rows, now.rows * row_bytes + group_rows + now.tap * tap_bytes),
+               moved(first_stage, stage * kStageBytes));
+      if (issued < count) {
+        load_weights(p, taps, weights);
+        load_rows();
+      }
+      cp_async_commit();
       now.advance(taps, per_tap, p.row_buffers);
+      stage = stage + 1 == p.stages ? 0 : stage + 1;
       if (kRanged && step + 1 == flush) {
         wgmma_wait<0>();
         settle(sums);
@@ -270,7 +274,7 @@ struct ConvWgmma {
     }
     store(total, shared_sums);
     sync_threads();
-    conv_finish<T, kTileRows, kColumns, kThreads, kSumLd>(p, at, shared_sums);
+    ConvFinish<T, kTileRows, kColumns, kThreads, kSumLd>::run(p, at, shared_sums);
   }
 };
 

@@ -219,6 +219,7 @@ DCX_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_r
 DCX_DEVICE float approximate_sine(float x) { return __sinf(x); }
 DCX_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 DCX_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+DCX_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 DCX_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 DCX_DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
@@ -227,6 +228,19 @@ DCX_DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 #include "simt.h"
 namespace dcx {
 #endif
+
+// Value i of 16 bytes of T that were loaded as words: values of 16 bits would take a register each, and unpacking them
+// would wait for the load.
+template <class T>
+DCX_DEVICE float value_of(const Vector16<uint32_t>& words, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return float_of(words.values[i]);
+  } else {
+    const uint32_t word = words.values[i / 2];
+    if (DTypeOf<T>::value == DType::kBF16) return float_of(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    return to_float(T{static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16)});
+  }
+}
 
 // Two neighbours in one word, the first in the low half.
 template <class T>

@@ -25,7 +25,10 @@ DCX_DEVICE Panel panel_at(const void* p, int panel_bytes) {
   return Panel{static_cast<uint64_t>((smem_address(p) & 0x3ffff) >> 4) | static_cast<uint64_t>(panel_bytes >> 4) << 16 |
                static_cast<uint64_t>(1024 >> 4) << 32 | uint64_t{1} << 62};
 }
-DCX_DEVICE Panel moved(Panel panel, int bytes) { return Panel{panel.bits + static_cast<uint64_t>(bytes >> 4)}; }
+DCX_DEVICE Panel moved(Panel panel, int bytes) {  // within shared memory: the address's half does not overflow
+  const uint32_t low = static_cast<uint32_t>(panel.bits) + static_cast<uint32_t>(bytes >> 4);
+  return Panel{(panel.bits & 0xffffffff00000000ull) | low};
+}
 
 DCX_DEVICE void fence_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

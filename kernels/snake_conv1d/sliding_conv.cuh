@@ -13,10 +13,11 @@ template <class T>
 struct SlidingConv {
   using Params = ConvGemmParams;
   static constexpr int kThreads = 128;
-  static constexpr int kMinBlocks = 3;
+  static constexpr int kMinBlocks = 2;
   static constexpr bool kNeedsSm80 = DTypeOf<T>::value == DType::kBF16;
   static constexpr int kTaps = 7;
   static constexpr int kChannels = Vector16<T>::kCount;
+  using Words = Vector16<uint32_t>;
 
   static DCX_HOST_DEVICE int groups(const Params& p) {
     return (static_cast<int>(p.channels) + kChannels - 1) / kChannels;
@@ -80,25 +81,35 @@ struct SlidingConv {
     const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride_b + first * p.x.stride_t + channel * p.x.stride_c;
     const int there = static_cast<int>(minimum(int64_t{kChannels}, p.channels - channel));
     float running[kTaps];  // running[r % kTaps]: of the output whose first row is r
-    DCX_NO_UNROLL
-    for (int r0 = 0; r0 < rows; r0 += kTaps) {
-      Vector16<T> row[kTaps] = {};
-      const bool whole = p.vectors && r0 >= begin && r0 + kTaps <= end;
-      if (whole) {
+    // The rows from r0 on, of which begin..end are there.
+    const auto load = [&](Words(&row)[kTaps], int r0) {
+      if (p.vectors && r0 >= begin && r0 + kTaps <= end) {
         DCX_UNROLL
-        for (int k = 0; k < kTaps; ++k) row[k] = *reinterpret_cast<const Vector16<T>*>(x + k * p.x.stride_t);
-      }
-      DCX_UNROLL
-      for (int k = 0; k < kTaps; ++k, x += p.x.stride_t) {
-        if (!whole && r0 + k >= begin && r0 + k < end) {
+        for (int k = 0; k < kTaps; ++k) row[k] = *reinterpret_cast<const Words*>(x + k * p.x.stride_t);
+      } else {
+        DCX_UNROLL
+        for (int k = 0; k < kTaps; ++k) {
+          const bool valid = r0 + k >= begin && r0 + k < end;
+          Vector16<T> values;
           DCX_UNROLL
           for (int c = 0; c < kChannels; ++c)
-            if (c < there) row[k].values[c] = x[c * p.x.stride_c];
+            values.values[c] = valid && c < there ? x[k * p.x.stride_t + c * p.x.stride_c] : T{};
+          memcpy(&row[k], &values, sizeof(values));
         }
+      }
+      x += kTaps * p.x.stride_t;
+    };
+    Words row[kTaps], next[kTaps];  // the next rows are on their way while these are multiplied
+    load(row, 0);
+    DCX_NO_UNROLL
+    for (int r0 = 0; r0 < rows; r0 += kTaps) {
+      if (r0 + kTaps < rows) load(next, r0 + kTaps);
+      DCX_UNROLL
+      for (int k = 0; k < kTaps; ++k) {
         running[k] = 0.0f;
         DCX_UNROLL
         for (int c = 0; c < kChannels; ++c) {
-          float value = to_float(row[k].values[c]);
+          float value = value_of<T>(row[k], c);
           if (snakes) value = snake_as<T>(value, alpha[c], inverse[c]);
           DCX_UNROLL
           for (int j = 0; j < kTaps; ++j) {
@@ -108,6 +119,8 @@ struct SlidingConv {
         }
         if (r0 + k >= kTaps - 1) sums[r0 + k - (kTaps - 1)] = running[(k + 1) % kTaps];
       }
+      DCX_UNROLL
+      for (int k = 0; k < kTaps; ++k) row[k] = next[k];
     }
   }
 };

@@ -1,4 +1,4 @@
-// y = act(bias + conv(snake(x))) + residual for seven taps, stride 1, dilation 1 and one input channel: the encoder's
+// y = bias + conv(snake(x)) + residual for seven taps, stride 1, dilation 1 and one input channel: the encoder's
 // first convolution, which writes far more than it reads. A block snakes its samples once into shared memory; a thread
 // keeps eight columns' weights in registers and walks over its rows, neighbouring threads side by side in y. The taps
 // are one chain of float32 products.
@@ -14,9 +14,10 @@ struct SpreadConv {
   static constexpr int kThreads = 128, kMinBlocks = 4;
   static constexpr bool kNeedsSm80 = DTypeOf<T>::value == DType::kBF16;
   static constexpr int kTaps = 7, kColumns = 8, kVector = Vector16<T>::kCount;
+  static constexpr int kRun = 4;  // neighbouring rows of a thread, which share their samples
 
   static DCX_HOST_DEVICE int cells(const Params& p) { return static_cast<int>(p.columns) / kColumns; }
-  // Rows that a block works on at once; p.segment: how often.
+  // Runs of rows that a block works on at once; p.segment: rows of a thread.
   static DCX_HOST_DEVICE int rows_at_once(const Params& p) { return kThreads / cells(p); }
   static int64_t smem_bytes(const Params& p) {
     return (p.segment * rows_at_once(p) + kTaps - 1) * static_cast<int64_t>(sizeof(float));
@@ -51,36 +52,40 @@ struct SpreadConv {
     if (first >= at_once) return;
     const T* residual = static_cast<const T*>(p.residual.data);
     const int64_t last = minimum(p.rows, q0 + rows);
-    int64_t q = q0 + first;
-    T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + b * p.y.stride_b + q * p.y.stride_t + column * p.y.stride_c;
-    const float* from = samples + first;
+    T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + b * p.y.stride_b + q0 * p.y.stride_t + column * p.y.stride_c;
     DCX_NO_UNROLL
-    for (; q < last; q += at_once, from += at_once, y += at_once * p.y.stride_t) {
-      float sums[kColumns] = {};
+    for (int row = first * kRun; q0 + row < last; row += at_once * kRun) {
+      float near[kRun + kTaps - 1];
       DCX_UNROLL
-      for (int j = 0; j < kTaps; ++j) {
-        const float value = from[j];
+      for (int i = 0; i < kRun + kTaps - 1; ++i) near[i] = samples[row + i];
+      DCX_UNROLL
+      for (int r = 0; r < kRun; ++r) {
+        const int64_t q = q0 + row + r;
+        if (q >= last) break;
+        float sums[kColumns] = {};
         DCX_UNROLL
-        for (int c = 0; c < kColumns; ++c) sums[c] = fused_multiply_add(value, weights[j][c], sums[c]);
-      }
-      Vector16<T> out[kColumns / kVector];
-      DCX_UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        float value = 0.0f;
-        if (q < out_steps) {
-          value = finish_activation(sums[c] + bias[c], p.activation);
-          if (residual != nullptr)
-            value += to_float(
-                residual[b * p.residual.stride_b + q * p.residual.stride_t + (column + c) * p.residual.stride_c]);
+        for (int j = 0; j < kTaps; ++j) DCX_UNROLL
+        for (int c = 0; c < kColumns; ++c) sums[c] = fused_multiply_add(near[r + j], weights[j][c], sums[c]);
+        Vector16<T> out[kColumns / kVector];
+        DCX_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          float value = 0.0f;
+          if (q < out_steps) {
+            value = sums[c] + bias[c];
+            if (residual != nullptr)
+              value += to_float(
+                  residual[b * p.residual.stride_b + q * p.residual.stride_t + (column + c) * p.residual.stride_c]);
+          }
+          out[c / kVector].values[c % kVector] = from_float<T>(value);
         }
-        out[c / kVector].values[c % kVector] = from_float<T>(value);
-      }
-      if (p.vector_store) {
-        DCX_UNROLL
-        for (int v = 0; v < kColumns / kVector; ++v) *reinterpret_cast<Vector16<T>*>(y + v * kVector) = out[v];
-      } else {
-        DCX_UNROLL
-        for (int c = 0; c < kColumns; ++c) y[c * p.y.stride_c] = out[c / kVector].values[c % kVector];
+        T* to = y + (row + r) * p.y.stride_t;
+        if (p.vector_store) {
+          DCX_UNROLL
+          for (int v = 0; v < kColumns / kVector; ++v) *reinterpret_cast<Vector16<T>*>(to + v * kVector) = out[v];
+        } else {
+          DCX_UNROLL
+          for (int c = 0; c < kColumns; ++c) to[c * p.y.stride_c] = out[c / kVector].values[c % kVector];
+        }
       }
     }
   }
@@ -88,7 +93,7 @@ struct SpreadConv {
 
 // Whether the layer is one for SpreadConv: whatever its memory looks like, since the GEMM adds in another order.
 inline bool spreads(const ConvGemmParams& p) {
-  return p.in_channels == 1 && p.conv_taps == SpreadConv<float>::kTaps && p.conv_stride == 1 && p.conv_dilation == 1 &&
+  return p.in_channels == 1 && p.activation == Activation::kNone && p.conv_taps == SpreadConv<float>::kTaps && p.conv_stride == 1 && p.conv_dilation == 1 &&
          p.columns % SpreadConv<float>::kColumns == 0 &&
          p.columns <= SpreadConv<float>::kColumns * SpreadConv<float>::kThreads;
 }

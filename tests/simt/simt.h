@@ -207,6 +207,11 @@ inline uint64_t bits_of(double x) {
 inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+inline float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
 inline float infinity() { return INFINITY; }
 inline float not_a_number() { return NAN; }
 
