@@ -16,6 +16,7 @@ from tolerances import BF16, F16, F32, TOLERANCE
 from torch import Tensor
 
 from dualcodec_ext.reference import residual_unit_ref
+from dualcodec_ext.reference.ops import snake
 
 pytestmark = pytest.mark.skipif(bool(simt_cases.missing()), reason=simt_cases.missing() or "it can run")
 
@@ -48,6 +49,7 @@ def case(
     dtype: torch.dtype = BF16,
     lengths: list[int] | None = None,
     bias: bool = True,
+    out_alpha: bool = False,
     **settings: int,
 ) -> tuple[dict[str, Any], Tensor]:
     """Return a case for the program, and the reference's output [B, T', C] in float64."""
@@ -66,12 +68,16 @@ def case(
     counts = None if lengths is None else torch.tensor(lengths)
     wide = [None if t is None else t.double() for t in (alpha1, weight1, bias1, alpha2, weight2, bias2)]
     expected = residual_unit_ref(x.double().transpose(1, 2), *wide, dilation, (left, right), causal, counts)
+    out = (0.3 * noise(channels)).exp() if out_alpha else None
+    if out is not None:
+        expected = snake(expected.to(dtype).double(), out.double())
     taps = torch.cat([weight1, weight2], 2).permute(2, 1, 0)
     tensors = {
         "x": x,
         "weight": F.pad(taps, (0, -channels % 16, 0, -channels % 32)),
         "alpha1": alpha1,
         "alpha2": alpha2,
+        "out_alpha": out,
         "bias1": bias1,
         "bias2": bias2,
         "lengths": counts,
@@ -104,7 +110,8 @@ def check(program: Path, folder: Path, tensors: dict[str, Any], expected: Tensor
     assert y.shape == expected.shape
     tf32 = tensors.get("allow_tf32", 0) and y.dtype == F32
     bound = TOLERANCE["residual_unit", F16 if tf32 else y.dtype]  # tf32 rounds operands to float16's 10 bits
-    torch.testing.assert_close(y.double(), expected, rtol=0, atol=bound)
+    slope = 1 if tensors["out_alpha"] is None else 2  # Snake's
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=slope * bound)
     return names
 
 
@@ -260,6 +267,19 @@ def test_two_kernels(program: Path, tmp_path: Path, options: dict[str, Any]) -> 
     assert names and all(name.startswith("dcx::Conv") for name in names)
 
 
+@pytest.mark.parametrize("channels", [32, 48, 72, 96, 128, 192, 200])
+@pytest.mark.parametrize("steps", [67, 700])
+def test_snake_on_the_output(program: Path, tmp_path: Path, channels: int, steps: int) -> None:
+    """Every width's kernels, one after the other's layout: rows of 16 bytes or not, warpgroup products or not."""
+    tensors, expected = case(channels, steps, dilation=3, out_alpha=True, multiprocessors=1)
+    (check if channels > 192 else check_groups)(program, tmp_path, tensors, expected)
+    plain, _ = simt_cases.run(program, tmp_path, [{**tensors, "out_alpha": None}])
+    y = plain[0]["y"].double()
+    outputs, _ = simt_cases.run(program, tmp_path, [tensors])
+    snaked = snake(y.transpose(1, 2), tensors["out_alpha"].double()).transpose(1, 2)
+    torch.testing.assert_close(outputs[0]["y"], snaked.to(BF16), rtol=2**-7, atol=1e-5)
+
+
 def test_values_are_not_numbers(program: Path, tmp_path: Path) -> None:
     tensors, expected = case(steps=100, dilation=3)
     tensors["x"][0, 50] = torch.nan
@@ -362,18 +382,17 @@ GROUPS_PLANTED = {
     ),
     "a write outside y": ("if (t + half * 8 < p.out_steps && channel < channels)", "if (channel < channels)"),
     "a tile too small": ("kWeightBytes + kPanels * Parts::seg", "kWeightBytes - 1024 + kPanels * Parts::seg"),
-    # Case 2: teams that take turns.
-    "teams: no barrier between phases": (
-        "leads = leads.next(p);\n      sync_threads();\n",
-        "leads = leads.next(p);\n",
-    ),
+    # Case 2: teams.
+    "teams: no barrier before the taps": ("      prepare(next);\n      sync_team();\n", "      prepare(next);\n"),
+    "teams: no barrier before the next rows": ("      sync_team();  // the taps have left the rows' memory\n", ""),
     "teams: no wait for the sums": (
-        "        wgmma_wait<0>();\n        settle(sums);\n      } else {",
-        "      } else {",
+        "(p, at, old);\n        wgmma_wait<0>();\n        settle(sums);\n      }\n      sync_team();",
+        "(p, at, old);\n      }\n      sync_team();",
     ),
     "teams: a wrong half of a panel": ("shift = team * kHalf", "shift = 0"),
     "teams: a wrong tap": ("shift, 0, weights_of(smem, tap)", "shift, 0, weights_of(smem, tap - 1)"),
-    "teams: no rows for the tile behind": ("if (phase != 0) turn = turn.next(p);", ""),
+    "teams: no rows for the tile behind": ("      fetch(next);\n", "      cp_async_commit();\n"),
+    "another channel's Snake on the output": ("out = pairs + 4 * kColumns + kFirst * 2", "out = pairs + 4 * kColumns + 4"),
 }
 
 
@@ -421,7 +440,11 @@ def test_nothing_planted(planted: dict[str, Path], tmp_path: Path) -> None:
 
 
 def group_cases() -> list[tuple[dict[str, Any], Tensor]]:
-    return [case(steps=67, dilation=3), case(96, 300, dilation=3, multiprocessors=1), case(72, 300, 2, dilation=3)]
+    return [
+        case(steps=67, dilation=3, out_alpha=True),
+        case(96, 300, dilation=3, multiprocessors=1),
+        case(72, 300, 2, dilation=3),
+    ]
 
 
 @pytest.mark.parametrize("name", GROUPS_PLANTED)

@@ -117,10 +117,11 @@ struct ConvColumns {
   int count;  // columns that there are
 
   DCX_DEVICE ConvColumns(const ConvGemmParams& p, int column) : count(static_cast<int>(p.step_columns) - column) {
+    const float* snake = p.out_alpha != nullptr ? p.out_alpha : p.after_alpha;
     DCX_UNROLL
     for (int v = 0; v < kVector; ++v) {
       bias[v] = v < count && p.bias != nullptr ? p.bias[column + v] : 0.0f;
-      alpha[v] = v < count && p.out_alpha != nullptr ? p.out_alpha[column + v] : 0.0f;
+      alpha[v] = v < count && snake != nullptr ? snake[column + v] : 0.0f;
       inverse[v] = snake_inverse(alpha[v]);
     }
   }
@@ -159,6 +160,11 @@ struct ConvColumns {
     if (adds) {
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v) values[v] += value_of<T>(more, v);
+    }
+    if (p.after_alpha != nullptr) {
+      DCX_UNROLL
+      for (int v = 0; v < kVector; ++v)
+        values[v] = snake_as<T>(to_float(from_float<T>(values[v])), alpha[v], inverse[v]);
     }
     Vector16<T> out;
     DCX_UNROLL

@@ -40,6 +40,7 @@ struct ConvGemmParams {
   const float* bias;       // [columns], null: none
   const float* alpha;      // [in_channels], null: no Snake
   const float* out_alpha;  // [columns]: Snake on the output, before the residual; null: none
+  const float* after_alpha;  // [columns], where out_alpha is null: Snake on what would be written; null: none
   const int64_t* lengths;  // [B], null: in_steps each
   float* partial;          // one tile's sums per block, where ranges run in blocks of their own
   uint32_t* counters;      // [tiles], zeros, and left so

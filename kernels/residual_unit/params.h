@@ -6,7 +6,7 @@ namespace dcx {
 constexpr int64_t kResidualUnitTaps = 7;
 
 // h[t] = bias1 + sum_k W1_k snake(x[t - pad_left + k * dilation], alpha1), k = 0..6
-// y[t] = x[t - pad_left + centre * dilation] + bias2 + W2 snake(h[t], alpha2)
+// y[t] = x[t - pad_left + centre * dilation] + bias2 + W2 snake(h[t], alpha2), rounded; with out_alpha snake(y[t])
 struct ResidualUnitParams {
   TensorView x;         // [B, C, T]
   TensorView y;         // [B, C, T']
@@ -16,6 +16,7 @@ struct ResidualUnitParams {
   const void* bias2;
   const void* alpha1;  // [C], compute type
   const void* alpha2;
+  const void* out_alpha;   // [C], compute type: Snake on y; null: none; a GPU's alone
   const int64_t* lengths;  // [B], null: T each
   int64_t batch, channels, in_steps, out_steps;
   int64_t dilation, pad_left, pad_right;

@@ -14,6 +14,7 @@ struct FusedUnitParams {
   const float* bias2;
   const float* alpha1;  // [C]
   const float* alpha2;
+  const float* out_alpha;  // [C]: Snake on y; null: none
   const int64_t* lengths;  // [B], null: in_steps each
   int64_t channels, channels_padded, columns_padded;
   int64_t in_steps, out_steps, dilation, pad_left, pad_right;

@@ -228,11 +228,23 @@ struct FusedUnit {
     cp_async_wait<0>();
     sync_threads();  // the residual is everyone's
     each_pair(
-        sums, [&](int column) { return pair_of(3, column); },
-        [&](int row, int column, const Pair<float>& bias, float low, float high) {
+        sums,
+        [&](int column) {
+          Column at{pair_of(3, column), {}, {}};
+          if (p.out_alpha != nullptr && column < p.channels) {
+            at.alpha = {p.out_alpha[column], column + 1 < p.channels ? p.out_alpha[column + 1] : 0.0f};
+            at.inverse = {snake_inverse(at.alpha.low), snake_inverse(at.alpha.high)};
+          }
+          return at;
+        },
+        [&](int row, int column, const Column& at, float low, float high) {
           auto* cell = reinterpret_cast<Pair<T>*>(residual + row * kLd + column);
-          low = low + bias.low + to_float(cell->low);
-          high = high + bias.high + to_float(cell->high);
+          low = low + at.bias.low + to_float(cell->low);
+          high = high + at.bias.high + to_float(cell->high);
+          if (p.out_alpha != nullptr) {
+            low = snake_as<T>(to_float(from_float<T>(low)), at.alpha.low, at.inverse.low);
+            high = snake_as<T>(to_float(from_float<T>(high)), at.alpha.high, at.inverse.high);
+          }
           *cell = Pair<T>{from_float<T>(low), from_float<T>(high)};
         });
     sync_threads();

@@ -108,6 +108,7 @@ inline void plan_two_kernels(const CudaContext& context, const ResidualUnitParam
   second.weight = p.weight2;
   second.bias = static_cast<const float*>(p.bias2);
   second.alpha = second.out_alpha = nullptr;
+  second.after_alpha = static_cast<const float*>(p.out_alpha);
   second.in_steps = p.out_steps;
   second.op_in_steps = p.in_steps;
   second.taps = second.dilation = 1;
@@ -127,6 +128,7 @@ inline ResidualUnitPlan prepare_fused(const ResidualUnitParams& p) {
   f.bias2 = static_cast<const float*>(p.bias2);
   f.alpha1 = static_cast<const float*>(p.alpha1);
   f.alpha2 = static_cast<const float*>(p.alpha2);
+  f.out_alpha = static_cast<const float*>(p.out_alpha);
   f.lengths = p.lengths;
   f.channels = p.channels;
   f.channels_padded = round_up(p.channels, kChannelUnit);

@@ -1,7 +1,7 @@
 // residual_unit_wgmma.cuh's unit for 65 to 96 channels of a long signal: all weights stay in shared memory, which
-// leaves room for one block. So two teams of warpgroups take turns in it: while one team's taps are multiplied, the
-// other has the work around them, and from barrier to barrier they change places. The last 32 channels of both teams'
-// rows share a panel, and those columns of every two taps' weights do: 64 bytes of a row each.
+// leaves room for one block. So two teams of warpgroups work in it, each on its own tiles and with barriers of its own:
+// while one team's taps are multiplied, the other has the work around them. The last 32 channels of both teams' rows
+// share a panel, and those columns of every two taps' weights do: 64 bytes of a row each.
 #pragma once
 #include "wgmma_parts.cuh"
 
@@ -25,7 +25,7 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
   static constexpr int kHalf = kPanelRowBytes / 2;
 
   static int64_t smem_bytes(int64_t dilation) {
-    return kWeightBytes + 3 * Parts::segment(dilation) * kPanelRowBytes + kColumns * 6 * 4;
+    return kWeightBytes + 3 * Parts::segment(dilation) * kPanelRowBytes + Parts::kVectorFloats * 4;
   }
 
   // A tap's weights: its last columns lie this far behind the first 64.
@@ -72,62 +72,56 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
     // Past the last tile there are no steps.
     const auto place = [&](Turn turn) { return turn.there(p) ? Parts::place(p, turn) : Where{-1, 0, 0, 0}; };
     const auto counts = [](const Where& at) { return at.begin < at.out_valid; };
-    Turn turn = Parts::first_turn(p, team), leads = Parts::first_turn(p, 0);  // of this team, of the first
-    float sums[kColumns / 2];
-    uint32_t old[2][kColumns / 8];
+    const auto sync_team = [&] { sync_part(team, Parts::kTeamThreads); };
     const auto fetch = [&](const Where& next) {
       if (counts(next)) Parts::load_rows(p, next, own, next.begin - static_cast<int>(p.pad_left), count, rows);
       cp_async_commit();
     };
     const auto prepare = [&](const Where& next) {
-      cp_async_wait<0>();  // the first time, the weights too
+      cp_async_wait<0>();
       if (counts(next)) Parts::snake_rows(own, count, vectors, rows);
       fence_async();
     };
-    const Where start = team == 0 ? place(turn) : Where{-1, 0, 0, 0};
-    fetch(start);
-    prepare(start);
-    sync_threads();
+    Turn turn = Parts::first_turn(p, team);
+    fetch(place(turn));
+    prepare(place(turn));
+    sync_threads();  // the weights are there for both teams
 
-    // Phase f: team f % 2 has its taps of round f / 2, until the first team has none and the second has finished.
     DCX_NO_UNROLL
-    for (int phase = 0;; ++phase) {
-      if (phase % 2 == team) {
-        const Where at = place(turn);
-        if (counts(at)) {
-          wgmma_fence();
-          Parts::template multiply<kDeep, true>(sums, first, panel_bytes, shift, 0, weights_of(smem, 0));
-          DCX_UNROLL
-          for (int tap = 1; tap < kTaps; ++tap)
-            Parts::template multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes),
-                                                   panel_bytes, shift, 0, weights_of(smem, tap));
-          wgmma_commit();
-          Parts::template load_residual<0, kColumns>(p, at, old);
-        }
+    while (turn.there(p)) {
+      const Where at = place(turn);
+      turn = turn.next(p);
+      float sums[kColumns / 2];
+      uint32_t old[2][kColumns / 8];
+      if (counts(at)) {
+        wgmma_fence();
+        Parts::template multiply<kDeep, true>(sums, first, panel_bytes, shift, 0, weights_of(smem, 0));
+        DCX_UNROLL
+        for (int tap = 1; tap < kTaps; ++tap)
+          Parts::template multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes),
+                                                 panel_bytes, shift, 0, weights_of(smem, tap));
+        wgmma_commit();
+        Parts::template load_residual<0, kColumns>(p, at, old);
         wgmma_wait<0>();
         settle(sums);
-      } else {
-        const Where at = phase == 0 ? Where{-1, 0, 0, 0} : place(turn);
-        if (phase != 0) turn = turn.next(p);
-        const Where next = place(turn);
-        fetch(next);  // the taps have left the rows' memory
-        if (counts(at)) {
-          uint32_t hidden[kDeep][4];
-          Parts::hide(sums, pairs, hidden);
-          wgmma_fence();
-          Parts::template multiply_hidden<kColumns, kDeep>(sums, hidden, 0, weights_of(smem, kTaps));
-          wgmma_commit();
-          wgmma_wait<0>();
-          settle(sums);
-          Parts::template finish<0, kColumns>(p, at, sums, pairs, old);
-        } else if (at.clip >= 0) {
-          Parts::clear_rows(p, at, own);
-        }
-        prepare(next);
       }
-      if (phase % 2 == 0 && !leads.there(p)) break;
-      if (phase % 2 != 0) leads = leads.next(p);
-      sync_threads();
+      sync_team();  // the taps have left the rows' memory
+      const Where next = place(turn);
+      fetch(next);
+      if (counts(at)) {
+        uint32_t hidden[kDeep][4];
+        Parts::hide(sums, pairs, hidden);
+        wgmma_fence();
+        Parts::template multiply_hidden<kColumns, kDeep>(sums, hidden, 0, weights_of(smem, kTaps));
+        wgmma_commit();
+        wgmma_wait<0>();
+        settle(sums);
+        Parts::template finish<0, kColumns>(p, at, sums, pairs, old);
+      } else {
+        Parts::clear_rows(p, at, own);
+      }
+      prepare(next);
+      sync_team();
     }
   }
 };

@@ -40,7 +40,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
   static_assert(kStep * kPanelRowBytes % 1024 == 0, "panels start at multiples of 1024 bytes");
 
   static int64_t smem_bytes(int64_t dilation) {
-    return kWeightBytes + kPanels * Parts::segment(dilation) * kPanelRowBytes + kColumns * 6 * 4;
+    return kWeightBytes + kPanels * Parts::segment(dilation) * kPanelRowBytes + Parts::kVectorFloats * 4;
   }
 
   // Channels within..within + kStep of a tap's weights, zeros where they end.

@@ -32,8 +32,11 @@ struct WgmmaParts {
   // which is worth an eighth of the threads.
   static constexpr int kVector = 8, kVectors = kColumns / kVector;
   static constexpr int kAtMost = kTeamThreads / kVectors;
-  static constexpr int kRowsAtOnce = kAtMost % 8 * 8 <= kAtMost ? kAtMost / 8 * 8 : kAtMost;
+  static constexpr bool kInBlocks = kVectors == 4 || kVectors == 6;  // see own_cell
+  static constexpr int kRowsAtOnce = kInBlocks || kAtMost % 8 * 8 <= kAtMost ? kAtMost / 8 * 8 : kAtMost;
   static_assert(sizeof(T) == 2, "16-bit values");
+
+  static constexpr int kVectorFloats = 8 * kColumns;  // what load_vectors fills
 
   static int64_t segment(int64_t dilation) {
     return round_up(kTileRows + (kResidualUnitTaps - 1) * dilation, int64_t{8});
@@ -57,8 +60,23 @@ struct WgmmaParts {
     }
   };
 
+  // Which cell of a block of rows is a thread's: the cells of eight neighbouring threads, which shared memory serves at
+  // once, lie in eight different places of a panel's rows.
+  struct Cell {
+    int row, vector;
+  };
+  static DCX_DEVICE Cell own_cell(int thread) {
+    if constexpr (kVectors == 4) {  // rows 4 apart have theirs in the halves of a row
+      return Cell{thread / 32 * 8 + thread / 8 % 4 + thread % 8 / 4 * 4, thread % 4};
+    } else if constexpr (kVectors == 6) {  // four even or odd rows of a block of eight make three times eight
+      const int block = thread / 48, at = thread % 24 / 6, vector = thread % 6 + (at == 1 ? 4 : 0);
+      return Cell{block * 8 + at * 2 + thread % 48 / 24, vector < 6 ? vector : vector - 6};
+    } else {
+      return Cell{thread / kVectors, thread % kVectors};
+    }
+  }
   static DCX_DEVICE Own own_cells(int panel_bytes, int shift) {
-    const int thread = thread_index() % kTeamThreads, row = thread / kVectors, vector = thread % kVectors;
+    const auto [row, vector] = own_cell(thread_index() % kTeamThreads);
     const int first = (vector % 8 ^ row % 8) * 16;
     return Own{row, vector, panel_bytes, shift, first ^ (vector >= 8 ? shift : 0), first, row < kRowsAtOnce};
   }
@@ -106,15 +124,19 @@ struct WgmmaParts {
     }
   }
 
-  // Snake on the cells that this thread has copied, in place. `vectors`: alpha, then its inverse.
+  // Where the small vectors have channel c's alpha; its inverse lies kColumns behind. The first four channels of all
+  // cells stand side by side, and then the others, so that neighbouring threads read neighbours.
+  static DCX_DEVICE int place_of_alpha(int c) { return c % 8 / 4 * (kColumns / 2) + c / 8 * 4 + c % 4; }
+
+  // Snake on the cells that this thread has copied, in place.
   static DCX_DEVICE void snake_rows(const Own& own, int count, const float* vectors, unsigned char* rows) {
     if (!own.active) return;
     float alpha[kVector], inverse[kVector];
     DCX_UNROLL
     for (int i = 0; i < kVector; i += 4) {
-      const int channel = own.vector * kVector + i;
-      const auto a = *reinterpret_cast<const Vector16<float>*>(vectors + channel);
-      const auto b = *reinterpret_cast<const Vector16<float>*>(vectors + kColumns + channel);
+      const float* at = vectors + place_of_alpha(own.vector * kVector + i);
+      const auto a = *reinterpret_cast<const Vector16<float>*>(at);
+      const auto b = *reinterpret_cast<const Vector16<float>*>(at + kColumns);
       DCX_UNROLL
       for (int j = 0; j < 4; ++j) {
         alpha[i + j] = a.values[j];
@@ -161,19 +183,25 @@ struct WgmmaParts {
     }
   }
 
-  // The small vectors: alpha1, its inverse; then per pair of columns bias1, alpha2, its inverse, and bias2 of the 1x1's
-  // pair there, so that a thread reads a pair's with two loads. Zeros past the channels.
+  // The small vectors: alpha1, its inverse, as place_of_alpha has them; then per pair of columns bias1, alpha2, its inverse, and bias2 of the 1x1's
+  // pair there, so that a thread reads a pair's with two loads; behind these out_alpha and its inverse of such a pair.
+  // Zeros past the channels.
   static DCX_DEVICE void load_vectors(const Params& p, float* to, int threads) {
     for (int c = thread_index(); c < kColumns; c += threads) {
       const bool valid = c < p.channels;
       const float alpha1 = valid ? p.alpha1[c] : 0.0f, alpha2 = valid ? p.alpha2[c] : 0.0f;
-      to[c] = alpha1;
-      to[kColumns + c] = valid ? snake_inverse(alpha1) : 0.0f;
+      to[place_of_alpha(c)] = alpha1;
+      to[kColumns + place_of_alpha(c)] = valid ? snake_inverse(alpha1) : 0.0f;
       float* pair = to + 2 * kColumns + c / 2 * 8 + c % 2;
       pair[0] = valid && p.bias1 != nullptr ? p.bias1[c] : 0.0f;
       pair[2] = alpha2;
       pair[4] = valid ? snake_inverse(alpha2) : 0.0f;
       to[2 * kColumns + place_of_word(c / 2) * 8 + 6 + c % 2] = valid && p.bias2 != nullptr ? p.bias2[c] : 0.0f;
+      if (p.out_alpha == nullptr) continue;
+      const float out_alpha = valid ? p.out_alpha[c] : 0.0f;
+      float* out = to + 6 * kColumns + place_of_word(c / 2) * 4 + c % 2;
+      out[0] = out_alpha;
+      out[2] = valid ? snake_inverse(out_alpha) : 0.0f;
     }
   }
 
@@ -260,11 +288,13 @@ struct WgmmaParts {
     }
   }
 
-  // y of this thread's two rows, + bias2 + the residual: kCount columns from kFirst on, zeros from out_valid on.
+  // y of this thread's two rows, + bias2 + the residual, and Snake where there is one: kCount columns from kFirst on,
+  // zeros from out_valid on.
   template <int kFirst, int kCount>
   static DCX_DEVICE void finish(const Params& p, const Where& at, const float* sums, const float* pairs,
                                 const uint32_t (&words)[2][kCount / 8]) {
     const float* own = pairs + kFirst * 4 + thread_index() % 4 * 8 + 6;
+    const float* out = pairs + 4 * kColumns + kFirst * 2 + thread_index() % 4 * 4;
     const int t = at.begin + own_row(), channels = static_cast<int>(p.channels);
     T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + at.clip * p.y.stride_b + t * p.y.stride_t;
     own_channels<kFirst, kCount>([&](int word, int channel, auto values) {
@@ -280,6 +310,16 @@ struct WgmmaParts {
           const float* sum = sums + (word + i) * 4 + half * 2;
           const uint32_t both = pack_pair<T>(sum[0] + bias[i].low + old.low, sum[1] + bias[i].high + old.high);
           values.values[i] = t + half * 8 < at.out_valid ? both : 0;
+        }
+        if (p.out_alpha != nullptr) {
+          DCX_UNROLL
+          for (int i = 0; i < kWords; ++i) {
+            if (kColumns > 64) sync_warp();  // or more are read ahead than there is room for
+            const auto snake = *reinterpret_cast<const Vector16<float>*>(out + (word + i) * 16);
+            const Pair<float> x = unpack_pair<T>(values.values[i]);
+            values.values[i] = pack_pair<T>(snake_as<T>(x.low, snake.values[0], snake.values[2]),
+                                            snake_as<T>(x.high, snake.values[1], snake.values[3]));
+          }
         }
         if (t + half * 8 < p.out_steps && channel < channels)
           *reinterpret_cast<decltype(values)*>(y + half * 8 * p.y.stride_t + channel) = values;

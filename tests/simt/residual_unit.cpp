@@ -25,6 +25,7 @@ dcx::ResidualUnitParams params_of(Case& c) {
   p.bias2 = c.data<float>("bias2");
   p.alpha1 = c.data<float>("alpha1");
   p.alpha2 = c.data<float>("alpha2");
+  p.out_alpha = c.data<float>("out_alpha");
   p.lengths = c.data<int64_t>("lengths");
   p.y = view_of(c.output("y", x.dtype, {p.batch, p.out_steps, p.channels}), c);
   return p;

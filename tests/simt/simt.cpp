@@ -44,6 +44,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* fake_stack = nullptr;
   State state = State::kReady;
+  size_t first = 0, count = 0;  // the threads that meet at the barrier where this one waits
   Position position;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Copy> open;
@@ -116,18 +117,27 @@ void land(Copy& copy) {
     memset(copy.to, 0, copy.bytes);
 }
 
-// Lets everyone past the barrier once all threads that still run are there.
+// Lets the threads of one barrier past it, any of those at which all of its threads are; false: there is none.
 bool release_barrier() {
-  bool any = false;
-  for (const Fiber& fiber : scheduler().fibers) {
-    if (fiber.state != State::kAtBarrier && fiber.state != State::kDone) return false;
-    any |= fiber.state == State::kAtBarrier;
+  Scheduler& s = scheduler();
+  std::vector<const Fiber*> whole;
+  for (size_t thread = 0; thread < s.fibers.size(); ++thread) {
+    const Fiber& fiber = s.fibers[thread];
+    if (fiber.state != State::kAtBarrier || fiber.first != thread) continue;
+    if (fiber.first + fiber.count > s.fibers.size()) fail("a barrier of more threads than there are");
+    bool all = true;
+    for (size_t i = fiber.first; i < fiber.first + fiber.count; ++i) {
+      const Fiber& other = s.fibers[i];
+      if (other.state == State::kDone) fail("a thread ended while others wait at a barrier");
+      all &= other.state == State::kAtBarrier && other.first == fiber.first && other.count == fiber.count;
+    }
+    if (all) whole.push_back(&fiber);
   }
-  for (Fiber& fiber : scheduler().fibers) {
-    if (fiber.state == State::kDone) fail("a thread ended while others wait at a barrier");
-    fiber.state = State::kReady;
-  }
-  return any;
+  if (whole.empty()) return false;
+  const Fiber& one = *whole[s.random() % whole.size()];
+  const size_t first = one.first, end = one.first + one.count;
+  for (size_t i = first; i < end; ++i) s.fibers[i].state = State::kReady;
+  return true;
 }
 
 void run_block(int threads) {
@@ -184,8 +194,14 @@ void fail(const std::string& what) {
   _Exit(3);
 }
 
-void barrier() {
-  scheduler().current->state = State::kAtBarrier;
+void barrier() { barrier_of(0, static_cast<int>(scheduler().fibers.size())); }
+
+void barrier_of(int first, int count) {
+  Fiber& self = *scheduler().current;
+  if (self.position.thread < first || self.position.thread >= first + count) fail("a thread at a barrier of others");
+  self.state = State::kAtBarrier;
+  self.first = static_cast<size_t>(first);
+  self.count = static_cast<size_t>(count);
   leave_fiber(false);
 }
 

@@ -31,6 +31,7 @@ const Position& position();
 // each lane.
 void warp_together(const char* name, void* argument, void (*all)(void* const (&arguments)[32]));
 void barrier();
+void barrier_of(int first, int count);  // of these threads alone
 void copy_later(void* to, const void* from, size_t bytes);  // 16 zeros where from is null
 void commit_copies();
 void wait_copies(int pending);
@@ -133,6 +134,7 @@ inline int64_t block_y() { return simt::position().block[1]; }
 inline int64_t block_z() { return simt::position().block[2]; }
 
 inline void sync_threads() { simt::barrier(); }
+inline void sync_part(int part, int threads) { simt::barrier_of(part * threads, threads); }
 inline void sync_warp() {
   simt::warp_together("sync_warp", nullptr, [](void* const(&)[32]) {});
 }
