@@ -49,7 +49,8 @@ TORCH_LIBRARY(dualcodec_ext, m) {
                   "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed, int winograd=0");
   define_with_out(m, "rvq_lookup",
                   "Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? "
-                  "lengths, bool channels_last, Tensor? packed");
+                  "lengths, bool channels_last, Tensor? packed",
+                  "Tensor(b!)? error=None, ");
   m.def(
       "rvq_search(Tensor z, Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias, "
       "int num_quantizers, bool return_quantized, bool return_margin, Tensor? lengths, Tensor? packed) -> (Tensor "
@@ -57,6 +58,10 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   define_with_out(m, "snake_conv1d",
                   "Tensor x, Tensor weight, Tensor? bias, Tensor? alpha, int stride, int dilation, int[] padding, str "
                   "activation, Tensor? residual, Tensor? lengths, Tensor? packed");
+  // Runs of every row, on CUDA alone: kernels/stream_rows/README.md.
+  m.def(
+      "stream_rows(Tensor(a!) to, Tensor source, int[] to_at, int[] source_at, int[] counts, Tensor? kept, Tensor(b!)? "
+      "error) -> ()");
   // With `first` the output begins at that step and is as long as `out`: a stretch of an upsampling.
   define_with_out(m, "snake_upsample1d",
                   "Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? "

@@ -78,9 +78,9 @@ at::Tensor causal_dwconv1d_cpu(const OptionalTensor& out,   // [B, C, T'], x's d
 #ifdef DCX_WITH_CUDA
 
 // Contiguous float32 weights go to the kernel as they are: one launch and no other.
-at::Tensor causal_dwconv1d_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                at::IntArrayRef padding, const OptionalTensor& ln_weight, const OptionalTensor& ln_bias,
-                                double eps, const OptionalTensor& lengths) {
+at::Tensor causal_dwconv1d_cuda(const OptionalTensor& out, const at::Tensor& x, const at::Tensor& weight,
+                                const OptionalTensor& bias, at::IntArrayRef padding, const OptionalTensor& ln_weight,
+                                const OptionalTensor& ln_bias, double eps, const OptionalTensor& lengths) {
   const char* op = "causal_dwconv1d";
   CausalDwconv1dParams p = check_causal_dwconv1d(x, weight, padding, ln_weight, ln_bias, eps);
   check_cuda_dtype(op, "x", x);
@@ -90,7 +90,7 @@ at::Tensor causal_dwconv1d_cuda(const at::Tensor& x, const at::Tensor& weight, c
   const at::Tensor bias_values = small_vector(op, "bias", bias, p.channels, x);
   const at::Tensor norm_weight = small_vector(op, "ln_weight", ln_weight, p.channels, x);
   const at::Tensor norm_bias = small_vector(op, "ln_bias", ln_bias, p.channels, x);
-  at::Tensor y = empty_signal(p.batch, p.channels, p.out_steps, x.options(), is_channels_last(x));
+  at::Tensor y = output_signal(op, out, p.batch, p.channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight = weight_values.const_data_ptr();
@@ -113,5 +113,8 @@ TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
 }
 
 #ifdef DCX_WITH_CUDA
-TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) { m.impl("causal_dwconv1d", dcx::causal_dwconv1d_cuda); }
+TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
+  m.impl("causal_dwconv1d", dcx::WithOut<&dcx::causal_dwconv1d_cuda>::functional);
+  m.impl("causal_dwconv1d.out", dcx::WithOut<&dcx::causal_dwconv1d_cuda>::out);
+}
 #endif

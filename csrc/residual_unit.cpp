@@ -159,10 +159,11 @@ at::Tensor pack_residual_unit_cuda(const at::Tensor& weight1,  // [C, C, 7]
       .reshape({-1});
 }
 
-at::Tensor residual_unit_cuda(const at::Tensor& x, const at::Tensor& alpha1, const at::Tensor& weight1,
-                              const OptionalTensor& bias1, const at::Tensor& alpha2, const at::Tensor& weight2,
-                              const OptionalTensor& bias2, int64_t dilation, at::IntArrayRef padding, bool causal,
-                              const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd) {
+at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, const at::Tensor& alpha1,
+                              const at::Tensor& weight1, const OptionalTensor& bias1, const at::Tensor& alpha2,
+                              const at::Tensor& weight2, const OptionalTensor& bias2, int64_t dilation,
+                              at::IntArrayRef padding, bool causal, const OptionalTensor& lengths,
+                              const OptionalTensor& packed, int64_t winograd) {
   const char* op = "residual_unit";
   ResidualUnitParams p = check_residual_unit(x, weight1, weight2, dilation, padding, causal);
   check_cuda_dtype(op, "x", x);
@@ -177,7 +178,7 @@ at::Tensor residual_unit_cuda(const at::Tensor& x, const at::Tensor& alpha1, con
   const at::Tensor values = cuda_packed_or(op, packed, (kResidualUnitTaps + 1) * pointwise_numel, x, [&] {
     return pack_residual_unit_cuda(weight1.to(x.scalar_type()), weight2.to(x.scalar_type()), 0);
   });
-  at::Tensor y = empty_signal(p.batch, p.channels, p.out_steps, x.options(), is_channels_last(x));
+  at::Tensor y = output_signal(op, out, p.batch, p.channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight1 = values.const_data_ptr();
@@ -220,7 +221,8 @@ TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
 
 #ifdef DCX_WITH_CUDA
 TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
-  m.impl("residual_unit", dcx::residual_unit_cuda);
+  m.impl("residual_unit", dcx::WithOut<&dcx::residual_unit_cuda>::functional);
+  m.impl("residual_unit.out", dcx::WithOut<&dcx::residual_unit_cuda>::out);
   m.impl("pack_residual_unit", dcx::pack_residual_unit_cuda);
 }
 #endif

@@ -47,9 +47,11 @@ Lookup check_rvq_lookup(const at::Tensor& codes, const at::Tensor& codebooks, co
   return call;
 }
 
-// The output, laid out as the addend is where there is one.
-at::Tensor empty_output(const Lookup& call, bool channels_last) {
-  return empty_signal(call.p.batch, call.p.layout.channels, call.p.frames, call.like.options(),
+// The output; a new one is laid out as the addend is where there is one.
+at::Tensor lookup_output(const Lookup& call, const OptionalTensor& out, bool channels_last) {
+  const RvqLookupParams& p = call.p;
+  if (out.has_value()) return output_signal("rvq_lookup", out, p.batch, p.layout.channels, p.frames, call.like);
+  return empty_signal(p.batch, p.layout.channels, p.frames, call.like.options(),
                       call.has_addend ? is_channels_last(call.like) : channels_last);
 }
 
@@ -59,7 +61,18 @@ at::Tensor empty_output(const Lookup& call, bool channels_last) {
             ", stage ", stage, ", frame ", position % p.frames);
 }
 
-at::Tensor rvq_lookup_cpu(const OptionalTensor& out,      // [B, C, F]; may be the addend itself
+// Where a call that is given `error` notes the lowest flat position of a code out of range, instead of raising; a call
+// of several leaves the lowest of all.
+int64_t* noted(const OptionalTensor& error, const at::Tensor& codes) {
+  if (!error.has_value()) return nullptr;
+  DCX_CHECK(error->numel() == 1 && error->scalar_type() == at::kLong && error->device() == codes.device(),
+            "rvq_lookup: error must be one int64 on ", codes.device(), " as the codes are, got ", error->scalar_type(),
+            " ", shape_text(*error), " on ", error->device());
+  return error->mutable_data_ptr<int64_t>();
+}
+
+at::Tensor rvq_lookup_cpu(const OptionalTensor& error,    // [1] i64, see noted
+                          const OptionalTensor& out,      // [B, C, F]; may be the addend itself
                           const at::Tensor& codes,        // [B, q, F] integers, q <= Q
                           const at::Tensor& codebooks,    // [Q, N, D]
                           const at::Tensor& out_weight,   // [Q, C, D]
@@ -77,28 +90,29 @@ at::Tensor rvq_lookup_cpu(const OptionalTensor& out,      // [B, C, F]; may be t
     return pack_quantizer(p.layout, at::Tensor(), at::Tensor(), codebooks, out_weight, out_bias, dtype);
   });
   const at::Tensor code_values = codes.to(at::kLong).contiguous();
-  const at::Tensor y = out.has_value() ? output_signal(op, out, p.batch, p.layout.channels, p.frames, call.like)
-                                       : empty_output(call, channels_last);
+  const at::Tensor y = lookup_output(call, out, channels_last);
   if (y.numel() == 0) return y;
-  int64_t error = kNoError;
+  int64_t position = kNoError;
+  int64_t* note = noted(error, codes);
   p.codes = code_values.const_data_ptr<int64_t>();
   p.y = view_of(y);
   p.packed = values.const_data_ptr();
   p.lengths = data_or_null<int64_t>(length_values);
   p.is_double = dtype == at::kDouble;
-  p.error = &error;
+  p.error = note != nullptr ? note : &position;
   launch_rvq_lookup_cpu(p);
-  if (error != kNoError) refuse_code(p, error, p.codes[error]);
+  if (position != kNoError) refuse_code(p, position, p.codes[position]);
   return y;
 }
 
 #ifdef DCX_WITH_CUDA
 
 // Waits for the kernel, to raise on a code out of range. A stream that captures a CUDA graph can't be waited for: there
-// the frames of such codes are NaN, and whoever replays the graph checks its codes.
-at::Tensor rvq_lookup_cuda(const at::Tensor& codes, const at::Tensor& codebooks, const at::Tensor& out_weight,
-                           const at::Tensor& out_bias, const OptionalTensor& addend, const OptionalTensor& lengths,
-                           bool channels_last, const OptionalTensor& packed) {
+// the frames of such codes are NaN, and whoever replays the graph checks its codes, or gives `noting` (see noted).
+at::Tensor rvq_lookup_cuda(const OptionalTensor& noting, const OptionalTensor& out, const at::Tensor& codes,
+                           const at::Tensor& codebooks, const at::Tensor& out_weight, const at::Tensor& out_bias,
+                           const OptionalTensor& addend, const OptionalTensor& lengths, bool channels_last,
+                           const OptionalTensor& packed) {
   const char* op = "rvq_lookup";
   Lookup call = check_rvq_lookup(codes, codebooks, out_weight, out_bias, addend);
   RvqLookupParams& p = call.p;
@@ -109,13 +123,14 @@ at::Tensor rvq_lookup_cuda(const at::Tensor& codes, const at::Tensor& codebooks,
     return pack_quantizer(p.layout, at::Tensor(), at::Tensor(), codebooks, out_weight, out_bias, at::kFloat);
   });
   const at::Tensor code_values = codes.to(at::kLong).contiguous();
-  at::Tensor y = empty_output(call, channels_last);
+  at::Tensor y = lookup_output(call, out, channels_last);
   if (y.numel() == 0) return y;
   const CudaContext context = cuda_context();
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   C10_CUDA_CHECK(cudaStreamIsCapturing(static_cast<cudaStream_t>(context.stream), &capture));
   at::Tensor error;
-  if (capture == cudaStreamCaptureStatusNone) {
+  p.error = noted(noting, codes);
+  if (p.error == nullptr && capture == cudaStreamCaptureStatusNone) {
     error = at::full({1}, kNoError, code_values.options());
     p.error = error.mutable_data_ptr<int64_t>();
   }
@@ -133,14 +148,32 @@ at::Tensor rvq_lookup_cuda(const at::Tensor& codes, const at::Tensor& codebooks,
 
 #endif  // DCX_WITH_CUDA
 
+// The op and its overload `out` over one of the functions above.
+template <auto kInto>
+at::Tensor look_up(const at::Tensor& codes, const at::Tensor& codebooks, const at::Tensor& out_weight,
+                   const at::Tensor& out_bias, const OptionalTensor& addend, const OptionalTensor& lengths,
+                   bool channels_last, const OptionalTensor& packed) {
+  return kInto(std::nullopt, std::nullopt, codes, codebooks, out_weight, out_bias, addend, lengths, channels_last,
+               packed);
+}
+template <auto kInto>
+void look_up_into(const at::Tensor& codes, const at::Tensor& codebooks, const at::Tensor& out_weight,
+                  const at::Tensor& out_bias, const OptionalTensor& addend, const OptionalTensor& lengths,
+                  bool channels_last, const OptionalTensor& packed, const OptionalTensor& error, at::Tensor& out) {
+  kInto(error, out, codes, codebooks, out_weight, out_bias, addend, lengths, channels_last, packed);
+}
+
 }  // namespace
 }  // namespace dcx
 
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
-  m.impl("rvq_lookup", dcx::WithOut<&dcx::rvq_lookup_cpu>::functional);
-  m.impl("rvq_lookup.out", dcx::WithOut<&dcx::rvq_lookup_cpu>::out);
+  m.impl("rvq_lookup", dcx::look_up<&dcx::rvq_lookup_cpu>);
+  m.impl("rvq_lookup.out", dcx::look_up_into<&dcx::rvq_lookup_cpu>);
 }
 
 #ifdef DCX_WITH_CUDA
-TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) { m.impl("rvq_lookup", dcx::rvq_lookup_cuda); }
+TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
+  m.impl("rvq_lookup", dcx::look_up<&dcx::rvq_lookup_cuda>);
+  m.impl("rvq_lookup.out", dcx::look_up_into<&dcx::rvq_lookup_cuda>);
+}
 #endif

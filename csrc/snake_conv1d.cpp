@@ -130,10 +130,10 @@ at::Tensor pack_conv1d_cuda(const at::Tensor& weight, int64_t stride, int64_t di
       .flatten();
 }
 
-at::Tensor snake_conv1d_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                             const OptionalTensor& alpha, int64_t stride, int64_t dilation, at::IntArrayRef padding,
-                             c10::string_view activation, const OptionalTensor& residual, const OptionalTensor& lengths,
-                             const OptionalTensor& packed) {
+at::Tensor snake_conv1d_cuda(const OptionalTensor& out, const at::Tensor& x, const at::Tensor& weight,
+                             const OptionalTensor& bias, const OptionalTensor& alpha, int64_t stride, int64_t dilation,
+                             at::IntArrayRef padding, c10::string_view activation, const OptionalTensor& residual,
+                             const OptionalTensor& lengths, const OptionalTensor& packed) {
   const char* op = "snake_conv1d";
   SnakeConv1dParams p = check_snake_conv1d(x, weight, stride, dilation, padding, activation, residual);
   check_cuda_dtype(op, "x", x);
@@ -144,7 +144,7 @@ at::Tensor snake_conv1d_cuda(const at::Tensor& x, const at::Tensor& weight, cons
   // The kernel reads and writes one element type.
   const at::Tensor extra = p.residual.data != nullptr ? residual->to(x.scalar_type()) : at::Tensor();
   if (extra.defined()) p.residual = view_of(extra);
-  at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
+  at::Tensor y = output_signal(op, out, p.batch, p.out_channels, p.out_steps, x);
   const ConvGeometry geometry = conv_geometry(p.in_channels, p.taps, stride, dilation);
   const int64_t numel = geometry.taps * geometry.channels_padded() * round_up(p.out_channels, kColumnUnit);
   const at::Tensor values = cuda_packed_or(
@@ -174,7 +174,8 @@ TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
 
 #ifdef DCX_WITH_CUDA
 TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
-  m.impl("snake_conv1d", dcx::snake_conv1d_cuda);
+  m.impl("snake_conv1d", dcx::WithOut<&dcx::snake_conv1d_cuda>::functional);
+  m.impl("snake_conv1d.out", dcx::WithOut<&dcx::snake_conv1d_cuda>::out);
   m.impl("pack_conv1d", dcx::pack_conv1d_cuda);
 }
 #endif

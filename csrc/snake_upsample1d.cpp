@@ -134,15 +134,21 @@ SnakeUpsample1dParams check_snake_upsample1d(const at::Tensor& x, const at::Tens
   return p;
 }
 
-at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x's dtype; undefined: all T' steps
-                                 int64_t first,               // output step that `out` begins with
-                                 const at::Tensor& x,         // [B, Cin, T] f32|f64|bf16|f16
-                                 const at::Tensor& alpha,     // [Cin]
-                                 const at::Tensor& weight,    // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
-                                 const OptionalTensor& bias,  // [Cout]
-                                 int64_t stride, c10::string_view mode, at::IntArrayRef padding,
-                                 const OptionalTensor& lengths,  // [B] i64
-                                 const OptionalTensor& packed, int64_t winograd) {
+void check_stretch(int64_t first, const at::Tensor& out, const SnakeUpsample1dParams& p) {
+  DCX_CHECK(out.dim() == 3 && first >= 0 && first + out.size(2) <= p.out_steps,
+            "snake_upsample1d: out must be [B, C, N] with first + N in 0..", p.out_steps, ", got first = ", first,
+            " and ", shape_text(out));
+}
+
+at::Tensor snake_upsample1d_into_cpu(const OptionalTensor& out,  // [B, Cout, N], x's dtype; none: all T' steps
+                                     int64_t first,              // output step that `out` begins with
+                                     const at::Tensor& x,        // [B, Cin, T] f32|f64|bf16|f16
+                                     const at::Tensor& alpha,    // [Cin]
+                                     const at::Tensor& weight,   // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
+                                     const OptionalTensor& bias,  // [Cout]
+                                     int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                                     const OptionalTensor& lengths,  // [B] i64
+                                     const OptionalTensor& packed, int64_t winograd) {
   const char* op = "snake_upsample1d";
   SnakeUpsample1dParams p = check_snake_upsample1d(x, weight, stride, mode, padding);
   check_winograd(op, winograd, p.phases);
@@ -159,9 +165,7 @@ at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x
   const at::Tensor panels = packed_or(
       op, packed, numel, dtype, [&] { return pack_upsample1d_cpu(weight.to(dtype), stride, mode, padding, winograd); });
   if (out.has_value()) {
-    DCX_CHECK(out->dim() == 3 && first >= 0 && first + out->size(2) <= p.out_steps, op,
-              ": out must be [B, C, N] with first + N in 0..", p.out_steps, ", got first = ", first, " and ",
-              shape_text(*out));
+    check_stretch(first, *out, p);
     p.first = first;
     p.out_steps = out->size(2);
   }
@@ -174,21 +178,6 @@ at::Tensor snake_upsample1d_into(const OptionalTensor& out,   // [B, Cout, N], x
   p.lengths = data_or_null<int64_t>(length_values);
   launch(launch_snake_upsample1d_cpu, p, x, y, panels, bias_values, alpha_values, length_values);
   return y;
-}
-
-at::Tensor snake_upsample1d_cpu(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
-                                const OptionalTensor& bias, int64_t stride, c10::string_view mode,
-                                at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed,
-                                int64_t winograd) {
-  return snake_upsample1d_into(std::nullopt, 0, x, alpha, weight, bias, stride, mode, padding, lengths, packed,
-                               winograd);
-}
-
-void snake_upsample1d_out_cpu(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
-                              const OptionalTensor& bias, int64_t stride, c10::string_view mode,
-                              at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed,
-                              int64_t winograd, int64_t first, at::Tensor& out) {
-  snake_upsample1d_into(out, first, x, alpha, weight, bias, stride, mode, padding, lengths, packed, winograd);
 }
 
 #ifdef DCX_WITH_CUDA
@@ -213,10 +202,11 @@ at::Tensor pack_upsample1d_cuda(const at::Tensor& weight, int64_t stride, c10::s
       .flatten();
 }
 
-at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
-                                 const OptionalTensor& bias, int64_t stride, c10::string_view mode,
-                                 at::IntArrayRef padding, const OptionalTensor& lengths, const OptionalTensor& packed,
-                                 int64_t winograd) {
+// A stretch from a multiple of the stride on is another padding's whole output, with the same weights in every phase.
+at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, const at::Tensor& x,
+                                      const at::Tensor& alpha, const at::Tensor& weight, const OptionalTensor& bias,
+                                      int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                                      const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd) {
   const char* op = "snake_upsample1d";
   check_direct(op, winograd);
   SnakeUpsample1dParams p = check_snake_upsample1d(x, weight, stride, mode, padding);
@@ -228,7 +218,13 @@ at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, c
   const at::Tensor values = cuda_packed_or(
       op, packed, p.phases.total_taps() * round_up(p.in_channels, kChannelUnit) * round_up(p.out_channels, kColumnUnit),
       x, [&] { return pack_upsample1d_cuda(weight.to(x.scalar_type()), stride, mode, padding, 0); });
-  at::Tensor y = empty_signal(p.batch, p.out_channels, p.out_steps, x.options(), is_channels_last(x));
+  if (out.has_value()) {
+    check_stretch(first, *out, p);
+    DCX_CHECK(first % stride == 0, op, ": first must be a multiple of stride = ", stride, " on CUDA, got ", first);
+    p.phases.pad_left += p.phases.mode == UpsampleMode::kTransposed ? first : -first;
+    p.out_steps = out->size(2);
+  }
+  at::Tensor y = output_signal(op, out, p.batch, p.out_channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
   p.weight = values.const_data_ptr();
@@ -243,18 +239,34 @@ at::Tensor snake_upsample1d_cuda(const at::Tensor& x, const at::Tensor& alpha, c
 
 #endif  // DCX_WITH_CUDA
 
+// The op and its overload `out` over one of the functions above.
+template <auto kInto>
+at::Tensor upsample_all(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
+                        const OptionalTensor& bias, int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                        const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd) {
+  return kInto(std::nullopt, 0, x, alpha, weight, bias, stride, mode, padding, lengths, packed, winograd);
+}
+template <auto kInto>
+void upsample_stretch(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
+                      const OptionalTensor& bias, int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                      const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd, int64_t first,
+                      at::Tensor& out) {
+  kInto(out, first, x, alpha, weight, bias, stride, mode, padding, lengths, packed, winograd);
+}
+
 }  // namespace
 }  // namespace dcx
 
 TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
   m.impl("pack_upsample1d", dcx::pack_upsample1d_cpu);
-  m.impl("snake_upsample1d", dcx::snake_upsample1d_cpu);
-  m.impl("snake_upsample1d.out", dcx::snake_upsample1d_out_cpu);
+  m.impl("snake_upsample1d", dcx::upsample_all<&dcx::snake_upsample1d_into_cpu>);
+  m.impl("snake_upsample1d.out", dcx::upsample_stretch<&dcx::snake_upsample1d_into_cpu>);
 }
 
 #ifdef DCX_WITH_CUDA
 TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
   m.impl("pack_upsample1d", dcx::pack_upsample1d_cuda);
-  m.impl("snake_upsample1d", dcx::snake_upsample1d_cuda);
+  m.impl("snake_upsample1d", dcx::upsample_all<&dcx::snake_upsample1d_into_cuda>);
+  m.impl("snake_upsample1d.out", dcx::upsample_stretch<&dcx::snake_upsample1d_into_cuda>);
 }
 #endif

@@ -47,7 +47,7 @@ def overload(op: str) -> Any:
 def stretch(like: Tensor, extra: int = 5) -> tuple[Tensor, Tensor]:
     """Memory of NaN, and channels-last rows in the middle of it, shaped as `like`."""
     batch, channels, steps = like.shape
-    memory = torch.full((batch, steps + 2 * extra, channels), torch.nan, dtype=like.dtype)
+    memory = torch.full((batch, steps + 2 * extra, channels), torch.nan, dtype=like.dtype, device=like.device)
     return memory, memory[:, extra : extra + steps].transpose(1, 2)
 
 
@@ -128,3 +128,25 @@ def test_a_lookup_may_write_over_its_addend() -> None:
     args[4] = args[4].clone()
     torch.ops.dualcodec_ext.rvq_lookup.out(*args, out=args[4])
     assert torch.equal(args[4], expected)
+
+
+def test_a_lookup_that_notes_a_wrong_code_goes_on() -> None:
+    args, _ = call_of("rvq_lookup")
+    none = torch.iinfo(torch.int64).max
+    error, y = torch.tensor([none]), torch.ops.dualcodec_ext.rvq_lookup(*args)
+    out = torch.empty_like(y)
+    torch.ops.dualcodec_ext.rvq_lookup.out(*args, error=error, out=out)
+    assert torch.equal(out, y) and int(error) == none
+    stages, frames = args[0].shape[1:]
+    for b, stage, frame in ((1, 2, 4), (1, 0, 7), (0, 1, 3)):  # the lowest of all calls stays
+        args[0] = args[0].clone()
+        args[0][b, stage, frame] = -1
+        torch.ops.dualcodec_ext.rvq_lookup.out(*args, error=error, out=out)
+        assert int(error) == (b * stages + stage) * frames + frame
+    torch.ops.dualcodec_ext.rvq_lookup.out(*args, error=error.fill_(0), out=out)
+    assert int(error) == 0
+    for wrong in (torch.zeros(2, dtype=torch.int64), torch.zeros(1)):
+        with pytest.raises(ValueError, match="rvq_lookup: error must be one int64 on cpu as the codes are, got"):
+            torch.ops.dualcodec_ext.rvq_lookup.out(*args, error=wrong, out=out)
+    with pytest.raises(ValueError, match=r"rvq_lookup: codes must be in \[0, "):
+        torch.ops.dualcodec_ext.rvq_lookup.out(*args, out=out)

@@ -13,7 +13,10 @@ void run_case(Case& c) {
   p.out_channels = c.number("columns");
   p.phases = dcx::UpsamplePhases{static_cast<dcx::UpsampleMode>(c.number("mode")), c.number("stride"), c.number("left"),
                                  c.number("right")};
-  p.out_steps = p.phases.output_steps(p.in_steps);
+  // A stretch of `count` from output step `first` on, a multiple of the stride, as csrc has it.
+  const int64_t first = c.number("first", 0);
+  p.phases.pad_left += p.phases.mode == dcx::UpsampleMode::kTransposed ? first : -first;
+  p.out_steps = c.number("count", p.phases.output_steps(p.in_steps));
   p.weight = c.at("weight").data;
   p.bias = c.data<float>("bias");
   p.alpha = c.data<float>("alpha");
