@@ -148,14 +148,14 @@ def offline(model: dx.DualCodec, pcm: np.ndarray[Any, Any]) -> np.ndarray[Any, A
     audio = torch.from_numpy(pcm.astype(np.float32) / 32768)[None, None]
     semantic, acoustic = model.encode(audio)
     assert acoustic is not None
-    return torch.cat([semantic, acoustic], 1)[0].T.numpy()
+    return torch.cat([semantic, acoustic], 1)[0].T.cpu().numpy()
 
 
 def decoded(model: dx.DualCodec, codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The samples of a whole clip's codes, as 16-bit numbers that were not rounded."""
     tensor = torch.from_numpy(codes.astype(np.int64)).T[None]
     wave = model.decode_from_codes(tensor[:, :1], tensor[:, 1:] if tensor.shape[1] > 1 else None)
-    return np.clip(wave[0, 0].double().numpy() * 32768, -32768, 32767)
+    return np.clip(wave[0, 0].double().cpu().numpy() * 32768, -32768, 32767)
 
 
 def check_pcm(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> None:
