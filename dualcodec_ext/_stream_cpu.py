@@ -341,6 +341,9 @@ class CpuDecoder(DecoderState):
         made.program.run(slots)
         return made.audio
 
+    def check(self) -> None:
+        """Raise where the last pass had a code out of range: here `run` itself has."""
+
     def _find(self, n: int, frames: int, stages: int, spans: Sequence[Sequence[Span]] | None) -> Pass:
         if spans is not None:
             with torch.inference_mode(False):

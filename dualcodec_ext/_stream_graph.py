@@ -7,7 +7,7 @@ zeros by bounds that are an input, in a recording of its own: past their first f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,56 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from ._stream_cpu import Chain, DecoderState
+from ._stream_cpu import DecoderState
 from ._stream_passes import EncoderState
 from ._stream_plan import Layer
+from ._stream_rows import NO_ERROR, GraphChain, Inlet, Rows, inlets_of, signal
 from .graphs import CudaRecorder, Recorder
-from .stages import stage_of
-from .steps import ConvNeXtStep, ConvStep, ResidualUnitStep, Step, UpsampleStep
 from .tiles import Programs
 
-
-def _conv(step: ConvStep, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    return ops.snake_conv1d(
-        x,
-        step.weight,
-        step.bias,
-        step.alpha,
-        stride=step.stride,
-        dilation=step.dilation,
-        padding=(0, 0),
-        activation=step.activation,
-        residual=residual,
-        packed=step.packed,
-    )
-
-
-def _rows_of(step: Step, x: Tensor, first: int, count: int) -> Tensor:
-    """Return what a step makes of x without padding; of an upsampling `count` rows from its row `first` on."""
-    if isinstance(step, ConvStep):
-        return _conv(step, x)
-    if isinstance(step, ResidualUnitStep):
-        kernel = torch.ops.dualcodec_ext.residual_unit
-        y: Tensor = kernel(x, *step.tensors, step.dilation, (0, 0), step.causal, None, step.packed, step.winograd)
-        return y
-    if isinstance(step, UpsampleStep):
-        return step(x, None)[:, :, first : first + count]
-    weight, bias, eps = step.norm
-    assert isinstance(step, ConvNeXtStep)
-    y = ops.causal_dwconv1d(x, step.weight, step.bias, padding=(0, 0), ln_weight=weight, ln_bias=bias, eps=eps)
-    left = step.padding[0]
-    return _conv(step.contract, _conv(step.expand, y), x[:, :, left : left + count])
+Inputs = dict[str, Tensor]
+_INDICES = 256  # kept, of some of the slots each
 
 
 @dataclass
 class _Recording:
-    inputs: dict[str, Tensor]
+    inputs: Inputs
     replay: Callable[[], Any]
     outputs: tuple[Tensor, ...]  # of the last replay
-
-
-Inputs = dict[str, Tensor]
+    slots: tuple[int, ...] = ()  # that inputs["active"] names
 
 
 class Recorded:
@@ -72,19 +39,44 @@ class Recorded:
 
     Args:
         state: [B, numel], on the device.
+        inlets: of the layers, in a pass of so many frames.
         recorder: None: CUDA graphs on a GPU; elsewhere passes run as they are.
     """
 
-    def __init__(self, state: Tensor, recorder: Recorder | None) -> None:
-        self._rows, self.device, self.batch = state, state.device, state.shape[0]
+    def __init__(self, state: Tensor, inlets: Callable[[int], list[Inlet]], recorder: Recorder | None) -> None:
+        self._state, self.device, self.batch = state, state.device, state.shape[0]
+        self._inlets = inlets
         self._recorder = CudaRecorder() if recorder is None and self.device.type == "cuda" else recorder
         self._made: dict[tuple[object, ...], _Recording] = {}
+        self._rows: dict[int, Rows] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
+            return contextlib.nullcontext()
+        return torch.cuda.device(self.device)
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def rows(self, frames: int) -> Rows:
+        """Return the rows that all passes of so many frames share."""
+        if frames not in self._rows:
+            self._rows[frames] = Rows(self._state, self._inlets(frames))
+        return self._rows[frames]
+
+    def bytes(self) -> int:
+        return sum(rows.bytes() for rows in self._rows.values())
+
+    def index(self, slots: tuple[int, ...]) -> Tensor | None:
+        """Return the slots' numbers on the device; None: all slots."""
+        if len(slots) == self.batch:
+            return None
+        if slots not in self._indices:
+            if len(self._indices) == _INDICES:
+                self._indices.clear()
+            self._indices[slots] = torch.tensor(slots, device=self.device)
+        return self._indices[slots]
 
     def take(
         self,
@@ -92,16 +84,34 @@ class Recorded:
         slots: tuple[int, ...],
         make: Callable[[], Inputs],
         run: Callable[[Inputs], tuple[Tensor, ...]],
-    ) -> tuple[_Recording, Tensor]:
-        """Return the recording of a pass with inputs `active` [B] bool set, and the slots' numbers on the device."""
-        index = torch.tensor(slots, device=self.device)
+    ) -> _Recording:
+        """Return the recording of a pass, its inputs `active` [B] bool and `error` [1] int64 beside those made."""
         found = self._made.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                inputs = {"active": self.zeros(self.batch, dtype=torch.bool)} | make()
+                inputs = {"active": self.zeros(self.batch, dtype=torch.bool), "error": self.zeros(1)} | make()
                 found = self._made[key] = self._record(inputs, run)
-        found.inputs["active"].zero_().index_fill_(0, index, True)
-        return found, index
+        if found.slots != slots:
+            index = self.index(slots)
+            if index is None:
+                found.inputs["active"].fill_(True)
+            else:
+                found.inputs["active"].zero_().index_fill_(0, index, True)
+            found.slots = slots
+        return found
+
+    def fill(self, to: Tensor, rows: Tensor, slots: tuple[int, ...], dim: int = 0) -> None:
+        """Write rows of slots, of any device and dtype; those of others stay what they are."""
+        index = self.index(slots)
+        if index is None:
+            to.copy_(rows)
+        else:
+            to.index_copy_(dim, index, rows.to(to.device, to.dtype))
+
+    def of(self, made: Tensor, slots: tuple[int, ...]) -> Tensor:
+        """Return the rows of slots."""
+        index = self.index(slots)
+        return made if index is None else made[index]
 
     def _record(self, inputs: Inputs, run: Callable[[Inputs], tuple[Tensor, ...]]) -> _Recording:
         if self._recorder is None:
@@ -112,53 +122,10 @@ class Recorded:
 
             made.replay = again
             return made
-        before = self._rows.clone()  # a recording begins with a run
+        before = self._state.clone()  # a recording begins with a run
         replay, outputs, _ = self._recorder.record(lambda: run(inputs))
-        self._rows.copy_(before)
+        self._state.copy_(before)
         return _Recording(inputs, replay, outputs)
-
-
-def behind(state: Tensor, offset: int, context: int, x: Tensor, kept: Tensor) -> Tensor:
-    """Return x with its context in front, channels-last, and keep its last rows as the next one.
-
-    Args:
-        state: [B, numel]; from `offset` on it holds the context.
-        context: rows.
-        x: [B, C, T].
-        kept: [B] bool, the slots whose context changes.
-    """
-    rows = x.transpose(1, 2)
-    if not context:
-        return rows.contiguous().transpose(1, 2)
-    channels = x.shape[1]
-    memory = state[:, offset : offset + context * channels].unflatten(1, (context, channels))
-    whole = torch.cat([memory, rows], 1)
-    memory.copy_(torch.where(kept[:, None, None], whole[:, -context:], memory))
-    return whole.transpose(1, 2)
-
-
-def through(chain: Chain, x: Tensor, frames: int, kept: Tensor, bounds: Sequence[Tensor] | None = None) -> Tensor:
-    """Return what a chain makes of the rows x [B, C, frames * in_rows].
-
-    Args:
-        kept: [B] bool, the slots whose contexts change.
-        bounds: per layer [B, 2] int64, which of its output rows lie in the slots' clips; None: all.
-    """
-    offset = 0
-    for i, layer in enumerate(chain.layers):
-        stage, count = stage_of(layer.step), frames * layer.out_rows
-        whole = behind(chain.state, offset, layer.context, x, kept)
-        offset += layer.context * chain.channels[i]
-        if layer.missing:
-            whole = torch.nn.functional.pad(whole.transpose(1, 2), (0, 0, 0, layer.missing)).transpose(1, 2)
-        stop = stage.stop(count - 1 - layer.out_delay) - layer.first
-        first = -layer.out_delay - layer.first * layer.out_rows // layer.in_rows
-        x = _rows_of(layer.step, whole[:, :, :stop], first, count)
-        if bounds is not None:
-            row = torch.arange(count, device=x.device)
-            inside = (row >= bounds[i][:, :1]) & (row < bounds[i][:, 1:])
-            x = torch.where(inside[:, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return x
 
 
 class GraphDecoder(DecoderState):
@@ -179,7 +146,12 @@ class GraphDecoder(DecoderState):
         recorder: Recorder | None = None,
     ) -> None:
         super().__init__(programs, semantic, decoder, batch, device)
-        self._recorded = Recorded(self.state, recorder)
+        self._chains = GraphChain(self._semantic), GraphChain(self._decoder)
+        self._recorded = Recorded(self.state, self._inlets, recorder)
+        self._last: tuple[_Recording, Mapping[str, Tensor | None]] | None = None
+
+    def bytes(self) -> int:
+        return super().bytes() + self._recorded.bytes()
 
     def run(
         self,
@@ -190,35 +162,55 @@ class GraphDecoder(DecoderState):
         starts: Sequence[int],
         lengths: Sequence[int] | None,
     ) -> Tensor:
-        """As `CpuDecoder.run`."""
+        """As `CpuDecoder.run`; `check` comes behind it."""
         stages = None if semantic is None else 0 if acoustic is None else acoustic.shape[1]
         bounded = lengths is not None or self.before_the_first_sample(starts)
-        recorded, device = self._recorded, self._recorded.device
+        recorded = self._recorded
         with recorded.on_device():
-            made, index = recorded.take(
+            made = recorded.take(
                 (frames, stages, bounded),
                 slots,
                 partial(self._inputs, frames, stages, bounded),
                 partial(self._pass, frames=frames),
             )
-            for name, codes in (("semantic", semantic), ("acoustic", acoustic)):
+            given = {"semantic": semantic, "acoustic": acoustic}
+            for name, codes in given.items():
                 if codes is not None:
-                    made.inputs[name].zero_().index_copy_(0, index, codes.to(device, torch.int64))
+                    recorded.fill(made.inputs[name], codes, slots)
             if bounded:
-                spans = self.spans(frames, starts, lengths)
-                made.inputs["bounds"].index_copy_(1, index, torch.tensor(spans, device=device))
+                spans = torch.tensor(self.spans(frames, starts, lengths))
+                recorded.fill(made.inputs["bounds"], spans, slots, 1)
             made.replay()
-            audio, fine = made.outputs
-            if not bool(fine):
-                assert semantic is not None
-                self.programs.semantic_quantizer.lookup(semantic.to(device), None, None)
-                if acoustic is not None:
-                    self.programs.acoustic_quantizer.lookup(acoustic.to(device), None, None)
-                raise AssertionError("a code was out of range, and then it was not")
-        return audio if len(slots) == recorded.batch else audio[index]
+            self._last = made, given
+            return recorded.of(made.outputs[0], slots)
+
+    def check(self) -> None:
+        """Raise where the last pass had a code out of range, which has changed no state; waits for the pass.
+
+        Apart from `run`, so that what else the pass is to be followed by is on its way before.
+        """
+        if self._last is None:
+            return
+        (made, given), self._last = self._last, None
+        if given["semantic"] is None or int(made.outputs[1]) == NO_ERROR:
+            return
+        quantizers = {"semantic": self.programs.semantic_quantizer, "acoustic": self.programs.acoustic_quantizer}
+        for name, codes in given.items():
+            if codes is not None:
+                made.inputs[name].zero_()  # in a later pass the slots may not take part
+                quantizers[name].lookup(codes.to(self._recorded.device), None, None)
+        raise AssertionError("a code was out of range, and then it was not")
+
+    def _inlets(self, frames: int) -> list[Inlet]:
+        """Return those of the semantic decoder, the decoder, and the acoustic rows that wait for semantic ones."""
+        found = [*inlets_of(self._semantic, frames), *inlets_of(self._decoder, frames)]
+        if self._late:
+            found.append(Inlet(int(self._waiting.storage_offset()), self._late, frames, 0, self._latent))
+        return found
 
     def _inputs(self, frames: int, stages: int | None, bounded: bool) -> Inputs:
         zeros, batch, inputs = self._recorded.zeros, self._recorded.batch, {}
+        self._recorded.rows(frames)  # memory that is no recording's own
         if stages is not None:
             inputs["semantic"] = zeros(batch, 1, frames)
         if stages:
@@ -229,30 +221,31 @@ class GraphDecoder(DecoderState):
         return inputs
 
     def _pass(self, inputs: Inputs, frames: int) -> tuple[Tensor, Tensor]:
-        """Return the audio [B, 1, F * hop], and whether all codes were in range; else no state has changed."""
-        quantizers = {"semantic": self.programs.semantic_quantizer, "acoustic": self.programs.acoustic_quantizer}
-        batch, device = self._recorded.batch, self._recorded.device
-        fine = torch.ones((), dtype=torch.bool, device=device)
-        found: dict[str, Tensor] = {}
-        for name, quantizer in quantizers.items():
-            if name in inputs:
-                codes, entries = inputs[name], quantizer.codebooks.shape[1]
-                fine = fine & ((codes >= 0) & (codes < entries)).all()
-                found[name] = quantizer.lookup(codes.clamp(0, entries - 1), None, None)
-        kept = inputs["active"] & fine
-        width = self._semantic.channels[0] if self._semantic.layers else self._latent
-        nothing = torch.zeros(batch, frames, width, dtype=self.dtype, device=device).transpose(1, 2)
+        """Return the audio [B, 1, F * hop], and NO_ERROR if all codes were in range; else no state has changed."""
+        rows, error, programs = self._recorded.rows(frames), inputs["error"], self.programs
+        before, layers = len(self._semantic.layers), self._decoder.layers
         bounds = list(inputs["bounds"]) if "bounds" in inputs else None
-        before = len(self._semantic.layers)
-        x = through(self._semantic, found.get("semantic", nothing), frames, kept, bounds)
-        if self._late or "acoustic" in found:
-            rows = found.get("acoustic")
-            if rows is None:
-                rows = torch.zeros(batch, self._latent, frames, dtype=self.dtype, device=device)
-            if self._late:
-                rows = behind(self._waiting, 0, self._late, rows, kept)
-            x = x + rows[:, :, :frames]
-        return through(self._decoder, x, frames, kept, None if bounds is None else bounds[before:]), fine
+        inlet, latent = rows.fresh(0), rows.fresh(before)
+        rows.bring(error)
+        if "semantic" in inputs:
+            programs.semantic_quantizer.lookup_into(inlet, inputs["semantic"], None, None, error)
+        else:
+            inlet.zero_()
+        self._chains[0].through(rows, 0, frames, latent, bounds)
+        acoustic = inputs.get("acoustic")
+        if self._late:
+            at = before + len(layers)
+            if acoustic is None:
+                rows.fresh(at).zero_()
+            else:
+                programs.acoustic_quantizer.lookup_into(rows.fresh(at), acoustic, None, None, error)
+            latent.add_(rows.whole(at)[:, :, :frames])
+        elif acoustic is not None:
+            programs.acoustic_quantizer.lookup_into(latent, acoustic, None, latent, error)
+        audio = signal(self.state, 1, frames * layers[-1].out_rows)
+        self._chains[1].through(rows, before, frames, audio, None if bounds is None else bounds[before:])
+        rows.take(inputs["active"], error)
+        return audio, error
 
 
 class GraphEncoder(EncoderState):
@@ -273,7 +266,11 @@ class GraphEncoder(EncoderState):
         recorder: Recorder | None = None,
     ) -> None:
         super().__init__(name, programs, batch, stages, device)
-        self._recorded = Recorded(self.state, recorder)
+        self._graph_chains = [GraphChain(chain) for chain in self.chains]
+        self._firsts = [sum(len(chain.layers) for chain in self.chains[:i]) for i in range(len(self.chains))]
+        self._recorded = Recorded(
+            self.state, lambda frames: [x for chain in self.chains for x in inlets_of(chain, frames)], recorder
+        )
 
     def run(
         self, slots: tuple[int, ...], features: Tensor, audio: Tensor | None, frames: int
@@ -283,29 +280,44 @@ class GraphEncoder(EncoderState):
         if audio is not None:
             given["audio"] = audio
         with recorded.on_device():
-            made, index = recorded.take(
+            made = recorded.take(
                 (frames, audio is not None),
                 slots,
-                lambda: {
-                    what: recorded.zeros(recorded.batch, *x.shape[1:], dtype=self.programs.dtype)
-                    for what, x in given.items()
-                },
+                partial(self._inputs, frames, audio is not None),
                 partial(self._pass, frames=frames),
             )
             for what, x in given.items():
-                made.inputs[what].index_copy_(0, index, x.to(recorded.device, self.programs.dtype))
+                recorded.fill(made.inputs[what], x, slots)
             made.replay()
-        codes = [c if len(slots) == recorded.batch else c[index] for c in made.outputs]
+        codes = [recorded.of(c, slots) for c in made.outputs]
         return codes[0], codes[1] if len(codes) > 1 else None
+
+    def _inputs(self, frames: int, with_audio: bool) -> Inputs:
+        """Return the rows that the first layers read: what is given is written there."""
+        rows = self._recorded.rows(frames)
+        inputs = {"features": rows.fresh(0)}
+        return inputs | ({"audio": rows.fresh(self._firsts[2])} if with_audio else {})
+
+    def _through(self, i: int, rows: Rows, frames: int, channels: int) -> Tensor:
+        chain = self._graph_chains[i]
+        y = signal(self.state, channels, frames * chain.chain.layers[-1].out_rows)
+        chain.through(rows, self._firsts[i], frames, y)
+        return y
 
     def _pass(self, inputs: Inputs, frames: int) -> tuple[Tensor, ...]:
         """Return the semantic codes [B, 1, F] and, of audio, the acoustic ones [B, q, F]."""
-        programs, kept = self.programs, inputs["active"]
-        x = through(self.chains[0], inputs["features"], frames, kept)
-        codes, latent = programs.semantic_quantizer.search(x, None, return_quantized="audio" in inputs)
-        if latent is None:
-            return (codes,)
-        if self.chains[1].layers:
-            latent = through(self.chains[1], latent, frames, kept)
-        z = through(self.chains[2], inputs["audio"], frames, kept)
-        return codes, programs.acoustic_quantizer.search(z - latent, None, self.stages)[0]
+        programs, rows = self.programs, self._recorded.rows(frames)
+        rows.bring(inputs["error"])
+        x = self._through(0, rows, frames, programs.semantic_quantizer.out_weight.shape[1])
+        with_audio = "audio" in inputs
+        codes, latent = programs.semantic_quantizer.search(x, None, return_quantized=with_audio)
+        made: tuple[Tensor, ...] = (codes,)
+        if latent is not None:
+            channels = programs.acoustic_quantizer.out_weight.shape[1]
+            if self.chains[1].layers:
+                rows.fresh(self._firsts[1]).copy_(latent)
+                latent = self._through(1, rows, frames, channels)
+            z = self._through(2, rows, frames, channels)
+            made = codes, programs.acoustic_quantizer.search(z - latent, None, self.stages)[0]
+        rows.take(inputs["active"], inputs["error"])
+        return made

@@ -357,8 +357,18 @@ class Quantizer:
         )
         return result[0], result[1]
 
-    def lookup_into(self, out: Tensor, codes: Tensor, lengths: Tensor | None, addend: Tensor | None) -> None:
-        """Look up into out [B, C, F], which may be the addend itself."""
+    def lookup_into(
+        self,
+        out: Tensor,
+        codes: Tensor,
+        lengths: Tensor | None,
+        addend: Tensor | None,
+        error: Tensor | None = None,
+    ) -> None:
+        """Look up into out [B, C, F], which may be the addend itself.
+
+        error [1] int64: becomes a code's place, if that is lower, where a code out of range would raise.
+        """
         torch.ops.dualcodec_ext.rvq_lookup.out(
             codes,
             self.codebooks,
@@ -368,6 +378,7 @@ class Quantizer:
             lengths,
             True,
             self.packed,
+            error=error,
             out=out,
         )
 

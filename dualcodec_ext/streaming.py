@@ -312,19 +312,20 @@ class StreamingDecoder(Slots):
                 starts,
                 lengths,
             )
-            for b in slots:
-                self._frames[b] += count
             first = filled[0]
             together = len(slots) == self.batch_size and filled.count(first) == self.batch_size
             if ends is None and together and min(starts) * self._hop >= self._delay:
                 audio[:, :, first : first + samples].copy_(rows)
                 filled = [first + samples] * self.batch_size
-                continue
-            for i, b in enumerate(slots):
-                first = starts[i] * self._hop - self._delay
-                low, high = span_of(first, samples, None if ends is None else ends[i])
-                audio[b, :, filled[b] : filled[b] + high - low].copy_(rows[i, :, low:high])
-                filled[b] += high - low
+            else:
+                for i, b in enumerate(slots):
+                    first = starts[i] * self._hop - self._delay
+                    low, high = span_of(first, samples, None if ends is None else ends[i])
+                    audio[b, :, filled[b] : filled[b] + high - low].copy_(rows[i, :, low:high])
+                    filled[b] += high - low
+            self._run.check()
+            for b in slots:
+                self._frames[b] += count
         self.sample_counts, most = filled, max(filled)
         idle = [b for b, count in enumerate(filled) if count == 0]
         if most and idle:  # in one call, so that idle slots cost next to nothing

@@ -259,3 +259,29 @@ def dwconv_case(
 
 
 __all__ = ["SimtCase", "channels_first", "conv_case", "dwconv_case", "run_one", "same_bits", "upsample_case", "worst"]
+
+
+NO_ERROR = torch.iinfo(torch.int64).max
+
+
+def stream_rows_case(
+    runs: list[tuple[int, int, int]],
+    kept: list[int] | None = None,
+    error: int = 5,
+    *,
+    batch: int = 3,
+    width: int = 6000,
+    dtype: torch.dtype = torch.bfloat16,
+    **more: int,
+) -> SimtCase:
+    """One of stream_rows: runs of (to, source, count); error: what its cell holds before."""
+    gen = torch.Generator().manual_seed(len(runs))
+    to, source = (torch.randn(batch, n, generator=gen).to(dtype) for n in (width, width - 800))
+    expected = to.clone()
+    told = kept is not None and error != NO_ERROR and more.get("tells", 1)
+    rows = [] if told else [b for b in range(batch) if kept is None or kept[b]]
+    for at, begin, count in runs:
+        expected[rows, at : at + count] = source[rows, begin : begin + count]
+    tensors: dict[str, Tensor | int | None] = {"to": to, "source": source, "runs": torch.tensor(runs)}
+    tensors |= {"kept": None if kept is None else torch.tensor(kept), "error_before": error, **more}
+    return SimtCase(tensors, expected)

@@ -99,7 +99,10 @@ def test_every_architecture_is_there(usage: list[Usage]) -> None:
     assert all(names == next(iter(kernels.values())) for names in kernels.values())
 
 
-@pytest.mark.parametrize("op", [*OPS, *PACKERS])
+OUTS = [f"{op}.out" for op in OPS if op != "rvq_search"]
+
+
+@pytest.mark.parametrize("op", [*OPS, *PACKERS, *OUTS, "stream_rows"])
 def test_ops_are_registered_for_cuda(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dualcodec_ext::{op}", "CUDA")
 

@@ -42,7 +42,7 @@ LAYERS = (
     ("tiles",),
     ("pieces",),
     ("_stream_cpu", "_stream_plan"),
-    ("_stream_passes",),
+    ("_stream_passes", "_stream_rows"),
     ("engine",),
     ("graphs",),
     ("model",),

@@ -9,13 +9,14 @@ import pytest
 import simt_cases
 import simt_mutants
 import torch
-from simt_inputs import SimtCase, conv_case, dwconv_case, worst
+from simt_inputs import NO_ERROR, SimtCase, conv_case, dwconv_case, stream_rows_case, worst
 from simt_mutants import Mutant
 from tolerances import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONV, TILE, DWCONV = "common/conv_gemm.cuh", "common/gemm_tile.cuh", "causal_dwconv1d/causal_dwconv1d.cuh"
 FINISH, WGMMA = "common/conv_finish.cuh", "common/conv_wgmma.cuh"
+STREAM = "stream_rows/stream_rows.cuh"
 NARROW, SLIDING = "snake_conv1d/snake_conv1d.cuh", "snake_conv1d/sliding_conv.cuh"
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -101,6 +102,16 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         ),
         "missing cp.async wait": Mutant(DWCONV, "          cp_async_wait<0>();\n", ""),
     },
+    "stream_rows": {
+        "rows that are not kept": Mutant(STREAM, "!p.kept[row] || ", ""),
+        "a code out of range is passed over": Mutant(STREAM, "*p.error != kNoStreamError)", "*p.error < 0)"),
+        "the error is left as it is": Mutant(STREAM, "*p.error = kNoStreamError", "*p.error += 0"),
+        "the next run's block": Mutant(STREAM, "block >= p.runs[at + 1].block", "block > p.runs[at + 1].block"),
+        "dropped tail: the last block of a run": Mutant(STREAM, "ceil_div(run.count, int64_t{K::kBlockUnits})", "1"),
+        "out of bounds, global memory: past a run's end": Mutant(
+            STREAM, "if (first + k * kThreads < run.count) values", "values"
+        ),
+    },
 }
 CASES: dict[str, list[SimtCase]] = {
     "snake_conv1d": [
@@ -118,7 +129,12 @@ CASES: dict[str, list[SimtCase]] = {
         dwconv_case(150, taps=31, steps=9, dtype=F32, shared_bytes=14000),
     ],
 }
-CONTROLS = {"snake_conv1d": CONV, "causal_dwconv1d": DWCONV}
+CASES["stream_rows"] = [
+    stream_rows_case([(0, 8, 16), (24, 32, 4968)], error=7),
+    stream_rows_case([(3, 5, 1), (11, 0, 777)], kept=[1, 0, 1], error=NO_ERROR),
+    stream_rows_case([(8, 0, 800)], kept=[1, 1, 1], error=7),
+]
+CONTROLS = {"snake_conv1d": CONV, "causal_dwconv1d": DWCONV, "stream_rows": STREAM}
 NAMES = [(op, name) for op, mutants in MUTANTS.items() for name in mutants]
 
 
@@ -150,7 +166,7 @@ def test_without_a_bug_the_cases_pass(
     tmp_path: Path,
 ) -> None:
     for case, made in zip(CASES[op], expected[op], strict=True):
-        assert worst(made["y"], case.expected) <= TOLERANCE[op, made["y"].dtype]
+        assert worst(made["y"], case.expected) <= TOLERANCE.get((op, made["y"].dtype), 0)
     tensors = [case.tensors for case in CASES[op]]
     assert simt_mutants.caught_by(programs[op, "control"], tmp_path, tensors, expected[op]) is None
 

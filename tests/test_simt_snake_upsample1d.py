@@ -11,6 +11,9 @@ import torch
 from simt_inputs import run_one, same_bits, upsample_case, worst
 from tolerances import TOLERANCE
 
+from dualcodec_ext._stream_rows import later
+from dualcodec_ext.steps import UpsampleStep
+
 OP = "snake_upsample1d"
 pytestmark = pytest.mark.usefixtures("one_thread")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -75,6 +78,35 @@ def test_bits_depend_neither_on_tiles_nor_threads(
         for seed in (2, 3):
             again, _ = run_one(OP, tmp_path, case.with_(multiprocessors=device), seed)
             assert same_bits(whole, again)
+
+
+@pytest.mark.parametrize("mode, padding", [("transposed", (2, 2)), ("repeat", (7, 0)), ("repeat", (2, 5))])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_stretch_has_the_bits_of_the_whole(
+    mode: str, padding: tuple[int, int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    case = made((96, 48, 4), mode, padding, steps=20, batch=2, dtype=dtype, shared_bytes=227 << 10)
+    whole, _ = run_one(OP, tmp_path, case)
+    for first, count in ((0, 7), (4, 76), (8, 33), (76, 1)):
+        y, _ = run_one(OP, tmp_path, case.with_(first=first, count=count))
+        assert same_bits(y, whole[:, first : first + count].contiguous())
+
+
+@pytest.mark.parametrize("stride, padding", [(4, (2, 2)), (5, (3, 3))])
+def test_a_stretch_from_any_row_with_phases_in_another_order(
+    stride: int, padding: tuple[int, int], tmp_path: Path
+) -> None:
+    case = made((96, 48, stride), "transposed", padding, steps=20)
+    whole, _ = run_one(OP, tmp_path, case)
+    weight = case.tensors["weight"]
+    assert isinstance(weight, torch.Tensor)
+    step = UpsampleStep(weight[0], weight[0], weight.flatten(), None, stride, "transposed", padding)
+    for rows in range(1, stride):
+        moved = later(step, rows)
+        more = {"weight": moved.packed.view_as(weight), "left": moved.padding[0], "count": 31}
+        for first in (0, stride):
+            y, _ = run_one(OP, tmp_path, case.with_(**more, first=first))
+            assert same_bits(y, whole[:, rows + first : rows + first + 31].contiguous())
 
 
 def test_a_clip_is_as_alone(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from test_streaming import alone, codes, model, run_session
 from test_streaming_encode import KINDS, check
 from test_streaming_encode import model as encoding_model
 from tolerances import F32, TOLERANCE
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import dualcodec_ext as dx
-from dualcodec_ext import testing
+from dualcodec_ext import _stream_rows, testing
 from dualcodec_ext._stream_graph import GraphDecoder, GraphEncoder
 from dualcodec_ext.semantic import LogMelFeatures
+from dualcodec_ext.steps import ConvNeXtStep
 
 
 class Repeat:
@@ -92,6 +94,104 @@ def test_a_step_is_one_replay() -> None:
     again = dx.StreamingDecoder(model(name), 2)
     again.step(semantic, acoustic)
     assert torch.equal(again.state_dict()["state"], state), "a code out of range has changed nothing"
+
+
+class Counted(TorchDispatchMode):
+    """What is called that a GPU would start a kernel or a copy for, `copy_runs` as one; views and memory are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::").removeprefix("dualcodec_ext::")
+        same = isinstance(returned, torch.Tensor) and any(
+            isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() == returned.untyped_storage().data_ptr()
+            for x in args
+        )
+        if not (same and not func._schema.is_mutable) and not name.startswith(("empty", "new_empty")):
+            self.names.append(name)
+        return returned
+
+
+def counted_copies(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """Counts, with the two copies of a pass as one call each."""
+    counted, copy_runs = Counted(), _stream_rows.copy_runs
+
+    def once(*args: Any) -> None:
+        counted.names.append("stream_rows")
+        with _disable_current_modes():
+            copy_runs(*args)
+
+    monkeypatch.setattr(_stream_rows, "copy_runs", once)
+    return counted
+
+
+def launches(steps: Any) -> int:
+    return sum(3 if isinstance(step, ConvNeXtStep) else 1 for step in steps)
+
+
+class Outside(Repeat):
+    """Replays that are not counted."""
+
+    def record(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Callable[[], Any], tuple[Any, ...], int]:
+        replay, outputs, held = super().record(run)
+
+        def uncounted() -> None:
+            with _disable_current_modes():
+                replay()
+
+        return uncounted, outputs, held
+
+
+@pytest.mark.parametrize(
+    "name, more", [("causal decoder", 0), ("look-ahead", 0), ("un-decoded", 0), ("centred blocks", 1)]
+)
+def test_a_pass_is_its_layers_its_lookups_and_two_copies(name: str, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """more: what waits for semantic codes is added to them."""
+    counted = counted_copies(monkeypatch)
+    decoder = on_graphs(dx.StreamingDecoder(model(name), 3), None)
+    frames = decoder.lookahead_frames + 2  # bounded at first
+    semantic, acoustic = codes(name, frames, batch=3)
+    for at in range(frames):
+        decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1])
+    assert isinstance(decoder._run, GraphDecoder)
+    made = decoder._run._recorded._made[1, acoustic.shape[1], False]
+    counted.names.clear()
+    with counted:
+        made.replay()
+    steps = [layer.step for layer in decoder._layers]
+    assert counted.names.count("stream_rows") == 2 and counted.names.count("rvq_lookup") == 2, counted.names
+    assert len(counted.names) == launches(steps) + 4 + more, counted.names
+
+
+def test_a_step_starts_four_things_beside_its_replay() -> None:
+    name, counted = "causal decoder", Counted()
+    decoder = on_graphs(dx.StreamingDecoder(model(name), 2), Outside())
+    semantic, acoustic = codes(name, 10, batch=2)
+    for at in range(10):
+        counted.names.clear()
+        with counted:
+            decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1])
+    # The codes, in; the audio, out; whether all were in range, which alone waits.
+    assert counted.names == ["copy_", "copy_", "copy_", "_local_scalar_dense"]
+
+
+def test_a_pass_of_encode_is_its_layers_and_little_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, made = counted_copies(monkeypatch), encoding_model("causal everywhere")
+    encoder = encode_on_graphs(dx.StreamingEncoder(made, 2), None)
+    hop = made.dac.hop_length
+    audio, features = testing.make_speech(hop, 2), testing.make_features(1, 2, made.settings["semantic_dim"])
+    encoder.step(audio, features)
+    assert isinstance(encoder._passes, GraphEncoder)
+    (found,) = encoder._passes._recorded._made.values()
+    counted.names.clear()
+    with counted:
+        found.replay()
+    steps = [layer.step for chain in encoder._passes.chains for layer in chain.layers]
+    # Two copies of contexts, two searches; the latent that the semantic decoder reads, and what is left of it.
+    assert len(counted.names) == launches(steps) + 6, counted.names
 
 
 @pytest.mark.parametrize("k", [0, 3])
