@@ -27,9 +27,9 @@ def begun(what: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def finish(run: dict[str, Any], path: str | None) -> dict[str, Any]:
-    """Return a run on the CPU with the machine and the commit, and write it to a JSON file where one is wanted."""
+    """Return a run with the machine and the commit, and write it to a JSON file where one is wanted."""
     commit, dirty = machine.commit()
-    run = run | {"machine": machine.describe("cpu"), "commit": commit, "dirty": dirty}
+    run = run | {"machine": machine.describe(run.get("device", "cpu")), "commit": commit, "dirty": dirty}
     if path:
         Path(path).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     return run

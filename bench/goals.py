@@ -17,6 +17,7 @@ from . import cpu_goals
 
 BEST_PEER = "the best peer"
 _BF16_DECODE = {"what": "decode", "model": "12hz_v1", "dtype": "bfloat16", "device": "cuda"}
+_BF16_STEP = {"what": "stream", "model": "12hz_causal", "dtype": "bfloat16", "device": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ GOALS = (
         {"what": "ops", "op": "rvq_search", "where": "acoustic", "model": "12hz_v1", "steps": 2000}
         | {"dtype": "float32", "device": "cuda"},
     ),
+    Goal("a step of StreamingDecoder, batch 1, bf16", 120e-6, None, _BF16_STEP | {"batch": 1}),
+    Goal("a step of StreamingDecoder, batch 32, bf16", 200e-6, None, _BF16_STEP | {"batch": 32}),
 )
 
 

@@ -1,14 +1,17 @@
 """`python -m bench.gpu_kernels --json FILE`: how long a replayed call takes on a GPU, and its kernels.
 
-Random weights of 12hz_v1 in bfloat16; `d32` is a decode of 32 x 10 s, `e` encodes without the semantic model, `f`
-decodes one frame. Kernels come up before the one in front has ended and wait for it, so that their times hold some
-waiting and add up to more than the call. Nothing is compared with peers here: `python -m bench` does that.
+Random weights in bfloat16; of 12hz_v1 `d32` is a decode of 32 x 10 s, `e` encodes without the semantic model, `f`
+decodes one frame; `s` is a step of StreamingDecoder, of 12hz_causal. Kernels come up before the one in front has ended
+and wait for it, so that their times hold some waiting and add up to more than the call. Nothing is compared with peers
+here: `python -m bench` does that.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import functools
 import json
 import re
 import sys
@@ -26,6 +29,7 @@ from .machine import commit
 from .ours import require_module, unrecorded
 
 CALLS = {"d1": (1, 125), "d32": (32, 125), "f1": (1, 1), "f32": (32, 1), "e1": (1, 125), "e32": (32, 125)}
+CALLS |= {"s1": (1, 1), "s32": (32, 1)}
 _REPEATS, _SAMPLES = 8, 5
 
 
@@ -52,6 +56,9 @@ def _call(model: dx.DualCodec, name: str) -> Callable[[], object]:
     if name[0] != "e":
         semantic = torch.randint(model.config.semantic_codebook_size, (batch, 1, frames), **cuda)
         acoustic = torch.randint(model.config.codebook_size, (batch, model.config.n_codebooks, frames), **cuda)
+        if name[0] == "s":
+            decoder = dx.StreamingDecoder(model, batch)
+            return lambda: decoder.step(semantic, acoustic)
         return lambda: model.decode_from_codes(semantic, acoustic)
     audio = 0.1 * torch.randn(batch, 1, frames * model.config.hop_length, dtype=torch.bfloat16, **cuda)
     features = torch.randn(batch, model.config.semantic_dim, frames, dtype=torch.bfloat16, **cuda)
@@ -59,7 +66,7 @@ def _call(model: dx.DualCodec, name: str) -> Callable[[], object]:
 
 
 def measure(model: dx.DualCodec, name: str) -> dict[str, Any]:
-    """Best and median milliseconds of a replayed call, and the kernels of an eager one."""
+    """Best and median milliseconds of a replayed call, and the kernels of an eager one, or of a stream's replay."""
     call, samples = _call(model, name), []
     for _ in range(4):
         call()
@@ -70,7 +77,7 @@ def measure(model: dx.DualCodec, name: str) -> dict[str, Any]:
             call()
         torch.cuda.synchronize()
         samples.append((time.perf_counter() - start) / _REPEATS * 1e3)
-    with unrecorded(model):
+    with contextlib.nullcontext() if name[0] == "s" else unrecorded(model):
         call()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(3):
@@ -95,8 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU")
     require_module()
-    reference = dx.reference.DualCodec(**dx.DualCodecConfig.preset("12hz_v1").to_dict()).cuda().eval()
-    model = dx.accelerate(reference, dtype=torch.bfloat16)
+
+    @functools.cache
+    def model(preset: str) -> dx.DualCodec:
+        reference = dx.reference.DualCodec(**dx.DualCodecConfig.preset(preset).to_dict()).cuda().eval()
+        return dx.accelerate(reference, dtype=torch.bfloat16)
+
     run = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -106,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     with torch.inference_mode(), dx.backend("cuda"):
         for name in names:
-            run["calls"][name] = found = measure(model, name)
+            run["calls"][name] = found = measure(model("12hz_causal" if name[0] == "s" else "12hz_v1"), name)
             print(f"{name}: {found['median_ms']:.3f} ms, best {found['best_ms']:.3f} ms")
             for row in found["kernels"]:
                 print(f"  {row['count']:3d} x {row['us'] / row['count']:9.1f} us  {row['grid']} {row['kernel']}")

@@ -26,6 +26,8 @@ GOALS: dict[str, str] = {
     "decode-12hz_v1-b32": f"decode --dtype bfloat16 --batch 32 --peers {_EAGER}",
     "decode-12hz_v1-frame-b1": "decode --dtype bfloat16 --seconds 0.08 --peers pypi-fp16,recorded-bf16",
     "decode-12hz_v1-frame-b32": "decode --dtype bfloat16 --seconds 0.08 --batch 32 --peers pypi-fp16,recorded-bf16",
+    "stream-12hz_causal-b1": "stream --preset 12hz_causal --dtype bfloat16",
+    "stream-12hz_causal-b32": "stream --preset 12hz_causal --dtype bfloat16 --batch 32",
     "encode-12hz_v1-b32": "encode --dtype bfloat16 --batch 32 --peers pypi-fp16,folded-bf16",
     "rvq_search-12hz_v1-2000": "ops --ops rvq_search --seconds 160 --backends cuda --peers eager",
 }
@@ -80,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with begun.open("a") as file:
                 file.write(name + "\n")
         page, data = (str(folder / f"{args.device}-{name}.{kind}") for kind in ("md", "json"))
-        words = [*RUNS[name].split(), "--device", args.device, *args.more.split()]
+        words = [*RUNS[name].split(), "--device", args.device]
+        words += args.more.split() if words[0] != "stream" else []
         print(f"== {name}: python -m bench {' '.join(words)}", flush=True)
         begun_s, watch = time.monotonic(), _watch(name, args.limit)
         try:

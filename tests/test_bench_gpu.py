@@ -30,7 +30,7 @@ def test_kernels_of_the_last_call_in_order_close_ones_together() -> None:
 def test_a_call_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_kernels.main(["--calls", "d1,d64"])
-    assert "--calls must name some of d1, d32, f1, f32, e1, e32, got d64" in capsys.readouterr().err
+    assert "--calls must name some of d1, d32, f1, f32, e1, e32, s1, s32, got d64" in capsys.readouterr().err
 
 
 def test_the_readme_takes_the_newest_run_of_each_call() -> None:

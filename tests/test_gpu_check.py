@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import correctness, goals, gpu_check, gpu_runs, gpu_timing, measure, probes, registry, run
+from bench import correctness, goals, gpu_check, gpu_runs, gpu_timing, measure, probes, registry, run, stream
 from dualcodec_ext import DualCodecConfig, testing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +143,11 @@ def test_the_gpus_tests_run_on_the_cpu(words: list[str], last: str) -> None:
 @pytest.mark.parametrize("name", gpu_runs.RUNS)
 def test_every_run_is_a_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args = run.parse([*gpu_runs.RUNS[name].split(), "--device", "cuda"])
+    words = [*gpu_runs.RUNS[name].split(), "--device", "cuda"]
+    if words[0] == "stream":
+        assert stream.parse(words[1:]).device == "cuda"
+        return
+    args = run.parse(words)
     assert args.what == name.split("-")[0] or args.ops == ("rvq_search",)
 
 
