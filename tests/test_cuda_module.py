@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualcodec_ext as dx
 from dualcodec_ext import build, testing
@@ -148,3 +149,56 @@ def test_the_engine_fits_its_ops_fakes(
         assert semantic.shape == (2, 1, 12) and acoustic.shape == (2, settings["n_codebooks"], 12)
         y = engine.decode(semantic, acoustic, None)
         assert y.dtype == dtype and y.shape == (2, 1, model.output_samples(12))
+
+
+class Fitting(TorchDispatchMode):
+    """Every overload `out` is given what the plain op would return, and rows that vectors can be moved of."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "dualcodec_ext" and func._overloadname == "out":
+            self.calls += 1
+            out, first = kwargs["out"], kwargs.get("first", 0)
+            made = func.overloadpacket.default(*args)
+            if "first" in kwargs:
+                assert first % args[4] == 0, "a stretch of an upsampling begins on its stride"
+                made = made[:, :, first : first + out.shape[2]]
+            assert (out.shape, out.dtype, out.device) == (made.shape, made.dtype, made.device)
+            for rows in (out, *(x for x in args[:1] if x.is_floating_point())):
+                if rows.shape[1] % 8 == 0:
+                    places = (rows.stride(0), rows.stride(2), rows.storage_offset())
+                    assert rows.stride(1) == 1 and all(n * rows.element_size() % 16 == 0 for n in places)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "12hz_causal", "12hz_v1"])
+def test_a_streams_pass_fits_its_ops_fakes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors, also of upsamplings whose rows begin between strides."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dualcodec_ext import _stream_rows
+    from dualcodec_ext._stream_graph import GraphDecoder
+    from dualcodec_ext._stream_plan import make_layers
+    from dualcodec_ext.engine import Engine
+
+    monkeypatch.setattr(_common, "unavailable", lambda name: "")  # as on a machine with a GPU
+    copied = []
+    monkeypatch.setattr(_stream_rows, "copy_runs", lambda *args: copied.append(args))
+    with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
+        model = dx.reference.DualCodec(**dx.DualCodecConfig.preset(name).to_dict()).eval()
+        engine = Engine(model, dtype)
+        programs = engine.tiles.programs
+        layers = make_layers([*programs.semantic_decoder, *programs.decoder])
+        before = len(programs.semantic_decoder)
+        passes = GraphDecoder(programs, layers[:before], layers[before:], 3, torch.device("cuda:0"))
+        for stages, bounded, frames in ((2, False, 1), (2, True, 2), (0, False, 3), (None, True, 2)):
+            inputs = {"active": torch.zeros(3, dtype=torch.bool), "error": torch.zeros(1, dtype=torch.int64)}
+            with Fitting() as fitting:
+                audio, _ = passes._pass(inputs | passes._inputs(frames, stages, bounded), frames)
+            assert audio.shape == (3, 1, frames * engine.hop_samples) and fitting.calls > len(layers)
+            for to, source, *places, kept, _ in copied[-2:]:
+                assert to.is_cuda and source.is_cuda and (kept is None) == (source is passes.state)
+                assert name == "tiny" or all(n * to.element_size() % 16 == 0 for runs in places for n in runs)
