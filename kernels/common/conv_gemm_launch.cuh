@@ -2,6 +2,7 @@
 // bit of the result: which sums are taken apart (ranges) follows from the layer alone, tiles and blocks only decide who
 // takes them.
 #pragma once
+#include "conv_few.cuh"
 #include "conv_gemm.cuh"
 #include "conv_geometry.h"
 #include "conv_wgmma.cuh"
@@ -29,6 +30,14 @@ struct WgmmaKernels {
   using Small = ConvWgmma<T, 1, 64, 8, true, 3>;
   using Frame = ConvWgmma<T, 1, 32, 12, false, 1>;  // nearly all weights on their way before the kernel in front ends
 };
+// In front of those where a call has few rows; by the tiles of 8 rows that a warp multiplies.
+template <class T>
+struct FewKernels {
+  using One = ConvFew<T, 1>;
+  using Two = ConvFew<T, 2>;
+  using Four = ConvFew<T, 4>;
+};
+constexpr int64_t kFewRows = 64, kFewTileRows = 32;
 using FloatSmall = ConvGemm<FloatTile<64, 64>, 64, 64, 4, false, 3>;
 using FloatFrame = ConvGemm<FloatTile<16, 64>, 16, 64, 6, false, 3>;
 using Tf32Small = ConvGemm<Tf32Tile<64, 64, 2, 2>, 64, 64, 4, true, 3>;
@@ -188,11 +197,61 @@ void prepare_rows(ConvGemmPlan& plan) {
   p.alpha = nullptr;
 }
 
+// Lays ConvFew's tiles: rows in shared memory in whichever way they are fewer, and beside them all weights, or as many
+// turns of them as there is room for, two at least.
+template <class K>
+bool fit_few(const CudaContext& context, ConvGemmPlan& plan) {
+  ConvGemmParams& p = plan.params;
+  // Tap by tap rows are many: blocks share them out.
+  const int64_t most_rows = p.tap_major ? minimum(int64_t{K::most_rows(p)}, kFewTileRows) : K::most_rows(p);
+  p.tile_rows = minimum(p.rows, most_rows);
+  p.tile_items = minimum(p.batch, most_rows / p.tile_rows);
+  p.row_tiles = ceil_div(p.rows, p.tile_rows);
+  p.column_tiles = run_tiles(p, K::kTileColumns);
+  const int taps = static_cast<int>(tap_range(p).most);
+  p.segment = (p.tile_rows - 1) * p.row_scale + (taps - 1) * p.dilation + 1;
+  p.per_tap = p.segment > p.tile_rows * taps;
+  p.stages = 0;
+  plan.smem_bytes = K::smem_bytes(p, taps);
+  if (plan.smem_bytes > context.shared_bytes) {
+    const int64_t turn = int64_t{p.ranges} * K::kTurn * K::kSliceBytes;
+    const int64_t others = plan.smem_bytes - int64_t{K::slices(p, taps)} * K::kSliceBytes;
+    p.stages = static_cast<int>(maximum(int64_t{0}, (context.shared_bytes - others) / turn));
+    if (p.stages < 2) return false;
+    plan.smem_bytes = K::smem_bytes(p, taps);
+  }
+  p.spread = false;
+  plan.grid = Grid{ceil_div(p.batch, p.tile_items) * p.row_tiles * p.column_tiles, 1, 1};
+  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
+    launch<K>(where, made.params, made.grid, made.smem_bytes);
+  };
+  return true;
+}
+
+// For so few rows that reading the weights is what takes time; the bits of conv_wgmma.cuh.
+template <class T>
+bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
+  using Kernels = FewKernels<T>;
+  ConvGemmParams& p = plan.params;
+  const int64_t rows = p.batch * p.rows;
+  if (!p.vectors || !(p.tap_major || rows <= kFewRows)) return false;
+  p.ranges = p.tap_major ? 1 : conv_ranges(p, false, kPanelColumns);
+  if (!lay_runs(p, Vector16<T>::kCount)) return false;
+  if (p.tap_major || rows <= Kernels::One::most_rows(p)) return fit_few<typename Kernels::One>(context, plan);
+  if (rows <= Kernels::Two::most_rows(p)) return fit_few<typename Kernels::Two>(context, plan);
+  return fit_few<typename Kernels::Four>(context, plan);
+}
+
 // The tile that computes least, or the small one where a large one would leave multiprocessors idle: ranges fill them
 // better with small tiles, whose sums are quicker added up.
 template <class T>
 bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   using Kernels = WgmmaKernels<T>;
+  ConvGemmPlan few = plan;
+  if (plan_few<T>(context, few)) {
+    plan = few;
+    return true;
+  }
   prepare_rows<T>(plan);
   ConvGemmParams& p = plan.params;
   p.ranges = conv_ranges(p, false, kPanelColumns);
