@@ -35,9 +35,9 @@ struct ResidualUnitPlan {
   ConvGemmPlan first, second;  // else two
 };
 
-// Elements of x's dtype that two kernels need for the values between them; 0 where one kernel does it, which follows
-// from channels, dtype, dilation and the device's shared memory alone, so that a clip's bits do not depend on its
-// length or its batch.
+// Elements of x's dtype that two kernels need for the values between them; 0 where one kernel does it. In which order
+// sums are added follows from channels, dtype, dilation and the device's shared memory alone, so that a clip's bits do
+// not depend on its length or its batch.
 int64_t residual_unit_hidden(const CudaContext& context, const ResidualUnitParams& params);
 
 // Weights as the op's CUDA packer lays them, weight2 right behind weight1; bias and alpha [C] float32, biases may be

@@ -72,11 +72,22 @@ inline bool plan_fused_if(const CudaContext& context, const ResidualUnitParams& 
   return p.x.dtype == DType::kF16 && plan_fused_of<f16>(context, p, plan);
 }
 
-inline int64_t residual_unit_hidden_of(const CudaContext& context, const ResidualUnitParams& p) {
-  return plan_fused_if(context, p, nullptr) ? 0 : p.batch * p.out_steps * p.channels;
+// Whether a fused unit's call has so few rows that its tiles leave nearly all of the device idle: then two kernels of
+// conv_few.cuh, which share out its columns too. They add in the fused kernels' order, so that this changes no bit.
+inline bool is_few(const CudaContext& context, const ResidualUnitParams& p) {
+  constexpr int64_t kTileRows = 64, kIdle = 16, kVector = 8;
+  constexpr int64_t kSharedBytes = 160 << 10;  // no unit takes more there, however far its taps reach
+  return context.wgmma && element_size(p.x.dtype) == 2 && context.shared_bytes >= kSharedBytes &&
+         ceil_div(p.batch * p.out_steps, kTileRows) * kIdle <= context.multiprocessors &&
+         moves_in_vectors(signal_of(p.x), p.channels, kVector) && plan_fused_if(context, p, nullptr);
 }
 
-inline void plan_two_kernels(const CudaContext& context, const ResidualUnitParams& p, void* hidden,
+inline int64_t residual_unit_hidden_of(const CudaContext& context, const ResidualUnitParams& p) {
+  return plan_fused_if(context, p, nullptr) && !is_few(context, p) ? 0 : p.batch * p.out_steps * p.channels;
+}
+
+// tap_major: in the fused kernels' order.
+inline void plan_two_kernels(const CudaContext& context, const ResidualUnitParams& p, void* hidden, bool tap_major,
                              ResidualUnitPlan& plan) {
   ConvGemmParams first{};
   first.x = signal_of(p.x);
@@ -98,6 +109,7 @@ inline void plan_two_kernels(const CudaContext& context, const ResidualUnitParam
   first.pad_left = first.conv_left = p.pad_left;
   first.conv_right = p.pad_right;
   first.conv_stride = 1;
+  first.tap_major = tap_major;
 
   ConvGemmParams second = first;
   second.x = first.y;
@@ -147,8 +159,9 @@ inline ResidualUnitPlan prepare_fused(const ResidualUnitParams& p) {
 
 inline ResidualUnitPlan plan_residual_unit_of(const CudaContext& context, const ResidualUnitParams& p, void* hidden) {
   ResidualUnitPlan plan = prepare_fused(p);
-  plan.fused = plan_fused_if(context, p, &plan);
-  if (!plan.fused) plan_two_kernels(context, p, hidden, plan);
+  const bool few = is_few(context, p);
+  plan.fused = !few && plan_fused_if(context, p, &plan);
+  if (!plan.fused) plan_two_kernels(context, p, hidden, few, plan);
   return plan;
 }
 
