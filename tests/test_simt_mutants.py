@@ -15,8 +15,8 @@ from tolerances import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONV, TILE, DWCONV = "common/conv_gemm.cuh", "common/gemm_tile.cuh", "causal_dwconv1d/causal_dwconv1d.cuh"
-FINISH, WGMMA = "common/conv_finish.cuh", "common/conv_wgmma.cuh"
 STREAM = "stream_rows/stream_rows.cuh"
+FINISH, WGMMA, FEW = "common/conv_finish.cuh", "common/conv_wgmma.cuh", "common/conv_few.cuh"
 NARROW, SLIDING = "snake_conv1d/snake_conv1d.cuh", "snake_conv1d/sliding_conv.cuh"
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -74,6 +74,33 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "warpgroups, out of bounds, shared memory: one stage of weights too few": Mutant(
             WGMMA, "tiles = p.stages * int64_t{kStageBytes}", "tiles = (p.stages - 1) * int64_t{kStageBytes}"
         ),
+        "few rows, missing barrier: multiplied before all are there": Mutant(
+            FEW, "wait_pending(issued - turn - 1);\n      sync_threads();\n", "wait_pending(issued - turn - 1);\n"
+        ),
+        "few rows, missing barrier: which rows they are is read early": Mutant(
+            FEW, "fill_slots(p, at, slot_of);\n    sync_threads();\n", "fill_slots(p, at, slot_of);\n"
+        ),
+        "few rows, missing barrier: sums are read early": Mutant(
+            FEW, "    sync_threads();\n    if (ranges > 1) {", "    if (ranges > 1) {"
+        ),
+        "few rows, missing cp.async wait": Mutant(FEW, "      wait_pending(issued - turn - 1);\n", ""),
+        "few rows, weights are overwritten while read": Mutant(
+            FEW, "if (turn > 0 && issued < turns) issue();", "if (issued < turns) issue();"
+        ),
+        "few rows, the last range is left out": Mutant(FEW, "other < ranges; ++other", "other < ranges - 1; ++other"),
+        "few rows, wrong tap": Mutant(FEW, "now.tap * tap_bytes +", "(now.tap > 0 ? tap_bytes : 0) +"),
+        "few rows, dropped tail: the last half of the last chunk": Mutant(
+            FEW, "(first_chunk + now.chunk) * kChunk >= kChunk;", "(first_chunk + now.chunk) * kChunk > kChunk;"
+        ),
+        "few rows, out of bounds, global memory: weights past the last channel": Mutant(
+            FEW, "chunk * kChunk + own.k < deep)", "chunk * kChunk + own.k < 1 << 30)"
+        ),
+        "few rows, out of bounds, global memory: rows past the clip's end": Mutant(
+            FEW, "if (t < 0 || t >= steps) continue;", "if (t < 0) continue;"
+        ),
+        "few rows, out of bounds, shared memory: a row too few": Mutant(
+            FEW, "int64_t{slots(p, taps)} * (pitch(p)", "int64_t{slots(p, taps) - 1} * (pitch(p)"
+        ),
     },
     "causal_dwconv1d": {
         "missing barrier: statistics of a row that is not there": Mutant(
@@ -118,7 +145,10 @@ CASES: dict[str, list[SimtCase]] = {
         conv_case(40, 72, steps=20, dilation=3, residual=True, wgmma=0),
         conv_case(160, 24, steps=3, batch=2, padding=(6, 0), multiprocessors=1000, wgmma=0),
         conv_case(72, 40, steps=70, dilation=3, residual=True, wgmma=1),
-        conv_case(160, 24, steps=3, batch=2, padding=(6, 0), multiprocessors=1000, wgmma=1),
+        conv_case(160, 24, steps=3, batch=40, padding=(6, 0), multiprocessors=3, wgmma=1),
+        conv_case(72, 24, steps=5, batch=2, dilation=3, residual=True, wgmma=1),
+        conv_case(480, 19, steps=5, wgmma=1),
+        conv_case(64, 16, taps=1, steps=8, wgmma=1),
         conv_case(40, 24, taps=3, steps=20, dtype=F32),
         conv_case(40, 2, taps=3, steps=20),
         conv_case(48, 1, steps=200, batch=2, lengths=[200, 101], multiprocessors=1000),

@@ -68,18 +68,51 @@ WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
         "2, 48, 5, false",
         {"channels": 40, "columns": 19, "steps": 135, "dilation": 9, "bias": False},
     ),
-    "Small": ("1, 64, 8, true", {"channels": 96, "columns": 192, "steps": 70, "residual": True, "multiprocessors": 99}),
-    "Small, spread": ("1, 64, 8, true", {"channels": 192, "columns": 72, "steps": 70, "multiprocessors": 1000}),
-    "Small, a frame": ("1, 64, 8, true", {"channels": 384, "columns": 40, "steps": 1, "multiprocessors": 1000}),
-    "Frame": ("1, 32, 12, false", {"channels": 768, "columns": 72, "taps": 1, "steps": 3, "multiprocessors": 132}),
+    "Small": ("1, 64, 8, true", {"channels": 96, "columns": 192, "steps": 70, "residual": True, "multiprocessors": 9}),
+    "Small, spread": ("1, 64, 8, true", {"channels": 192, "columns": 72, "steps": 70, "multiprocessors": 7}),
+    "Small, a frame": (
+        "1, 64, 8, true",
+        {"channels": 384, "columns": 40, "steps": 1, "first": True, "multiprocessors": 1000},
+    ),
+    "Frame": (
+        "1, 32, 12, false",
+        {"channels": 768, "columns": 72, "taps": 1, "steps": 3, "first": True, "multiprocessors": 132},
+    ),
     "Frame, several clips": (
         "1, 32, 12, false",
-        {"channels": 72, "columns": 40, "steps": 2, "batch": 9, "lengths": [2, 1, 0] * 3, "multiprocessors": 132},
+        {
+            "channels": 72,
+            "columns": 40,
+            "steps": 2,
+            "batch": 9,
+            "first": True,
+            "lengths": [2, 1, 0] * 3,
+            "multiprocessors": 132,
+        },
     ),
     "Small, several clips": (
         "1, 64, 8, true",
-        {"channels": 96, "columns": 64, "steps": 3, "batch": 25, "lengths": [3, 0, 1, 2, 3] * 5, "multiprocessors": 9},
+        {"channels": 96, "columns": 64, "steps": 3, "batch": 25, "lengths": [3, 0, 1, 2, 3] * 5, "multiprocessors": 5},
     ),
+}
+# Tiles of 8 rows that a warp multiplies.
+FEW: dict[str, tuple[int, dict[str, Any]]] = {
+    "a frame": (1, {"channels": 192, "columns": 72, "steps": 1, "padding": (6, 0)}),
+    "eight ranges, taps apart": (1, {"channels": 768, "columns": 24, "steps": 2, "dilation": 9, "residual": True}),
+    "eight ranges, a ring": (1, {"channels": 1024, "columns": 40, "steps": 1, "batch": 2, "lengths": [1, 0]}),
+    "a ring, half a chunk": (1, {"channels": 480, "columns": 19, "steps": 5, "shared_bytes": 99 << 10}),
+    "1x1": (1, {"channels": 72, "columns": 40, "taps": 1, "steps": 64, "alpha": False, "activation": "gelu"}),
+    "three ranges": (1, {"channels": 192, "columns": 24, "taps": 11, "steps": 12, "bias": False}),
+    "clips": (1, {"channels": 72, "columns": 40, "steps": 5, "batch": 9, "lengths": [5, 0, 3] * 3, "residual": True}),
+    "clips and taps apart": (2, {"channels": 160, "columns": 24, "steps": 2, "batch": 17, "dilation": 3}),
+    "a linear layer": (2, {"channels": 2048, "columns": 24, "taps": 1, "steps": 1, "batch": 32, "alpha": False}),
+    "many rows": (4, {"channels": 320, "columns": 24, "steps": 40, "dilation": 3, "residual": True}),
+    "tiles that are all there at once": (
+        1,
+        {"channels": 96, "columns": 48, "taps": 3, "steps": 100, "batch": 2, "lengths": [100, 40]},
+    ),
+    "two tiles of rows": (4, {"channels": 592, "columns": 16, "steps": 40}),
+    "two tiles of clips": (4, {"channels": 592, "columns": 16, "steps": 7, "batch": 6, "lengths": [7, 1, 0] * 2}),
 }
 FLOAT: dict[str, tuple[str, dict[str, Any]]] = {
     "FloatSmall": ("FloatTile<64, 64>", {"channels": 48, "columns": 64, "steps": 66, "residual": True}),
@@ -167,6 +200,21 @@ def test_tiles_of_warpgroups(kernel: str, options: dict[str, Any], dtype: torch.
     check(options, f"f16, {kernel}", tmp_path, dtype=dtype, shared_bytes=HOPPER_SHARED_BYTES)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(("tiles", "options"), FEW.values(), ids=FEW.keys())
+def test_few_rows(tiles: int, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    """Right, and bit for bit what warpgroup products give, which take x where its channels are not side by side."""
+    device = {"shared_bytes": HOPPER_SHARED_BYTES, "multiprocessors": 132, **options}
+    case = conv_case(dtype=dtype, **device)
+    y, name = bits(tmp_path, case)
+    assert f"ConvFew<dcx::{'bf16' if dtype == BF16 else 'f16'}, {tiles}>" in name
+    assert worst(y, case.expected) <= TOLERANCE[OP, y.dtype]
+    other, name = bits(tmp_path, conv_case(dtype=dtype, first=True, **{**device, "shared_bytes": HOPPER_SHARED_BYTES}))
+    assert "ConvWgmma" in name and same_bits(y, other)
+    for seed in (2, 3):
+        assert same_bits(y, bits(tmp_path, case, seed)[0])
+
+
 @pytest.mark.parametrize(("kernel", "options"), FLOAT.values(), ids=FLOAT.keys())
 def test_tiles_of_float32(kernel: str, options: dict[str, Any], tmp_path: Path) -> None:
     check(options, kernel, tmp_path, dtype=F32)
@@ -211,6 +259,16 @@ def test_shapes(options: dict[str, Any], dtype: torch.dtype, wgmma: int, tmp_pat
     check(options, "", tmp_path, dtype=dtype, wgmma=wgmma)
 
 
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes_of_many_clips(options: dict[str, Any], tmp_path: Path) -> None:
+    """So many rows that few_rows' kernel does not take them."""
+    clips = {"batch": options.get("batch", 1) * 40, "lengths": options.get("lengths", []) * 40 or None}
+    case = conv_case(**{**options, **clips})
+    y, names = run_one(OP, tmp_path, case)
+    assert worst(y, case.expected) <= TOLERANCE[OP, y.dtype]
+    assert not any("ConvFew" in name for name in names)
+
+
 def bits(folder: Path, case: Any, seed: int = 1, **device: int) -> tuple[torch.Tensor, str]:
     y, names = run_one(OP, folder, case.with_(**device), seed)
     (name,) = [name for name in names if "ConvRows" not in name]
@@ -223,7 +281,7 @@ def bits(folder: Path, case: Any, seed: int = 1, **device: int) -> tuple[torch.T
         ({"channels": 160, "columns": 128, "steps": 140, "wgmma": 0}, [1, 6, 1000]),
         ({"channels": 192, "columns": 72, "steps": 9, "wgmma": 0}, [1, 1000]),
         ({"channels": 160, "columns": 128, "steps": 140, "shared_bytes": HOPPER_SHARED_BYTES}, [1, 6, 1000]),
-        ({"channels": 192, "columns": 72, "steps": 9}, [1, 1000]),
+        ({"channels": 192, "columns": 72, "steps": 9, "first": True}, [1, 1000]),
         ({"channels": 160, "columns": 72, "steps": 30, "dtype": F32, "allow_tf32": 1}, [1, 1000]),
     ],
     ids=["128 rows, 64 rows, spread", "a frame", "warpgroups", "warpgroups, a frame", "tf32"],
@@ -269,9 +327,10 @@ def test_bits_depend_on_no_cut(tmp_path: Path) -> None:
 
 
 def test_bits_depend_on_no_layout(tmp_path: Path) -> None:
+    options = {"steps": 30, "batch": 2, "residual": True, "shared_bytes": HOPPER_SHARED_BYTES}
     for dtype in (F32, F16):
-        plain, _ = bits(tmp_path, conv_case(48, 40, steps=30, batch=2, dtype=dtype, residual=True))
-        first, _ = bits(tmp_path, conv_case(48, 40, steps=30, batch=2, dtype=dtype, residual=True, first=True))
+        plain, _ = bits(tmp_path, conv_case(48, 40, dtype=dtype, **options))
+        first, _ = bits(tmp_path, conv_case(48, 40, dtype=dtype, first=True, **options))
         assert same_bits(plain, first)
 
 

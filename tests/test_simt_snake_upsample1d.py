@@ -109,6 +109,33 @@ def test_a_stretch_from_any_row_with_phases_in_another_order(
             assert same_bits(y, whole[:, rows + first : rows + first + 31].contiguous())
 
 
+FEW: dict[str, dict[str, Any]] = {
+    "384 -> 40, S=6": {"shape": (384, 40, 6), "padding": (3, 3), "steps": 16},
+    "768 -> 24, S=8": {"shape": (768, 24, 8), "padding": (4, 4), "steps": 2},
+    "1536 -> 16, S=2": {"shape": (1536, 16, 2), "padding": (1, 1), "steps": 1, "dtype": F16},
+    "repeat, phases of other taps, lengths": {
+        "shape": (192, 24, 5),
+        "mode": "repeat",
+        "padding": (3, 6),
+        "steps": 9,
+        "batch": 3,
+        "lengths": [9, 3, 0],
+    },
+    "odd columns": {"shape": (40, 19, 3), "steps": 9, "batch": 3, "lengths": [9, 3, 0]},
+}
+
+
+@pytest.mark.parametrize("options", FEW.values(), ids=FEW.keys())
+def test_few_rows(options: dict[str, Any], tmp_path: Path) -> None:
+    """Right, and bit for bit what warpgroup products give, which take x where its channels are not side by side."""
+    case = made(**options, shared_bytes=227 << 10)
+    y, names = run_one(OP, tmp_path, case)
+    assert ["ConvFew" in name for name in names] == [True]
+    assert worst(y, case.expected) <= TOLERANCE[OP, y.dtype]
+    other, names = run_one(OP, tmp_path, made(**options, first=True, shared_bytes=227 << 10))
+    assert any("ConvWgmma" in name for name in names) and same_bits(y, other)
+
+
 def test_a_clip_is_as_alone(tmp_path: Path) -> None:
     lengths = [9, 3, 0, 7]
     case = made((64, 48, 4), steps=9, batch=4, lengths=lengths)

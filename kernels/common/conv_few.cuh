@@ -19,7 +19,7 @@ template <class T, int kTiles>
 struct ConvFew {
   using Params = ConvGemmParams;
   using Element = T;
-  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kMinBlocks = 1;
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kMinBlocks = kTiles > 2 ? 2 : 3;
   static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kWaitsItself = true;
   static constexpr int kTileColumns = 16, kChunk = 64, kVector = Vector16<T>::kCount;
   static constexpr int kSliceBytes = kChunk * kTileColumns * 2, kStepBytes = kSliceBytes / 4;
@@ -67,39 +67,51 @@ struct ConvFew {
     }
   };
 
-  // The ranges whose weights a thread copies, 16 bytes of a slice in each.
+  // What a thread copies of a slice: 16 bytes, in each of some ranges, whose first chunk and, 16 bits on, the one
+  // behind the last stand together, since registers are short; zeros where there is nothing to copy.
   struct Copies {
-    int from[kOwnRanges];    // elements behind the run's weights
-    int to[kOwnRanges];      // bytes
-    int chunks[kOwnRanges];  // 0: nothing to copy
-    int channel[kOwnRanges];
+    const T* from;  // in the run's first channel
+    int to, k;      // byte and channel of the slice
+    uint32_t chunks[kOwnRanges];
   };
-  static DCX_DEVICE Copies copies_of(const Params& p, const ConvPlace& at, int ring) {
-    Copies own;
+  static DCX_DEVICE Copies copies_of(const Params& p, const ConvPlace& at) {
     const int number = thread_index() % kCopiers, k = number / 2, half = number % 2;
     const int wide = static_cast<int>(at.column) + half * kVector, columns = static_cast<int>(p.step_columns);
-    const int beside = wide / columns, padded = static_cast<int>(p.columns_padded);
-    const int before = beside * at.taps * static_cast<int>(p.channels_padded);
+    const int beside = wide / columns;
+    const int64_t before = beside * at.taps * p.channels_padded + at.weight_rows + k;
+    Copies own{static_cast<const T*>(p.weight) + before * p.columns_padded + wide - beside * columns,
+               k * 32 + (half ^ (k / 4 & 1)) * 16,
+               k,
+               {}};
     DCX_UNROLL
     for (int i = 0; i < kOwnRanges; ++i) {
-      const int range = thread_index() / kCopiers + i * kRangesAtOnce;
-      const int first = range < p.ranges ? chunks(p) * range / p.ranges : 0;
-      const int end = range < p.ranges && wide < at.columns ? chunks(p) * (range + 1) / p.ranges : 0;
-      own.from[i] = (before + first * kChunk + k) * padded + wide - beside * columns;
-      own.to[i] = (ring > 0 ? range * ring : first * at.taps) * kSliceBytes + k * 32 + (half ^ (k / 4 & 1)) * 16;
-      own.chunks[i] = maximum(0, end - first);
-      own.channel[i] = first * kChunk + k;
+      const int range = thread_index() / kCopiers + i * kRangesAtOnce, first = chunks(p) * range / p.ranges;
+      const int end = chunks(p) * (range + 1) / p.ranges;
+      own.chunks[i] = range < p.ranges && wide < at.columns ? static_cast<uint32_t>(end << 16 | first) : 0;
     }
     return own;
   }
-  static DCX_DEVICE void load_slice(const Params& p, const Copies& own, Walk walk, int slot, const T* weight,
+  // `slot`: among the range's slices in shared memory.
+  static DCX_DEVICE void load_slice(const Params& p, const Copies& own, Walk walk, int taps, int slot,
                                     unsigned char* to) {
-    const int deep = static_cast<int>(p.channels_padded);
-    const T* from = weight + int64_t{walk.tap * deep + walk.chunk * kChunk} * p.columns_padded;
+    const int deep = static_cast<int>(p.channels_padded), padded = static_cast<int>(p.columns_padded);
     DCX_UNROLL
-    for (int i = 0; i < kOwnRanges; ++i)
-      if (walk.chunk < own.chunks[i] && own.channel[i] + walk.chunk * kChunk < deep)
-        cp_async16(to + own.to[i] + slot * kSliceBytes, from + own.from[i], true);
+    for (int i = 0; i < kOwnRanges; ++i) {
+      const int range = thread_index() / kCopiers + i * kRangesAtOnce, first = static_cast<int>(own.chunks[i] & 0xffff);
+      const int chunk = first + walk.chunk, slice = slot + (p.stages > 0 ? range * p.stages * kTurn : first * taps);
+      if (chunk < static_cast<int>(own.chunks[i] >> 16) && chunk * kChunk + own.k < deep)
+        cp_async16(to + own.to + slice * kSliceBytes, own.from + (walk.tap * deep + chunk * kChunk) * padded, true);
+    }
+  }
+
+  // The small vectors, which may have left L2 since the last call, on their way there.
+  static DCX_DEVICE void fetch_vectors(const Params& p, const ConvPlace& at) {
+    constexpr int kLine = 128 / 4;
+    if (p.alpha != nullptr)
+      for (int64_t c = thread_index() * kLine; c < p.in_channels; c += kThreads * kLine) prefetch_l2(p.alpha + c);
+    const int64_t column = (at.column + thread_index() % 2 * kVector) % p.step_columns;
+    if (p.bias != nullptr && thread_index() < 2) prefetch_l2(p.bias + column);
+    if (p.out_alpha != nullptr && thread_index() < 2) prefetch_l2(p.out_alpha + column);
   }
 
   // Which row of x each row in shared memory is.
@@ -109,7 +121,8 @@ struct ConvFew {
     for (int i = thread_index(); i < count; i += kThreads) {
       const int row = p.per_tap ? i % rows : i;
       const int item = row / (p.per_tap ? own_rows : segment), within = row - item * (p.per_tap ? own_rows : segment);
-      int64_t place = p.per_tap ? (at.row + within) * p.row_scale + i / rows * p.dilation : at.row * p.row_scale + within;
+      int64_t place =
+          p.per_tap ? (at.row + within) * p.row_scale + i / rows * p.dilation : at.row * p.row_scale + within;
       place = (place + at.first) * p.row_step - p.pad_left;
       to[i] = Slot{static_cast<int>(place), at.clip + item < p.batch ? item : -1};
     }
@@ -126,12 +139,6 @@ struct ConvFew {
     for (int cell = thread_index() % across; cell < cells; cell += across) {
       const int wide = cell * kVector, later = wide / in_channels, channel = wide - later * in_channels;
       const bool there = wide < p.channels, snakes = p.alpha != nullptr && there;
-      float alpha[kVector], inverse[kVector];
-      DCX_UNROLL
-      for (int v = 0; v < kVector; ++v) {
-        alpha[v] = snakes ? p.alpha[channel + v] : 0.0f;
-        inverse[v] = snake_inverse(alpha[v]);
-      }
       DCX_NO_UNROLL
       for (int first = thread_index() / across; first < count; first += at_once * kBatch) {
         Vector16<T> values[kBatch];
@@ -146,14 +153,18 @@ struct ConvFew {
           if (t < 0 || t >= steps) continue;
           values[i] = *reinterpret_cast<const Vector16<T>*>(x + own.item * p.x.stride_b + t * p.x.stride_t + channel);
         }
+        if (snakes) {
+          DCX_UNROLL
+          for (int v = 0; v < kVector; ++v) {
+            const float alpha = p.alpha[channel + v], inverse = snake_inverse(alpha);
+            DCX_UNROLL
+            for (int i = 0; i < kBatch; ++i)
+              values[i].values[v] = from_float<T>(snake_as<T>(to_float(values[i].values[v]), alpha, inverse));
+          }
+        }
         DCX_UNROLL
         for (int i = 0; i < kBatch; ++i) {
           if (first + i * at_once >= count) break;
-          if (snakes) {
-            DCX_UNROLL
-            for (int v = 0; v < kVector; ++v)
-              values[i].values[v] = from_float<T>(snake_as<T>(to_float(values[i].values[v]), alpha[v], inverse[v]));
-          }
           *reinterpret_cast<Vector16<T>*>(rows + (first + i * at_once) * bytes + cell * 16) = values[i];
         }
       }
@@ -202,8 +213,7 @@ struct ConvFew {
     unsigned char* rows = smem + slices(p, taps) * kSliceBytes;
     float* all_sums = reinterpret_cast<float*>(rows + slots(p, taps) * bytes);
     Slot* slot_of = reinterpret_cast<Slot*>(all_sums + ranges * most * kSumLd);
-    const T* weight = static_cast<const T*>(p.weight) + at.weight_rows * p.columns_padded;
-    const Copies copies = copies_of(p, at, ring);
+    const Copies copies = copies_of(p, at);
 
     Walk ahead{0, 0};  // the next slice to be copied in
     int issued = 0;    // turns
@@ -211,7 +221,7 @@ struct ConvFew {
       const int first = ring > 0 ? issued % p.stages * kTurn : issued * kTurn;
       DCX_NO_UNROLL
       for (int i = 0; i < kTurn && issued * kTurn + i < count; ++i) {
-        load_slice(p, copies, ahead, first + i, weight, smem);
+        load_slice(p, copies, ahead, taps, first + i, smem);
         ahead.advance(p, all, taps);
       }
       cp_async_commit();
@@ -221,6 +231,7 @@ struct ConvFew {
     const int at_once = ring > 0 ? minimum(p.stages, turns) : turns;
     DCX_NO_UNROLL
     while (issued < at_once) issue();
+    fetch_vectors(p, at);
     fill_slots(p, at, slot_of);
     sync_threads();
     if (p.weights_stand) grid_wait();

@@ -2,6 +2,8 @@
 // bit of the result: which sums are taken apart (ranges) follows from the layer alone, tiles and blocks only decide who
 // takes them.
 #pragma once
+#include <type_traits>
+
 #include "conv_few.cuh"
 #include "conv_gemm.cuh"
 #include "conv_geometry.h"
@@ -37,7 +39,6 @@ struct FewKernels {
   using Two = ConvFew<T, 2>;
   using Four = ConvFew<T, 4>;
 };
-constexpr int64_t kFewRows = 64, kFewTileRows = 32;
 using FloatSmall = ConvGemm<FloatTile<64, 64>, 64, 64, 4, false, 3>;
 using FloatFrame = ConvGemm<FloatTile<16, 64>, 16, 64, 6, false, 3>;
 using Tf32Small = ConvGemm<Tf32Tile<64, 64, 2, 2>, 64, 64, 4, true, 3>;
@@ -197,13 +198,11 @@ void prepare_rows(ConvGemmPlan& plan) {
   p.alpha = nullptr;
 }
 
-// Lays ConvFew's tiles: rows in shared memory in whichever way they are fewer, and beside them all weights, or as many
-// turns of them as there is room for, two at least.
+// Lays ConvFew's tiles of up to most_rows rows: rows in shared memory in whichever way they are fewer, and beside them
+// all weights, or as many turns of them as there is room for, two at least.
 template <class K>
-bool fit_few(const CudaContext& context, ConvGemmPlan& plan) {
+bool fit_few(const CudaContext& context, int64_t most_rows, ConvGemmPlan& plan) {
   ConvGemmParams& p = plan.params;
-  // Tap by tap rows are many: blocks share them out.
-  const int64_t most_rows = p.tap_major ? minimum(int64_t{K::most_rows(p)}, kFewTileRows) : K::most_rows(p);
   p.tile_rows = minimum(p.rows, most_rows);
   p.tile_items = minimum(p.batch, most_rows / p.tile_rows);
   p.row_tiles = ceil_div(p.rows, p.tile_rows);
@@ -228,18 +227,27 @@ bool fit_few(const CudaContext& context, ConvGemmPlan& plan) {
   return true;
 }
 
-// For so few rows that reading the weights is what takes time; the bits of conv_wgmma.cuh.
+// For so few rows that reading the weights is what takes time, or whose tiles are all there at once; the bits of
+// conv_wgmma.cuh.
 template <class T>
 bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
+  constexpr int64_t kFewRows = 64, kTileRows = 32, kBlocks = 2;
   using Kernels = FewKernels<T>;
   ConvGemmParams& p = plan.params;
-  const int64_t rows = p.batch * p.rows;
-  if (!p.vectors || !(p.tap_major || rows <= kFewRows)) return false;
+  if (!p.vectors) return false;
   p.ranges = p.tap_major ? 1 : conv_ranges(p, false, kPanelColumns);
   if (!lay_runs(p, Vector16<T>::kCount)) return false;
-  if (p.tap_major || rows <= Kernels::One::most_rows(p)) return fit_few<typename Kernels::One>(context, plan);
-  if (rows <= Kernels::Two::most_rows(p)) return fit_few<typename Kernels::Two>(context, plan);
-  return fit_few<typename Kernels::Four>(context, plan);
+  // Where there are more, blocks share them out.
+  const bool few = !p.tap_major && p.batch * p.rows <= kFewRows;
+  const int64_t wanted = few ? p.batch * p.rows : kTileRows;
+  const auto fit_rows = [&](auto* kernel) {
+    using K = std::remove_pointer_t<decltype(kernel)>;
+    return fit_few<K>(context, few ? K::most_rows(p) : minimum(int64_t{K::most_rows(p)}, kTileRows), plan);
+  };
+  const bool fits = wanted <= Kernels::One::most_rows(p)   ? fit_rows(static_cast<typename Kernels::One*>(nullptr))
+                    : wanted <= Kernels::Two::most_rows(p) ? fit_rows(static_cast<typename Kernels::Two*>(nullptr))
+                                                           : fit_rows(static_cast<typename Kernels::Four*>(nullptr));
+  return fits && (few || p.tap_major || plan.grid.x <= kBlocks * context.multiprocessors);
 }
 
 // The tile that computes least, or the small one where a large one would leave multiprocessors idle: ranges fill them
