@@ -46,7 +46,8 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding, int winograd=0) -> Tensor");
   define_with_out(m, "residual_unit",
                   "Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? "
-                  "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed, int winograd=0");
+                  "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed, int winograd=0, Tensor? "
+                  "out_alpha=None");
   define_with_out(m, "rvq_lookup",
                   "Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? "
                   "lengths, bool channels_last, Tensor? packed",
@@ -64,7 +65,7 @@ TORCH_LIBRARY(dualcodec_ext, m) {
       "error) -> ()");
   // With `first` the output begins at that step and is as long as `out`: a stretch of an upsampling.
   define_with_out(m, "snake_upsample1d",
-                  "Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? "
+                  "Tensor x, Tensor? alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? "
                   "lengths, Tensor? packed, int winograd=0",
                   "int first, ");
 }

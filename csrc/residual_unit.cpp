@@ -104,8 +104,10 @@ at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dt
                              int64_t dilation, at::IntArrayRef padding, bool causal,
                              const OptionalTensor& lengths,  // [B] i64
                              const OptionalTensor& packed,   // both weights' panels, joined
-                             int64_t winograd) {
+                             int64_t winograd, const OptionalTensor& out_alpha) {
   const char* op = "residual_unit";
+  DCX_CHECK(!out_alpha.has_value() || !out_alpha->defined(), op, ": out_alpha must be None on the CPU, got ",
+            shape_text(*out_alpha));
   const int64_t products = check_winograd(op, winograd);
   DCX_CHECK(winograd == 0 || x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
             ": winograd must be 0 unless x is float32 or float64, got ", winograd, " with ", x.scalar_type());
@@ -163,7 +165,7 @@ at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, co
                               const at::Tensor& weight1, const OptionalTensor& bias1, const at::Tensor& alpha2,
                               const at::Tensor& weight2, const OptionalTensor& bias2, int64_t dilation,
                               at::IntArrayRef padding, bool causal, const OptionalTensor& lengths,
-                              const OptionalTensor& packed, int64_t winograd) {
+                              const OptionalTensor& packed, int64_t winograd, const OptionalTensor& out_alpha) {
   const char* op = "residual_unit";
   ResidualUnitParams p = check_residual_unit(x, weight1, weight2, dilation, padding, causal);
   check_cuda_dtype(op, "x", x);
@@ -172,6 +174,7 @@ at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, co
   const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.in_steps, x);
   const at::Tensor alpha1_values = small_vector(op, "alpha1", alpha1, p.channels, x);
   const at::Tensor alpha2_values = small_vector(op, "alpha2", alpha2, p.channels, x);
+  const at::Tensor out_alpha_values = small_vector(op, "out_alpha", out_alpha, p.channels, x);
   const at::Tensor bias1_values = small_vector(op, "bias1", bias1, p.channels, x);
   const at::Tensor bias2_values = small_vector(op, "bias2", bias2, p.channels, x);
   const int64_t pointwise_numel = round_up(p.channels, kChannelUnit) * round_up(p.channels, kColumnUnit);
@@ -188,6 +191,7 @@ at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, co
   p.bias2 = data_or_null<float>(bias2_values);
   p.alpha1 = data_or_null<float>(alpha1_values);
   p.alpha2 = data_or_null<float>(alpha2_values);
+  p.out_alpha = data_or_null<float>(out_alpha_values);
   p.lengths = data_or_null<int64_t>(length_values);
   const CudaContext context = cuda_context();
   at::Tensor hidden;
@@ -199,7 +203,7 @@ at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, co
     };
     plan.params.weights_stand = packed.has_value() && packed->defined() && stands(alpha1_values, alpha1) &&
                                 stands(alpha2_values, alpha2) && stands(bias1_values, bias1) &&
-                                stands(bias2_values, bias2);
+                                stands(bias2_values, bias2) && stands(out_alpha_values, out_alpha);
     plan.start(context, plan);
   } else {
     start_plan(context, plan.first, x, packed);

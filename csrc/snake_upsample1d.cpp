@@ -143,7 +143,7 @@ void check_stretch(int64_t first, const at::Tensor& out, const SnakeUpsample1dPa
 at::Tensor snake_upsample1d_into_cpu(const OptionalTensor& out,  // [B, Cout, N], x's dtype; none: all T' steps
                                      int64_t first,              // output step that `out` begins with
                                      const at::Tensor& x,        // [B, Cin, T] f32|f64|bf16|f16
-                                     const at::Tensor& alpha,    // [Cin]
+                                     const OptionalTensor& alpha,    // [Cin]
                                      const at::Tensor& weight,   // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
                                      const OptionalTensor& bias,  // [Cout]
                                      int64_t stride, c10::string_view mode, at::IntArrayRef padding,
@@ -158,7 +158,9 @@ at::Tensor snake_upsample1d_into_cpu(const OptionalTensor& out,  // [B, Cout, N]
             " with winograd = 4, got ", first);
   p.winograd = winograd;
   const at::Tensor length_values = check_lengths(op, lengths, p.batch, p.in_steps);
-  const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
+  at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
+  if (!alpha_values.defined())  // Snake of an alpha of zero is x
+    alpha_values = at::zeros({p.in_channels}, x.options().dtype(accumulate_dtype(x.scalar_type())));
   const at::Tensor bias_values = padded_bias(op, "bias", bias, p.out_channels, x);
   const at::ScalarType dtype = packed_dtype(x.scalar_type());
   const int64_t numel = panels_numel(dtype, matrices_of(winograd, p.phases), p.in_channels, p.out_channels);
@@ -204,7 +206,7 @@ at::Tensor pack_upsample1d_cuda(const at::Tensor& weight, int64_t stride, c10::s
 
 // A stretch from a multiple of the stride on is another padding's whole output, with the same weights in every phase.
 at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, const at::Tensor& x,
-                                      const at::Tensor& alpha, const at::Tensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& alpha, const at::Tensor& weight, const OptionalTensor& bias,
                                       int64_t stride, c10::string_view mode, at::IntArrayRef padding,
                                       const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd) {
   const char* op = "snake_upsample1d";
@@ -241,13 +243,13 @@ at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, 
 
 // The op and its overload `out` over one of the functions above.
 template <auto kInto>
-at::Tensor upsample_all(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
+at::Tensor upsample_all(const at::Tensor& x, const OptionalTensor& alpha, const at::Tensor& weight,
                         const OptionalTensor& bias, int64_t stride, c10::string_view mode, at::IntArrayRef padding,
                         const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd) {
   return kInto(std::nullopt, 0, x, alpha, weight, bias, stride, mode, padding, lengths, packed, winograd);
 }
 template <auto kInto>
-void upsample_stretch(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& weight,
+void upsample_stretch(const at::Tensor& x, const OptionalTensor& alpha, const at::Tensor& weight,
                       const OptionalTensor& bias, int64_t stride, c10::string_view mode, at::IntArrayRef padding,
                       const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd, int64_t first,
                       at::Tensor& out) {

@@ -19,7 +19,7 @@ from .forms import Form, form_for
 from .pieces import decode_pieces
 from .reference.checks import naming_wrong_codes
 from .stages import stage_of
-from .steps import Quantizer, Step, lengths_through, program, run, weight_dtype
+from .steps import Quantizer, Step, hand_snakes_on, lengths_through, program, run, weight_dtype
 from .tiles import Programs, Sizes, Tiles
 
 
@@ -56,6 +56,9 @@ class Engine:
             self._acoustic_encoder = program(list(model.dac.encoder.block), weights)
             self._acoustic_quantizer = Quantizer.of(model.dac.quantizer, dtype)
             self._decoder = program(list(model.dac.decoder.model), weights, self.form)
+        # What whole tensors run through, with the same results.
+        whole = hand_snakes_on if self.device.type == "cuda" else list
+        self._whole_encoder, self._whole_decoder = whole(self._acoustic_encoder), whole(self._decoder)
         self._decode_semantic = model.decode_semantic_for_codec
         self.hop_samples = model.dac.hop_length
         self.semantic_entries = self._semantic_quantizer.codebooks.shape[1]
@@ -147,7 +150,7 @@ class Engine:
         through = take(self._semantic_decoder)
         if self._decode_semantic:
             latent = run(self._semantic_decoder, latent, through)
-        z = run(self._acoustic_encoder, self._channels_last(audio), take(self._acoustic_encoder))
+        z = run(self._whole_encoder, self._channels_last(audio), take(self._whole_encoder))
         residual = z[..., : latent.shape[-1]] - latent
         return codes, self._acoustic_quantizer.search(residual, frames, num_quantizers)[0]
 
@@ -244,4 +247,4 @@ class Engine:
             latent = run(self._semantic_decoder, latent, semantic)
         if acoustic_codes is not None:
             latent = self._acoustic_quantizer.lookup(acoustic_codes, frames, latent)
-        return run(self._decoder, latent, decoder)
+        return run(self._whole_decoder, latent, decoder)

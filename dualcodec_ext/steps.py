@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ class ConvStep:
 class UpsampleStep:
     """`ops.snake_upsample1d` with its weights."""
 
-    alpha: Tensor
+    alpha: Tensor | None
     weight: Tensor
     packed: Tensor
     bias: Tensor | None
@@ -204,6 +205,7 @@ class ResidualUnitStep:
     dilation: int
     causal: bool
     winograd: int = 0
+    out_alpha: Tensor | None = None
 
     @classmethod
     def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype, form: Form = "direct") -> ResidualUnitStep:
@@ -245,6 +247,7 @@ class ResidualUnitStep:
             lengths=lengths,
             packed=self.packed,
             winograd=self.winograd,
+            out_alpha=self.out_alpha,
         )
 
     def into(self, out: Tensor, x: Tensor) -> None:
@@ -396,6 +399,19 @@ class Quantizer:
 
 
 Step = ConvStep | UpsampleStep | ResidualUnitStep | ConvNeXtStep
+
+
+def hand_snakes_on(steps: Sequence[Step]) -> list[Step]:
+    """Return steps that give the same on a GPU, where a unit's rows go through the next convolution's Snake as they
+    are written: there it would be a pass of its own. The last convolution, to one channel, snakes what it reads."""
+    made = list(steps)
+    for i, (step, behind) in enumerate(pairwise(steps)):
+        if not isinstance(step, ResidualUnitStep) or not isinstance(behind, ConvStep | UpsampleStep):
+            continue
+        if behind.alpha is not None and (isinstance(behind, UpsampleStep) or behind.weight.shape[0] > 1):
+            made[i] = replace(step, out_alpha=behind.alpha)
+            made[i + 1] = replace(behind, alpha=None)
+    return made
 
 
 def run(steps: Sequence[Step], x: Tensor, lengths: Sequence[Tensor] | None) -> Tensor:

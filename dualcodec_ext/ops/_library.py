@@ -23,7 +23,7 @@ SCHEMAS = {
     "rvq_search": "(Tensor z, Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, "
     "Tensor out_bias, int num_quantizers, bool return_quantized, bool return_margin, Tensor? lengths, "
     "Tensor? packed) -> (Tensor codes, Tensor quantized, Tensor margin)",
-    "snake_upsample1d": "(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, "
+    "snake_upsample1d": "(Tensor x, Tensor? alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, "
     "Tensor? lengths, Tensor? packed, int winograd=0) -> Tensor",
 }
 

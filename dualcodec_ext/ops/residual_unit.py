@@ -26,6 +26,7 @@ def residual_unit(
     lengths: Tensor | None = None,
     packed: Tensor | None = None,
     winograd: int = 0,
+    out_alpha: Tensor | None = None,
 ) -> Tensor:
     """Snake, dilated convolution (k=7), Snake, 1x1 convolution, plus the input, in cache-sized tiles.
 
@@ -46,6 +47,8 @@ def residual_unit(
         winograd: in how many [C, C] products m outputs, d steps apart, of the k=7 convolution are computed: 0, direct,
             7 for each; 13 for 4, about 1.6 times direct's rounding; 10 for 4, about 5 times; 22 for 12, about 2.2
             times. float32 and float64 on the CPU.
+        out_alpha: [C]: the result goes through Snake too, behind its rounding; None: it does not. On CUDA and in plain
+            PyTorch.
 
     Returns:
         [B, C, T + left + right - 6d], dtype and layout of x. To output t is added x[t - left + (6d when causal,
@@ -64,7 +67,7 @@ def residual_unit(
     Source: kernels/residual_unit; defined by `reference.residual_unit_ref`.
     """
     needed = {"x": x, "alpha1": alpha1, "weight1": weight1, "alpha2": alpha2, "weight2": weight2}
-    optional = {"bias1": bias1, "bias2": bias2, "lengths": lengths}
+    optional = {"bias1": bias1, "bias2": bias2, "lengths": lengths, "out_alpha": out_alpha}
     check_types("residual_unit", needed, optional, dilation=dilation, winograd=winograd)
     reach = 6 * dilation
     if padding is None:
@@ -73,14 +76,13 @@ def residual_unit(
         pair = check_pair("residual_unit", padding)
     kernels = kernels_for("residual_unit", x, packed)
     if kernels is None:
-        alpha1, weight1, bias1, alpha2, weight2, bias2 = as_dtype(
-            x.dtype, alpha1, weight1, bias1, alpha2, weight2, bias2
+        alpha1, weight1, bias1, alpha2, weight2, bias2, out_alpha = as_dtype(
+            x.dtype, alpha1, weight1, bias1, alpha2, weight2, bias2, out_alpha
         )
-        return reference.residual_unit_ref(
-            x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, (pair[0], pair[1]), causal, lengths
-        )
+        tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
+        return reference.residual_unit_ref(x, *tensors, dilation, (pair[0], pair[1]), causal, lengths, out_alpha)
     return kernels.residual_unit(
-        x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, pair, causal, lengths, packed, winograd
+        x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, pair, causal, lengths, packed, winograd, out_alpha
     )
 
 
@@ -98,13 +100,14 @@ def _fake(
     lengths: Any,
     packed: Any,
     winograd: int = 0,
+    out_alpha: Any = None,
 ) -> Tensor:
     return empty_signal(x, x.shape[1], conv_steps(x.shape[2], 7, 1, dilation, padding))
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:
-    return reference.residual_unit_ref(x, *args[:10])
+    return reference.residual_unit_ref(x, *args[:10], *args[12:])
 
 
-register("residual_unit", _fake, _reference, tensors=(0, 1, 2, 3, 4, 5, 6), packed=11)
+register("residual_unit", _fake, _reference, tensors=(0, 1, 2, 3, 4, 5, 6, 13), packed=11)
 register_out("residual_unit")

@@ -13,7 +13,7 @@ from ._common import as_dtype, check_pair, check_types, empty_signal, kernels_fo
 
 def snake_upsample1d(
     x: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -28,7 +28,7 @@ def snake_upsample1d(
 
     Args:
         x: [B, Cin, T] float32, float64, bfloat16 or float16, any strides; stride 1 on Cin runs and stays channels-last.
-        alpha: [Cin], Snake's.
+        alpha: [Cin], Snake's; None: no Snake.
         weight: [Cin, Cout, 2 stride] when transposed, [Cout, Cin, 2 stride] when repeat.
         bias: [Cout].
         stride: S, at least 1.
@@ -57,10 +57,8 @@ def snake_upsample1d(
 
     Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_ref`.
     """
-    optional = {"bias": bias, "lengths": lengths}
-    check_types(
-        "snake_upsample1d", {"x": x, "alpha": alpha, "weight": weight}, optional, stride=stride, winograd=winograd
-    )
+    optional = {"alpha": alpha, "bias": bias, "lengths": lengths}
+    check_types("snake_upsample1d", {"x": x, "weight": weight}, optional, stride=stride, winograd=winograd)
     pair = check_pair("snake_upsample1d", padding)
     kernels = kernels_for("snake_upsample1d", x, packed)
     if kernels is None:

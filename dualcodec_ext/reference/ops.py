@@ -125,7 +125,7 @@ def repeat_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, p
 
 def snake_upsample1d_ref(
     x: Tensor,  # [B, Cin, T]
-    alpha: Tensor,  # [Cin]
+    alpha: Tensor | None,  # [Cin]
     weight: Tensor,  # transposed [Cin, Cout, 2S], repeat [Cout, Cin, 2S]
     bias: Tensor | None = None,  # [Cout]
     stride: int = 2,
@@ -133,14 +133,16 @@ def snake_upsample1d_ref(
     padding: Padding = (0, 0),
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Snake, then upsampling by `stride`.
+    """Snake (when `alpha` is given), then upsampling by `stride`.
 
     Returns:
         mode "transposed": transposed convolution, its (T + 1) S outputs cropped by `padding` on the left and
         right. mode "repeat": nearest-repeat by S, `padding` zeros, convolution: T S + left + right - 2S + 1
         samples.
     """
-    x = snake(mask_past_lengths(x, lengths), alpha)
+    x = mask_past_lengths(x, lengths)
+    if alpha is not None:
+        x = snake(x, alpha)
     crop = sum(padding)
     if mode == "transposed":
         y = conv_transpose1d(x, weight, bias, stride, padding)
@@ -165,9 +167,10 @@ def residual_unit_ref(
     padding: Padding | None = None,
     causal: bool = False,
     lengths: Tensor | None = None,
+    out_alpha: Tensor | None = None,  # [C]
 ) -> Tensor:
     """Snake, dilated convolution (k=7), Snake, 1x1 convolution, plus the input sample that the output stands
-    for.
+    for; with `out_alpha` Snake of that.
 
     Returns:
         [B, C, T'] with T' = T + left + right - 6 dilation; padding None is (6d, 0) when causal, else (3d,
@@ -180,6 +183,8 @@ def residual_unit_ref(
     y = conv1d(snake(x, alpha1), weight1, bias1, dilation=dilation, padding=(left, right))
     y = conv1d(snake(y, alpha2), weight2, bias2)
     y = y + F.pad(x, (left, right))[..., centre : centre + y.shape[-1]]
+    if out_alpha is not None:
+        y = snake(y, out_alpha)
     return mask_past_lengths(y, _map_lengths(lengths, lambda n: n + left + right - reach))
 
 

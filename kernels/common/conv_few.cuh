@@ -299,7 +299,7 @@ struct ConvFew {
       }
       sync_threads();
     }
-    conv_finish<T, kMostRows, kTileColumns, kThreads, kSumLd>(p, at, all_sums);
+    ConvFinish<T, kMostRows, kTileColumns, kThreads, kSumLd>::run(p, at, all_sums);
   }
 };
 

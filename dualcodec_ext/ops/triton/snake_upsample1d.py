@@ -53,7 +53,7 @@ def pack_upsample1d(weight: Tensor, stride: int, mode: str, padding: Sequence[in
 
 def snake_upsample1d(
     x: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
@@ -72,6 +72,8 @@ def snake_upsample1d(
     host.check(in_channels == channels, op, f"weight must have Cin = {channels} as x does, got {list(weight.shape)}")
     host.check_shape(op, "weight", weight, weight.shape, "of three dims", x)
     lengths = host.check_lengths(op, lengths, batch, steps, x)
+    if alpha is None:  # its Snake is x
+        alpha = x.new_zeros(channels, dtype=torch.float32)
     host.check_shape(op, "alpha", alpha, [channels], "[C]", x)
     if bias is not None:
         host.check_shape(op, "bias", bias, [out_channels], "[C]", x)
