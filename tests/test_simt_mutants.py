@@ -69,7 +69,7 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "static_cast<int>(p.channels) / kChunk)",
         ),
         "warpgroups, out of bounds, global memory: weights past the last channel": Mutant(
-            WGMMA, "own.channel[i] < deep;", "own.channel[i] < 1 << 30;"
+            WGMMA, "i * kWeightRows < own.left);", "own.left > -kChunk);"
         ),
         "warpgroups, out of bounds, shared memory: one stage of weights too few": Mutant(
             WGMMA, "tiles = p.stages * int64_t{kStageBytes}", "tiles = (p.stages - 1) * int64_t{kStageBytes}"
