@@ -208,13 +208,11 @@ def test_groups(program: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     assert len(names) == 1 and names.pop().startswith("dcx::Wgmma")
 
 
-# On a device that the fused unit's tiles would leave idle.
+# On a device that the fused unit's tiles would leave idle: two kernels.
 FEW: dict[str, dict[str, Any]] = {
     "192 channels, a frame": {"channels": 192, "steps": 96, "dilation": 9, "causal": True},
-    "96 channels": {"channels": 96, "steps": 130, "dilation": 3},
-    "48 channels, lengths": {"batch": 3, "steps": 40, "lengths": [40, 7, 0]},
-    "136 channels, taps apart": {"channels": 136, "steps": 33, "batch": 2, "dilation": 40, "bias": False},
-    "8 channels": {"channels": 8, "steps": 50},
+    "lengths": {"channels": 96, "batch": 3, "steps": 40, "dilation": 3, "lengths": [40, 7, 0]},
+    "taps apart": {"channels": 136, "steps": 33, "batch": 2, "dilation": 40, "bias": False},
     "72 channels, lopsided padding": {"channels": 72, "batch": 2, "padding": (3, 20), "lengths": [70, 8]},
     "many clips": {"channels": 32, "steps": 3, "batch": 40, "lengths": [3, 0, 1, 2] * 10, "dilation": 3},
 }
@@ -223,12 +221,8 @@ FEW: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("options", FEW.values(), ids=FEW.keys())
 def test_few_rows(program: Path, tmp_path: Path, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Two kernels, bit for bit what the fused kernels give."""
-    tensors, expected = case(dtype=dtype, multiprocessors=IDLE, **options)
-    names = check(program, tmp_path, tensors, expected)
-    assert [name.startswith("dcx::ConvFew<") for name in names] == [True]
-    outputs, fused = simt_cases.run(program, tmp_path, [tensors, {**tensors, "wgmma": 0}])
-    assert torch.equal(*(bits(o["y"]) for o in outputs)) and any("FusedUnit" in name for name in fused)
+    names = check_groups(program, tmp_path, *case(dtype=dtype, multiprocessors=IDLE, **options))
+    assert [name[:13] for name in names] == ["dcx::ConvFew<"]
 
 
 FUSED: dict[str, dict[str, Any]] = {
