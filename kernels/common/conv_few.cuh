@@ -111,7 +111,8 @@ struct ConvFew {
       for (int64_t c = thread_index() * kLine; c < p.in_channels; c += kThreads * kLine) prefetch_l2(p.alpha + c);
     const int64_t column = (at.column + thread_index() % 2 * kVector) % p.step_columns;
     if (p.bias != nullptr && thread_index() < 2) prefetch_l2(p.bias + column);
-    if (p.out_alpha != nullptr && thread_index() < 2) prefetch_l2(p.out_alpha + column);
+    const float* snake = p.out_alpha != nullptr ? p.out_alpha : p.after_alpha;
+    if (snake != nullptr && thread_index() < 2) prefetch_l2(snake + column);
   }
 
   // Which row of x each row in shared memory is.
