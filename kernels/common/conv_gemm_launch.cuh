@@ -231,7 +231,8 @@ bool fit_few(const CudaContext& context, int64_t most_rows, ConvGemmPlan& plan) 
 // conv_wgmma.cuh.
 template <class T>
 bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
-  constexpr int64_t kFewRows = 64, kTileRows = 32, kBlocks = 2;
+  // More rows where their tiles are all there at once, and each reads few weights again.
+  constexpr int64_t kFewRows = 64, kTileRows = 32, kBlocks = 2, kShallow = 512;
   using Kernels = FewKernels<T>;
   ConvGemmParams& p = plan.params;
   if (!p.vectors) return false;
@@ -247,7 +248,8 @@ bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
   const bool fits = wanted <= Kernels::One::most_rows(p)   ? fit_rows(static_cast<typename Kernels::One*>(nullptr))
                     : wanted <= Kernels::Two::most_rows(p) ? fit_rows(static_cast<typename Kernels::Two*>(nullptr))
                                                            : fit_rows(static_cast<typename Kernels::Four*>(nullptr));
-  return fits && (few || p.tap_major || plan.grid.x <= kBlocks * context.multiprocessors);
+  return fits && (few || p.tap_major ||
+                  (tap_range(p).most * p.channels_padded <= kShallow && plan.grid.x <= kBlocks * context.multiprocessors));
 }
 
 // The tile that computes least, or the small one where a large one would leave multiprocessors idle: ranges fill them
