@@ -84,10 +84,7 @@ GROUPS_PLANTED = {
     "teams: a wrong half of a panel": ("shift = team * kHalf", "shift = 0"),
     "teams: a wrong tap": ("shift, 0, weights_of(smem, tap)", "shift, 0, weights_of(smem, tap - 1)"),
     "teams: no rows for the tile behind": ("      fetch(next);\n", "      cp_async_commit();\n"),
-    "another channel's Snake on the output": (
-        "out = pairs + 4 * kColumns + kFirst * 2",
-        "out = pairs + 4 * kColumns + 4",
-    ),
+    "another channel's Snake on the output": ("+ kFirst * 2 + thread_index() % 4 * 4", "+ kFirst * 2"),
 }
 
 

@@ -117,11 +117,16 @@ struct ConvColumns {
   int count;  // columns that there are
 
   DCX_DEVICE ConvColumns(const ConvGemmParams& p, int column) : count(static_cast<int>(p.step_columns) - column) {
-    const float* snake = p.out_alpha != nullptr ? p.out_alpha : p.after_alpha;
     DCX_UNROLL
     for (int v = 0; v < kVector; ++v) {
       bias[v] = v < count && p.bias != nullptr ? p.bias[column + v] : 0.0f;
-      alpha[v] = v < count && snake != nullptr ? snake[column + v] : 0.0f;
+      alpha[v] = inverse[v] = 0.0f;
+    }
+    const float* snake = p.out_alpha != nullptr ? p.out_alpha : p.after_alpha;
+    if (snake == nullptr) return;
+    DCX_UNROLL
+    for (int v = 0; v < kVector; ++v) {
+      if (v < count) alpha[v] = snake[column + v];
       inverse[v] = snake_inverse(alpha[v]);
     }
   }
@@ -166,15 +171,22 @@ struct ConvColumns {
       for (int v = 0; v < kVector; ++v)
         values[v] = snake_as<T>(to_float(from_float<T>(values[v])), alpha[v], inverse[v]);
     }
-    Vector16<T> out;
-    DCX_UNROLL
-    for (int v = 0; v < kVector; ++v) out.values[v] = from_float<T>(counts ? values[v] : 0.0f);
     if (p.vector_store) {
-      *reinterpret_cast<Vector16<T>*>(to) = out;
+      Words out;
+      DCX_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        uint32_t word;
+        if constexpr (sizeof(T) == 2)
+          word = pack_pair<T>(values[2 * w], values[2 * w + 1]);
+        else
+          memcpy(&word, &values[w], sizeof(word));
+        out.values[w] = counts ? word : 0;
+      }
+      *reinterpret_cast<Words*>(to) = out;
     } else {
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v)
-        if (v < count) to[v * p.y.stride_c] = out.values[v];
+        if (v < count) to[v * p.y.stride_c] = from_float<T>(counts ? values[v] : 0.0f);
     }
   }
 };

@@ -60,13 +60,13 @@ struct ConvRows {
       DCX_UNROLL
       for (int k = 0; k < kBatch; ++k) {
         if (row + k * rows_at_once >= p.rows) return;
-        Vector16<T> values;
-        DCX_UNROLL
-        for (int i = 0; i < kVector; ++i) {
-          const float value = value_of<T>(words[k], i);
-          values.values[i] = from_float<T>(p.alpha != nullptr ? snake_as<T>(value, alpha[i], inverse[i]) : value);
+        if (p.alpha != nullptr) {
+          DCX_UNROLL
+          for (int i = 0; i < kVector; i += 2)
+            words[k].values[i / 2] = pack_pair<T>(snake_as<T>(value_of<T>(words[k], i), alpha[i], inverse[i]),
+                                                  snake_as<T>(value_of<T>(words[k], i + 1), alpha[i + 1], inverse[i + 1]));
         }
-        *reinterpret_cast<Vector16<T>*>(to + k * to_step) = values;
+        *reinterpret_cast<Vector16<uint32_t>*>(to + k * to_step) = words[k];
       }
       x += kBatch * x_step;
       to += kBatch * to_step;

@@ -110,7 +110,7 @@ struct ConvWgmma {
     DCX_NO_UNROLL
     for (; row < rows; row += kRowsAtOnce) {
       const bool valid = own.valid && static_cast<unsigned>(t) < static_cast<unsigned>(steps);
-      cp_async16(cell, valid ? source : x, valid);
+      cp_async16(cell, source, valid);
       t += kRowsAtOnce * row_step;
       source += stride;
       cell += kRowsAtOnce * kPanelRowBytes;

@@ -224,6 +224,20 @@ DCX_DEVICE float approximate_sine(float x) { return __sinf(x); }
 DCX_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 DCX_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 DCX_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// Two neighbours in one word, the first in the low half.
+template <class T>
+DCX_DEVICE uint32_t pack_pair(float low, float high);
+template <>
+DCX_DEVICE uint32_t pack_pair<bf16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+DCX_DEVICE uint32_t pack_pair<f16>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
 DCX_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 DCX_DEVICE float not_a_number() { return __uint_as_float(0x7fc00000u); }
 
@@ -244,12 +258,6 @@ DCX_DEVICE float value_of(const Vector16<uint32_t>& words, int i) {
     if (DTypeOf<T>::value == DType::kBF16) return float_of(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
     return to_float(T{static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16)});
   }
-}
-
-// Two neighbours in one word, the first in the low half.
-template <class T>
-DCX_DEVICE uint32_t pack_pair(float low, float high) {
-  return static_cast<uint32_t>(from_float<T>(low).bits) | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
 }  // namespace dcx

@@ -210,6 +210,10 @@ inline uint64_t bits_of(double x) {
 inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+template <class T>
+inline uint32_t pack_pair(float low, float high) {
+  return static_cast<uint32_t>(from_float<T>(low).bits) | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
 inline float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
