@@ -10,6 +10,8 @@ On the CPU whole clips run in tiles (`tiles.py`), with the bits of whole tensors
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,12 +21,35 @@ from .forms import Form, form_for
 from .pieces import decode_pieces
 from .reference.checks import naming_wrong_codes
 from .stages import stage_of
-from .steps import Quantizer, Step, hand_snakes_on, lengths_through, program, run, weight_dtype
+from .steps import (
+    ConvStep,
+    Quantizer,
+    ResidualUnitStep,
+    Step,
+    UpsampleStep,
+    lengths_through,
+    program,
+    run,
+    weight_dtype,
+)
 from .tiles import Programs, Sizes, Tiles
 
 
 def _listed(lengths: Tensor | None) -> list[int] | None:
     return None if lengths is None else lengths.tolist()
+
+
+def hand_snakes_on(steps: Sequence[Step]) -> list[Step]:
+    """Return steps that give the same on a GPU, where a unit's rows go through the next convolution's Snake as they
+    are written: there it would be a pass of its own. The last convolution, to one channel, snakes what it reads."""
+    made = list(steps)
+    for i, (step, behind) in enumerate(pairwise(steps)):
+        if not isinstance(step, ResidualUnitStep) or not isinstance(behind, ConvStep | UpsampleStep):
+            continue
+        if behind.alpha is not None and (isinstance(behind, UpsampleStep) or behind.weight.shape[0] > 1):
+            made[i] = replace(step, out_alpha=behind.alpha)
+            made[i + 1] = replace(behind, alpha=None)
+    return made
 
 
 class Engine:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -399,19 +398,6 @@ class Quantizer:
 
 
 Step = ConvStep | UpsampleStep | ResidualUnitStep | ConvNeXtStep
-
-
-def hand_snakes_on(steps: Sequence[Step]) -> list[Step]:
-    """Return steps that give the same on a GPU, where a unit's rows go through the next convolution's Snake as they
-    are written: there it would be a pass of its own. The last convolution, to one channel, snakes what it reads."""
-    made = list(steps)
-    for i, (step, behind) in enumerate(pairwise(steps)):
-        if not isinstance(step, ResidualUnitStep) or not isinstance(behind, ConvStep | UpsampleStep):
-            continue
-        if behind.alpha is not None and (isinstance(behind, UpsampleStep) or behind.weight.shape[0] > 1):
-            made[i] = replace(step, out_alpha=behind.alpha)
-            made[i + 1] = replace(behind, alpha=None)
-    return made
 
 
 def run(steps: Sequence[Step], x: Tensor, lengths: Sequence[Tensor] | None) -> Tensor:

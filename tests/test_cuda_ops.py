@@ -352,3 +352,18 @@ def test_packed_gives_the_same_bits(family: str, op: str, dtype: torch.dtype) ->
     case = in_dtype(typical(op), dtype)
     with dx.backend(family):
         assert torch.equal(packed_case(op, case).actual(dtype), case.actual(dtype))
+
+
+@pytest.mark.parametrize("channels", [32, 48, 64, 96, 128, 192, 384])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_residual_unit_hands_a_snake_on(channels: int, dtype: torch.dtype) -> None:
+    """Bit for bit the next convolution's own."""
+    alpha = torch.linspace(0.2, 3, channels, device=DEVICE)
+    taps = torch.eye(channels, device=DEVICE, dtype=dtype)[..., None]
+    for steps in (40, 5000):
+        made = in_dtype(BUILDERS["residual_unit"](channels, steps).to(DEVICE), dtype)
+        for x in (made.x, made.x.transpose(1, 2).contiguous().transpose(1, 2)):
+            with dx.backend("cuda"):
+                y = ops.residual_unit(x, **made.weights, **made.options)
+                handed = ops.residual_unit(x, **made.weights, **made.options, out_alpha=alpha)
+                assert torch.equal(handed, ops.snake_conv1d(y, taps, None, alpha))

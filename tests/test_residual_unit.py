@@ -10,6 +10,7 @@ import torch
 from opsuite import Case
 from torch import Tensor
 
+import dualcodec_ext as dx
 from dualcodec_ext import ops, reference
 from dualcodec_ext.ops import packing
 
@@ -183,3 +184,18 @@ def test_nan_reaches_its_samples_alone() -> None:
     assert y[1][:, reached].isnan().all() and not y[0].isnan().any()
     others = [t for t in range(60) if t not in reached]
     assert not y[1][:, others].isnan().any()
+
+
+def test_snake_on_the_output_is_a_gpus() -> None:
+    """The kernels of the CPU have none; plain PyTorch's gradient knows it too."""
+    made, alpha = case(), torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0])
+    with pytest.raises(ValueError, match=r"residual_unit: out_alpha must be None on the CPU, got \[5\]"):
+        ops.residual_unit(made.x, **made.weights, out_alpha=alpha)
+    alpha.requires_grad_()
+    with dx.backend("reference"):
+        y = ops.residual_unit(made.x, **made.weights, out_alpha=alpha)
+        plain = ops.residual_unit(made.x, **made.weights)
+    expected = reference.snake_conv1d_ref(plain, torch.eye(5)[..., None], alpha=alpha)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
+    y.sum().backward()
+    assert alpha.grad is not None and bool(alpha.grad.any())

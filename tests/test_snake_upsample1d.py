@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import opsuite as suite
@@ -149,7 +150,7 @@ def test_lengths(mode: str) -> None:
         ),
         ({"weight": torch.zeros(5, 6, 7), "mode": "repeat"}, r"weight must be \[Cout, Cin, 2 \* stride\]"),
         ({"bias": torch.zeros(6)}, r"bias must be \[C\] = \[5\], got \[6\]"),
-        ({"alpha": None}, "alpha must be a tensor, got NoneType"),
+        ({"alpha": 1.0}, "alpha must be a tensor, got float"),
         ({"stride": True}, "stride must be an integer, got True"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"mode": "linear"}, "mode must be 'transposed' or 'repeat', got 'linear'"),
@@ -215,3 +216,9 @@ def test_nan_reaches_its_samples_alone() -> None:
     y = made.actual()
     assert y[1, :, 38:46].isnan().all() and not y[0].isnan().any()
     assert not y[1, :, :38].isnan().any() and not y[1, :, 46:].isnan().any()
+
+
+@pytest.mark.parametrize("mode", ["transposed", "repeat"])
+def test_without_snake(mode: str) -> None:
+    made = case(mode=mode)
+    suite.check(replace(made, weights={**made.weights, "alpha": None}))

@@ -230,7 +230,8 @@ def register(
         if reference_call is None:
             return
         if packed is not None and inputs[packed] is not None:
-            if any(ctx.needs_input_grad[i] for i in tensors if i != 0 and isinstance(inputs[i], Tensor)):
+            # Shorter where trailing defaults were left out.
+            if any(needed for i, needed in enumerate(ctx.needs_input_grad) if i != 0 and i in tensors):
                 raise RuntimeError(f"{name}: packed must be None when a weight needs a gradient, got a packed weight")
             if ctx.needs_input_grad[0]:
                 raise RuntimeError(f"{name}: packed must be None when the input needs a gradient, got a packed weight")
@@ -241,7 +242,7 @@ def register(
         if reference_call is None:
             raise RuntimeError(f"{name}: has no gradient; train through backend('reference')")
         args = [t if t is not None else o for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        wanted = [i for i in tensors if ctx.needs_input_grad[i]]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed and i in tensors]
         again = torch.is_grad_enabled()  # create_graph=True: this gradient's own graph must reach back to the inputs
         dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
         with torch.enable_grad(), torch.autocast(grads[0].device.type, enabled=False):

@@ -3,6 +3,7 @@
 // takes them.
 #pragma once
 #include <type_traits>
+#include <stdlib.h>
 
 #include "conv_few.cuh"
 #include "conv_gemm.cuh"
@@ -26,6 +27,7 @@ struct HalfKernels {
 template <class T>
 struct WgmmaKernels {
   using Large = ConvWgmma<T, 2, 128, 6, true, 1>;
+  using HalfRanged = ConvWgmma<T, 2, 64, 5, true, 2>;
   using Flat = ConvWgmma<T, 2, 128, 3, false, 2>;  // without ranges: two blocks share a multiprocessor
   using Narrow = ConvWgmma<T, 2, 96, 6, false, 2>;
   using Slim = ConvWgmma<T, 2, 48, 5, false, 2>;
@@ -274,7 +276,9 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   // What a tile multiplies, and, as so many columns more, what it costs to bring its rows.
   const auto computed = [&](int64_t columns) { return run_tiles(p, columns) * (columns + 32); };
   const int64_t least = minimum(minimum(computed(48), computed(64)), minimum(computed(96), computed(128)));
-  if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Flat>(context, plan)) return true;
+  static const int variant = getenv("DCX_V") ? atoi(getenv("DCX_V")) : 0;
+  if (!(variant & 1) && computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Flat>(context, plan)) return true;
+  if ((variant & 2) && p.ranges > 1 && fills(64) && fit_wgmma<typename Kernels::HalfRanged>(context, plan)) return true;
   if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
   if (computed(96) == least && fills(96) && fit_wgmma<typename Kernels::Narrow>(context, plan)) return true;
   if (computed(64) == least && fills(64) && fit_wgmma<typename Kernels::Half>(context, plan)) return true;
