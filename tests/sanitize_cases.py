@@ -26,7 +26,8 @@ from dualcodec_ext.ops import packing
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "causal_dwconv1d": [{"channels": 768, "steps": 21}, {"channels": 96, "taps": 31, "steps": 40, "norm": False}],
     "residual_unit": [
-        *({"channels": c, "steps": 140, "dilation": d} for c, d in ((48, 9), (96, 3), (192, 1))),
+        *({"channels": c, "steps": 330, "dilation": d} for c, d in ((48, 9), (96, 3), (192, 1))),
+        {"channels": 192, "steps": 40, "dilation": 9},  # few rows
         {"channels": 384, "steps": 20, "dilation": 3, "causal": True},
         {"channels": 33, "steps": 20},
     ],
@@ -43,6 +44,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"cin": 1, "cout": 32, "taps": 7, "padding": (3, 3), "snake": False, "steps": 300},
         {"cin": 64, "cout": 128, "taps": 10, "stride": 5, "padding": (3, 3), "steps": 150},
         {"cin": 96, "cout": 200, "taps": 1, "activation": "gelu", "residual": True, "steps": 30},
+        {"cin": 768, "cout": 48, "taps": 7, "dilation": 9, "padding": (54, 0), "steps": 6},  # few rows
         {"cin": 33, "cout": 19, "taps": 3, "dilation": 2, "steps": 30},
     ],
     "snake_upsample1d": [
