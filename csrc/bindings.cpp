@@ -44,10 +44,11 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   m.def("pack_residual_unit(Tensor weight1, Tensor weight2, int winograd=0) -> Tensor");
   m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");
   m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding, int winograd=0) -> Tensor");
-  define_with_out(m, "residual_unit",
-                  "Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? "
-                  "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed, int winograd=0, Tensor? "
-                  "out_alpha=None");
+  define_with_out(
+      m, "residual_unit",
+      "Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? "
+      "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed, int winograd=0, Tensor? "
+      "out_alpha=None");
   define_with_out(m, "rvq_lookup",
                   "Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? "
                   "lengths, bool channels_last, Tensor? packed",

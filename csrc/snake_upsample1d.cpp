@@ -140,11 +140,11 @@ void check_stretch(int64_t first, const at::Tensor& out, const SnakeUpsample1dPa
             " and ", shape_text(out));
 }
 
-at::Tensor snake_upsample1d_into_cpu(const OptionalTensor& out,  // [B, Cout, N], x's dtype; none: all T' steps
-                                     int64_t first,              // output step that `out` begins with
-                                     const at::Tensor& x,        // [B, Cin, T] f32|f64|bf16|f16
-                                     const OptionalTensor& alpha,    // [Cin]
-                                     const at::Tensor& weight,   // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
+at::Tensor snake_upsample1d_into_cpu(const OptionalTensor& out,    // [B, Cout, N], x's dtype; none: all T' steps
+                                     int64_t first,                // output step that `out` begins with
+                                     const at::Tensor& x,          // [B, Cin, T] f32|f64|bf16|f16
+                                     const OptionalTensor& alpha,  // [Cin]
+                                     const at::Tensor& weight,  // transposed: [Cin, Cout, 2S]; repeat: [Cout, Cin, 2S]
                                      const OptionalTensor& bias,  // [Cout]
                                      int64_t stride, c10::string_view mode, at::IntArrayRef padding,
                                      const OptionalTensor& lengths,  // [B] i64

@@ -247,8 +247,8 @@ struct ConvFinish {
           residual != nullptr && counts && (p.residual_valid == 0 || (source >= 0 && source < conv_in_valid(p, b)));
       Vector16<uint32_t> more{};
       if (adds)
-        more = own.load_residual(p, residual + b * p.residual.stride_b + source * p.residual.stride_t +
-                                        column * p.residual.stride_c);
+        more = own.load_residual(
+            p, residual + b * p.residual.stride_b + source * p.residual.stride_t + column * p.residual.stride_c);
       T* to = y + b * p.y.stride_b + t * p.y.stride_t;
       if (p.activation != Activation::kNone)
         own.template finish<true>(p, sums + row * kLd, counts, adds, more, to);

@@ -251,8 +251,9 @@ bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
   const bool fits = wanted <= Kernels::One::most_rows(p)   ? fit_rows(static_cast<typename Kernels::One*>(nullptr))
                     : wanted <= Kernels::Two::most_rows(p) ? fit_rows(static_cast<typename Kernels::Two*>(nullptr))
                                                            : fit_rows(static_cast<typename Kernels::Four*>(nullptr));
-  return fits && (few || p.tap_major ||
-                  (tap_range(p).most * p.channels_padded <= kShallow && plan.grid.x <= kBlocks * context.multiprocessors));
+  return fits &&
+         (few || p.tap_major ||
+          (tap_range(p).most * p.channels_padded <= kShallow && plan.grid.x <= kBlocks * context.multiprocessors));
 }
 
 // The tile that computes least, or the small one where a large one would leave multiprocessors idle: ranges fill them
@@ -277,7 +278,8 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   const auto computed = [&](int64_t columns) { return run_tiles(p, columns) * (columns + 32); };
   const int64_t least = minimum(minimum(computed(48), computed(64)), minimum(computed(96), computed(128)));
   static const int variant = getenv("DCX_V") ? atoi(getenv("DCX_V")) : 0;
-  if (!(variant & 1) && computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Flat>(context, plan)) return true;
+  if (!(variant & 1) && computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Flat>(context, plan))
+    return true;
   if ((variant & 2) && p.ranges > 1 && fills(64) && fit_wgmma<typename Kernels::HalfRanged>(context, plan)) return true;
   if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
   if (computed(96) == least && fills(96) && fit_wgmma<typename Kernels::Narrow>(context, plan)) return true;

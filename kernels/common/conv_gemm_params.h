@@ -33,17 +33,17 @@ struct ConvRun {
 constexpr int kMostRuns = 16;
 
 struct ConvGemmParams {
-  Signal x;                // [B, in_steps, in_channels]
-  Signal y;                // [B, out_steps, columns], written
-  Signal residual;         // [B, ., columns], data null: none; y[t] += residual[t + residual_shift]
-  const void* weight;      // [every phase's taps][channels_padded][columns_padded] of the element type, zero-padded
-  const float* bias;       // [columns], null: none
-  const float* alpha;      // [in_channels], null: no Snake
-  const float* out_alpha;  // [columns]: Snake on the output, before the residual; null: none
+  Signal x;                  // [B, in_steps, in_channels]
+  Signal y;                  // [B, out_steps, columns], written
+  Signal residual;           // [B, ., columns], data null: none; y[t] += residual[t + residual_shift]
+  const void* weight;        // [every phase's taps][channels_padded][columns_padded] of the element type, zero-padded
+  const float* bias;         // [columns], null: none
+  const float* alpha;        // [in_channels], null: no Snake
+  const float* out_alpha;    // [columns]: Snake on the output, before the residual; null: none
   const float* after_alpha;  // [columns], where out_alpha is null: Snake on what would be written; null: none
-  const int64_t* lengths;  // [B], null: in_steps each
-  float* partial;          // one tile's sums per block, where ranges run in blocks of their own
-  uint32_t* counters;      // [tiles], zeros, and left so
+  const int64_t* lengths;    // [B], null: in_steps each
+  float* partial;            // one tile's sums per block, where ranges run in blocks of their own
+  uint32_t* counters;        // [tiles], zeros, and left so
   int64_t batch, in_steps, in_channels, columns, columns_padded;
   int64_t out_steps;        // of the op
   int64_t rows;             // q's range in one clip

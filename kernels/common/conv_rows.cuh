@@ -63,8 +63,9 @@ struct ConvRows {
         if (p.alpha != nullptr) {
           DCX_UNROLL
           for (int i = 0; i < kVector; i += 2)
-            words[k].values[i / 2] = pack_pair<T>(snake_as<T>(value_of<T>(words[k], i), alpha[i], inverse[i]),
-                                                  snake_as<T>(value_of<T>(words[k], i + 1), alpha[i + 1], inverse[i + 1]));
+            words[k].values[i / 2] =
+                pack_pair<T>(snake_as<T>(value_of<T>(words[k], i), alpha[i], inverse[i]),
+                             snake_as<T>(value_of<T>(words[k], i + 1), alpha[i + 1], inverse[i + 1]));
         }
         *reinterpret_cast<Vector16<uint32_t>*>(to + k * to_step) = words[k];
       }

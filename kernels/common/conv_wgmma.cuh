@@ -61,7 +61,10 @@ struct ConvWgmma {
     const int64_t row = at.weight_rows + int64_t{beside} * at.taps * channels + chunk * kChunk + k;
     return Weights{static_cast<const T*>(p.weight) + row * padded + (column - beside * step_columns),
                    stages + cell / 8 * kPanelBytes + panel_cell(k, cell % 8) * 16,
-                   counts ? channels - chunk * kChunk - k : k < kWeightRows ? 0 : -kChunk, 0, 0};
+                   counts            ? channels - chunk * kChunk - k
+                   : k < kWeightRows ? 0
+                                     : -kChunk,
+                   0, 0};
   }
   // Copies a step's weights, zeros past the channels and the columns, and goes on to the next step.
   static DCX_DEVICE void load_weights(const Params& p, int taps, Weights& own) {

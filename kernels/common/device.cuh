@@ -85,7 +85,9 @@ DCX_DEVICE int64_t block_z() { return static_cast<int64_t>(blockIdx.z); }
 
 DCX_DEVICE void sync_threads() { __syncthreads(); }
 // A barrier of `threads` threads, whole warps, of which the part-th so many meet; 15 parts at most.
-DCX_DEVICE void sync_part(int part, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "r"(threads) : "memory"); }
+DCX_DEVICE void sync_part(int part, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "r"(threads) : "memory");
+}
 DCX_DEVICE void sync_warp() { __syncwarp(); }
 template <class T>
 DCX_DEVICE T shuffle(T value, int lane) {

@@ -183,9 +183,9 @@ struct WgmmaParts {
     }
   }
 
-  // The small vectors: alpha1, its inverse, as place_of_alpha has them; then per pair of columns bias1, alpha2, its inverse, and bias2 of the 1x1's
-  // pair there, so that a thread reads a pair's with two loads; behind these out_alpha and its inverse of such a pair.
-  // Zeros past the channels.
+  // The small vectors: alpha1, its inverse, as place_of_alpha has them; then per pair of columns bias1, alpha2, its
+  // inverse, and bias2 of the 1x1's pair there, so that a thread reads a pair's with two loads; behind these out_alpha
+  // and its inverse of such a pair. Zeros past the channels.
   static DCX_DEVICE void load_vectors(const Params& p, float* to, int threads) {
     for (int c = thread_index(); c < kColumns; c += threads) {
       const bool valid = c < p.channels;

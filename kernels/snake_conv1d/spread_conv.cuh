@@ -93,8 +93,8 @@ struct SpreadConv {
 
 // Whether the layer is one for SpreadConv: whatever its memory looks like, since the GEMM adds in another order.
 inline bool spreads(const ConvGemmParams& p) {
-  return p.in_channels == 1 && p.activation == Activation::kNone && p.conv_taps == SpreadConv<float>::kTaps && p.conv_stride == 1 && p.conv_dilation == 1 &&
-         p.columns % SpreadConv<float>::kColumns == 0 &&
+  return p.in_channels == 1 && p.activation == Activation::kNone && p.conv_taps == SpreadConv<float>::kTaps &&
+         p.conv_stride == 1 && p.conv_dilation == 1 && p.columns % SpreadConv<float>::kColumns == 0 &&
          p.columns <= SpreadConv<float>::kColumns * SpreadConv<float>::kThreads;
 }
 

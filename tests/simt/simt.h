@@ -31,7 +31,7 @@ const Position& position();
 // each lane.
 void warp_together(const char* name, void* argument, void (*all)(void* const (&arguments)[32]));
 void barrier();
-void barrier_of(int first, int count);  // of these threads alone
+void barrier_of(int first, int count);                      // of these threads alone
 void copy_later(void* to, const void* from, size_t bytes);  // 16 zeros where from is null
 void commit_copies();
 void wait_copies(int pending);
