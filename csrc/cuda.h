@@ -84,11 +84,15 @@ inline at::Tensor cuda_packed_or(const char* op, const OptionalTensor& packed, i
   return *packed;
 }
 
-// Starts a planned kernel with workspace from torch's allocator; `packed`: the caller's own weights, which stand since
-// before the kernel in front.
-inline void start_plan(const CudaContext& context, ConvGemmPlan& plan, const at::Tensor& x,
-                       const OptionalTensor& packed) {
-  plan.params.weights_stand = packed.has_value() && packed->defined();
+// Whether what a kernel reads is the caller's own tensor, and not one that a kernel in front may still write.
+inline bool is_given(const at::Tensor& used, const OptionalTensor& given) {
+  return !used.defined() || (given.has_value() && used.is_same(*given));
+}
+
+// Starts a planned kernel with workspace from torch's allocator; weights_stand: all weights and vectors are the
+// caller's own, which stand since before the kernel in front.
+inline void start_plan(const CudaContext& context, ConvGemmPlan& plan, const at::Tensor& x, bool weights_stand) {
+  plan.params.weights_stand = weights_stand;
   at::Tensor partial, counters, prepared;
   if (plan.partial_floats > 0) {
     partial = at::empty({plan.partial_floats}, x.options().dtype(at::kFloat));

@@ -197,17 +197,15 @@ at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, co
   at::Tensor hidden;
   if (const int64_t numel = residual_unit_hidden(context, p); numel > 0) hidden = at::empty({numel}, x.options());
   ResidualUnitPlan plan = plan_residual_unit_cuda(context, p, hidden.defined() ? hidden.mutable_data_ptr() : nullptr);
+  const bool weights_stand = is_given(values, packed) && is_given(alpha1_values, alpha1) &&
+                             is_given(alpha2_values, alpha2) && is_given(bias1_values, bias1) &&
+                             is_given(bias2_values, bias2) && is_given(out_alpha_values, out_alpha);
   if (plan.fused) {
-    const auto stands = [](const at::Tensor& used, const OptionalTensor& given) {
-      return !used.defined() || (given.has_value() && used.is_same(*given));
-    };
-    plan.params.weights_stand = packed.has_value() && packed->defined() && stands(alpha1_values, alpha1) &&
-                                stands(alpha2_values, alpha2) && stands(bias1_values, bias1) &&
-                                stands(bias2_values, bias2) && stands(out_alpha_values, out_alpha);
+    plan.params.weights_stand = weights_stand;
     plan.start(context, plan);
   } else {
-    start_plan(context, plan.first, x, packed);
-    start_plan(context, plan.second, x, packed);
+    start_plan(context, plan.first, x, weights_stand);
+    start_plan(context, plan.second, x, weights_stand);
   }
   return y;
 }

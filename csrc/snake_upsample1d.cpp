@@ -235,7 +235,8 @@ at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, 
   p.lengths = data_or_null<int64_t>(length_values);
   const CudaContext context = cuda_context();
   ConvGemmPlan plan = plan_snake_upsample1d_cuda(context, p);
-  start_plan(context, plan, x, packed);
+  start_plan(context, plan, x,
+             is_given(values, packed) && is_given(bias_values, bias) && is_given(alpha_values, alpha));
   return y;
 }
 

@@ -32,8 +32,7 @@ REGISTERS = (
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 96", 160),
     (r"FusedUnit<dcx::b?f16, 192, 128", 184),
     (r"ConvWgmma<dcx::b?f16, 2, 128", 232),
-    (r"ConvFew<dcx::b?f16, 4>", 128),  # two blocks of 256 threads
-    (r"ConvFew<", 80),  # three, so that the next kernels' blocks come up beside
+    (r"ConvFew<", 128),  # two blocks of 256 threads
     (r"WgmmaUnit<dcx::b?f16, 192, [12],", 255),  # one block
     (r"WgmmaUnit<dcx::b?f16, 96, 1,", 208),
     (r"", 168),  # three blocks of 128 threads

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONV, TILE, DWCONV = "common/conv_gemm.cuh", "common/gemm_tile.cuh", "causal_dwconv1d/causal_dwconv1d.cuh"
 STREAM = "stream_rows/stream_rows.cuh"
 FINISH, WGMMA, FEW = "common/conv_finish.cuh", "common/conv_wgmma.cuh", "common/conv_few.cuh"
+FEW_FINISH = "common/conv_few_finish.cuh"
 NARROW, SLIDING = "snake_conv1d/snake_conv1d.cuh", "snake_conv1d/sliding_conv.cuh"
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -78,25 +79,33 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             FEW, "wait_pending(issued - turn - 1);\n      sync_threads();\n", "wait_pending(issued - turn - 1);\n"
         ),
         "few rows, missing barrier: which rows they are is read early": Mutant(
-            FEW, "fill_slots(p, at, slot_of);\n    sync_threads();\n", "fill_slots(p, at, slot_of);\n"
+            FEW, "    sync_threads();  // slots\n", ""
         ),
-        "few rows, missing barrier: sums are read early": Mutant(
-            FEW, "    sync_threads();\n    if (ranges > 1) {", "    if (ranges > 1) {"
-        ),
+        "few rows, missing barrier: sums are read early": Mutant(FEW, "    sync_threads();  // sums\n", ""),
         "few rows, missing cp.async wait": Mutant(FEW, "      wait_pending(issued - turn - 1);\n", ""),
         "few rows, weights are overwritten while read": Mutant(
             FEW, "if (turn > 0 && issued < turns) issue();", "if (issued < turns) issue();"
         ),
-        "few rows, the last range is left out": Mutant(FEW, "other < ranges; ++other", "other < ranges - 1; ++other"),
-        "few rows, wrong tap": Mutant(FEW, "now.tap * tap_bytes +", "(now.tap > 0 ? tap_bytes : 0) +"),
+        "few rows, the last range is left out": Mutant(
+            FEW_FINISH, "if (range < p.ranges) {", "if (range == 0 || range < p.ranges - 1) {"
+        ),
+        "few rows, wrong tap": Mutant(
+            FEW, "filled_rows : static_cast<int>(p.dilation)) * bytes;", "filled_rows : 1) * bytes;"
+        ),
+        "few rows, wrong chunk": Mutant(FEW, "inner_left > 0 ? inner_bytes : outer_bytes;", "inner_bytes;"),
+        "few rows, the second half of the rows": Mutant(FEW_FINISH, "pass < kPasses; ++pass,", "pass < 1; ++pass,"),
+        "few rows, the residual of the rows before": Mutant(
+            FEW_FINISH, "pass == 0 ? own.more[0] :", "pass >= 0 ? own.more[0] :"
+        ),
+        "few rows, Snake of the cells before": Mutant(FEW, "        own.take_cell(p);\n", ""),
         "few rows, dropped tail: the last half of the last chunk": Mutant(
-            FEW, "(first_chunk + now.chunk) * kChunk >= kChunk;", "(first_chunk + now.chunk) * kChunk > kChunk;"
+            FEW, "all * kChunk > static_cast<int>(p.channels_padded);", "all * kChunk >= p.channels_padded;"
         ),
         "few rows, out of bounds, global memory: weights past the last channel": Mutant(
             FEW, "chunk * kChunk + own.k < deep)", "chunk * kChunk + own.k < 1 << 30)"
         ),
         "few rows, out of bounds, global memory: rows past the clip's end": Mutant(
-            FEW, "if (t < 0 || t >= steps) continue;", "if (t < 0) continue;"
+            FEW, "if (t >= 0 && t < own.steps) from", "if (t >= 0) from"
         ),
         "few rows, out of bounds, shared memory: a row too few": Mutant(
             FEW, "int64_t{slots(p, taps)} * (pitch(p)", "int64_t{slots(p, taps) - 1} * (pitch(p)"
@@ -148,7 +157,8 @@ CASES: dict[str, list[SimtCase]] = {
         conv_case(160, 24, steps=3, batch=40, padding=(6, 0), multiprocessors=3, wgmma=1),
         conv_case(72, 24, steps=5, batch=2, dilation=3, residual=True, wgmma=1),
         conv_case(480, 19, steps=5, wgmma=1),
-        conv_case(64, 16, taps=1, steps=8, wgmma=1),
+        conv_case(64, 16, taps=1, steps=40, residual=True, wgmma=1),
+        conv_case(2120, 16, taps=1, steps=2, wgmma=1),
         conv_case(40, 24, taps=3, steps=20, dtype=F32),
         conv_case(40, 2, taps=3, steps=20),
         conv_case(48, 1, steps=200, batch=2, lengths=[200, 101], multiprocessors=1000),

@@ -106,6 +106,7 @@ FEW: dict[str, tuple[int, dict[str, Any]]] = {
     "clips": (1, {"channels": 72, "columns": 40, "steps": 5, "batch": 9, "lengths": [5, 0, 3] * 3, "residual": True}),
     "clips and taps apart": (2, {"channels": 160, "columns": 24, "steps": 2, "batch": 17, "dilation": 3}),
     "a linear layer": (2, {"channels": 2048, "columns": 24, "taps": 1, "steps": 1, "batch": 32, "alpha": False}),
+    "more cells than threads": (1, {"channels": 2120, "columns": 24, "taps": 1, "steps": 3}),
     "many rows": (4, {"channels": 320, "columns": 24, "steps": 40, "dilation": 3, "residual": True}),
     "tiles that are all there at once": (
         1,

@@ -8,7 +8,7 @@
 // With p.tap_major the slices go tap by tap, and inside a tap channel by channel: residual_unit.cuh's order, in which
 // there is one range.
 #pragma once
-#include "conv_finish.cuh"
+#include "conv_few_finish.cuh"
 #include "launch.cuh"
 
 namespace dcx {
@@ -19,15 +19,17 @@ template <class T, int kTiles>
 struct ConvFew {
   using Params = ConvGemmParams;
   using Element = T;
-  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kMinBlocks = kTiles > 2 ? 2 : 3;
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kMinBlocks = 2;
   static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kWaitsItself = true;
   static constexpr int kTileColumns = 16, kChunk = 64, kVector = Vector16<T>::kCount;
   static constexpr int kSliceBytes = kChunk * kTileColumns * 2, kStepBytes = kSliceBytes / 4;
   static constexpr int kTurn = 4;  // slices between two barriers
-  static constexpr int kMostRows = kWarps * kTiles * 8, kSumLd = kTileColumns + 4;
+  static constexpr int kSumLd = kTileColumns + 4;
   static constexpr int kCopiers = kSliceBytes / 16, kRangesAtOnce = kThreads / kCopiers;
   static constexpr int kOwnRanges = kWarps / kRangesAtOnce;  // a warp each
-  static constexpr int kBatch = 4;                           // pieces of rows that a thread has under way
+  static constexpr int kBatch = kTiles > 2 ? 4 : 8;          // pieces of rows that a thread has under way
+  using Finish = FewFinish<T, kTileColumns, kThreads, kSumLd>;
+  static constexpr int kMostRows = Finish::kMostRows;
 
   static DCX_HOST_DEVICE int chunks(const Params& p) {
     return (static_cast<int>(p.channels_padded) + kChunk - 1) / kChunk;
@@ -44,11 +46,11 @@ struct ConvFew {
     return p.stages > 0 ? p.ranges * p.stages * kTurn : chunks(p) * taps;
   }
   struct Slot {
-    int t, item;  // time of the row's first channel; its clip in the tile, -1: none
+    int t, steps, clip;  // time of the row's first channel; of its clip: steps, and where it starts, in 16 bytes
   };
   static int64_t smem_bytes(const Params& p, int taps) {
     return int64_t{slices(p, taps)} * kSliceBytes + int64_t{slots(p, taps)} * (pitch(p) + int{sizeof(Slot)}) +
-           int64_t{p.ranges} * most_rows(p) * kSumLd * 4;
+           int64_t{p.ranges} * most_rows(p) * kSumLd * 4 + int64_t{sizeof(typename Finish::Vectors)};
   }
 
   // Where a slice stands in its range.
@@ -77,7 +79,7 @@ struct ConvFew {
   static DCX_DEVICE Copies copies_of(const Params& p, const ConvPlace& at) {
     const int number = thread_index() % kCopiers, k = number / 2, half = number % 2;
     const int wide = static_cast<int>(at.column) + half * kVector, columns = static_cast<int>(p.step_columns);
-    const int beside = wide / columns;
+    const int beside = p.phases.stride > 0 ? wide / columns : 0;
     const int64_t before = beside * at.taps * p.channels_padded + at.weight_rows + k;
     Copies own{static_cast<const T*>(p.weight) + before * p.columns_padded + wide - beside * columns,
                k * 32 + (half ^ (k / 4 & 1)) * 16,
@@ -85,34 +87,30 @@ struct ConvFew {
                {}};
     DCX_UNROLL
     for (int i = 0; i < kOwnRanges; ++i) {
+      if (i * kRangesAtOnce >= p.ranges) break;
       const int range = thread_index() / kCopiers + i * kRangesAtOnce, first = chunks(p) * range / p.ranges;
       const int end = chunks(p) * (range + 1) / p.ranges;
       own.chunks[i] = range < p.ranges && wide < at.columns ? static_cast<uint32_t>(end << 16 | first) : 0;
     }
     return own;
   }
-  // `slot`: among the range's slices in shared memory.
+  // `slot`: among the range's slices in shared memory. kFetch: to L2 alone, for later.
+  template <bool kFetch = false>
   static DCX_DEVICE void load_slice(const Params& p, const Copies& own, Walk walk, int taps, int slot,
                                     unsigned char* to) {
     const int deep = static_cast<int>(p.channels_padded), padded = static_cast<int>(p.columns_padded);
     DCX_UNROLL
     for (int i = 0; i < kOwnRanges; ++i) {
+      if (i * kRangesAtOnce >= p.ranges) break;
       const int range = thread_index() / kCopiers + i * kRangesAtOnce, first = static_cast<int>(own.chunks[i] & 0xffff);
       const int chunk = first + walk.chunk, slice = slot + (p.stages > 0 ? range * p.stages * kTurn : first * taps);
-      if (chunk < static_cast<int>(own.chunks[i] >> 16) && chunk * kChunk + own.k < deep)
-        cp_async16(to + own.to + slice * kSliceBytes, own.from + (walk.tap * deep + chunk * kChunk) * padded, true);
+      if (chunk >= static_cast<int>(own.chunks[i] >> 16) || chunk * kChunk + own.k >= deep) continue;
+      const T* from = own.from + (walk.tap * deep + chunk * kChunk) * padded;
+      if (kFetch)
+        prefetch_l2(from);
+      else
+        cp_async16(to + own.to + slice * kSliceBytes, from, true);
     }
-  }
-
-  // The small vectors, which may have left L2 since the last call, on their way there.
-  static DCX_DEVICE void fetch_vectors(const Params& p, const ConvPlace& at) {
-    constexpr int kLine = 128 / 4;
-    if (p.alpha != nullptr)
-      for (int64_t c = thread_index() * kLine; c < p.in_channels; c += kThreads * kLine) prefetch_l2(p.alpha + c);
-    const int64_t column = (at.column + thread_index() % 2 * kVector) % p.step_columns;
-    if (p.bias != nullptr && thread_index() < 2) prefetch_l2(p.bias + column);
-    const float* snake = p.out_alpha != nullptr ? p.out_alpha : p.after_alpha;
-    if (snake != nullptr && thread_index() < 2) prefetch_l2(snake + column);
   }
 
   // Which row of x each row in shared memory is.
@@ -120,55 +118,97 @@ struct ConvFew {
     const int count = slots(p, at.taps), rows = tile_rows(p), own_rows = static_cast<int>(p.tile_rows);
     const int segment = static_cast<int>(p.segment);
     for (int i = thread_index(); i < count; i += kThreads) {
-      const int row = p.per_tap ? i % rows : i;
-      const int item = row / (p.per_tap ? own_rows : segment), within = row - item * (p.per_tap ? own_rows : segment);
-      int64_t place =
-          p.per_tap ? (at.row + within) * p.row_scale + i / rows * p.dilation : at.row * p.row_scale + within;
+      const int tap = p.per_tap ? i / rows : 0, row = i - tap * rows, in_clip = p.per_tap ? own_rows : segment;
+      const int item = p.tile_items > 1 ? row / in_clip : 0, within = row - item * in_clip;
+      int64_t place = p.per_tap ? (at.row + within) * p.row_scale + tap * p.dilation : at.row * p.row_scale + within;
       place = (place + at.first) * p.row_step - p.pad_left;
-      to[i] = Slot{static_cast<int>(place), at.clip + item < p.batch ? item : -1};
+      const int64_t steps = at.clip + item >= p.batch ? 0
+                            : p.op_in_steps > 0       ? p.in_steps
+                                                      : conv_in_valid(p, at.clip + item);
+      to[i] = Slot{static_cast<int>(place), static_cast<int>(steps), item * static_cast<int>(p.x.stride_b / kVector)};
     }
   }
 
-  // The rows of all channels, snaked; zeros outside their clip and past the channels.
-  static DCX_DEVICE void load_rows(const Params& p, const ConvPlace& at, const Slot* slot_of, unsigned char* rows) {
-    const int cells = static_cast<int>(p.channels_padded) / kVector, across = minimum(cells, kThreads);
-    const int at_once = kThreads / across, count = slots(p, at.taps), bytes = pitch(p);
-    const int in_channels = static_cast<int>(p.in_channels);
-    if (thread_index() >= at_once * across) return;
-    const T* x = static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b;
-    DCX_NO_UNROLL
-    for (int cell = thread_index() % across; cell < cells; cell += across) {
-      const int wide = cell * kVector, later = wide / in_channels, channel = wide - later * in_channels;
-      const bool there = wide < p.channels, snakes = p.alpha != nullptr && there;
-      DCX_NO_UNROLL
-      for (int first = thread_index() / across; first < count; first += at_once * kBatch) {
-        Vector16<T> values[kBatch];
-        DCX_UNROLL
-        for (int i = 0; i < kBatch; ++i) {
-          values[i] = Vector16<T>{};
-          if (first + i * at_once >= count || !there) continue;
-          const Slot own = slot_of[first + i * at_once];
-          if (own.item < 0) continue;
-          const int t = own.t + later;
-          const int64_t steps = p.op_in_steps > 0 ? p.in_steps : conv_in_valid(p, at.clip + own.item);
-          if (t < 0 || t >= steps) continue;
-          values[i] = *reinterpret_cast<const Vector16<T>*>(x + own.item * p.x.stride_b + t * p.x.stride_t + channel);
-        }
-        if (snakes) {
-          DCX_UNROLL
-          for (int v = 0; v < kVector; ++v) {
-            const float alpha = p.alpha[channel + v], inverse = snake_inverse(alpha);
-            DCX_UNROLL
-            for (int i = 0; i < kBatch; ++i)
-              values[i].values[v] = from_float<T>(snake_as<T>(to_float(values[i].values[v]), alpha, inverse));
-          }
-        }
-        DCX_UNROLL
-        for (int i = 0; i < kBatch; ++i) {
-          if (first + i * at_once >= count) break;
-          *reinterpret_cast<Vector16<T>*>(rows + (first + i * at_once) * bytes + cell * 16) = values[i];
-        }
+  // A thread's way through the rows: a cell of 16 bytes, kBatch rows of it at a time. Where they come from and Snake's
+  // vectors are there before x is.
+  struct Reader {
+    const Vector16<uint32_t>* x;
+    int cell, first, across, at_once, later, channel;
+    int from[kBatch];  // in 16 bytes, negative: zeros
+    float alpha[kVector], inverse[kVector];
+
+    // Outside its clip and past the channels a row is zero.
+    DCX_DEVICE void take_rows(const Params& p, const Slot* slot_of, int count) {
+      const int step = static_cast<int>(p.x.stride_t / kVector);
+      DCX_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        from[i] = -1;
+        if (first + i * at_once >= count || cell * kVector >= p.channels) continue;
+        const Slot own = slot_of[first + i * at_once];
+        const int t = own.t + later;
+        if (t >= 0 && t < own.steps) from[i] = own.clip + t * step + channel / kVector;
       }
+    }
+    DCX_DEVICE void take_cell(const Params& p) {
+      later = p.channels == p.in_channels ? 0 : cell * kVector / static_cast<int>(p.in_channels);
+      channel = cell * kVector - later * static_cast<int>(p.in_channels);
+      const bool snakes = p.alpha != nullptr && cell * kVector < p.channels;
+      DCX_UNROLL
+      for (int v = 0; v < kVector; ++v) alpha[v] = snakes ? p.alpha[channel + v] : 0.0f;
+      DCX_UNROLL
+      for (int v = 0; v < kVector; ++v) inverse[v] = snakes ? snake_inverse(alpha[v]) : 0.0f;
+    }
+  };
+  static DCX_DEVICE Reader reader_of(const Params& p, const ConvPlace& at, const Slot* slot_of, int count) {
+    Reader own;
+    own.x = reinterpret_cast<const Vector16<uint32_t>*>(static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b);
+    hold(own.x);
+    const int cells = static_cast<int>(p.channels_padded) / kVector;
+    own.across = minimum(cells, kThreads);
+    own.at_once = kThreads / own.across;
+    own.first = thread_index() / own.across;
+    own.cell = own.first < minimum(own.at_once, count) ? thread_index() - own.first * own.across : cells;
+    if (own.cell >= cells) return own;
+    own.take_cell(p);
+    own.take_rows(p, slot_of, count);
+    return own;
+  }
+  // The rows of all channels, snaked.
+  static DCX_DEVICE void load_rows(const Params& p, Reader& own, const Slot* slot_of, int count, unsigned char* rows) {
+    using Words = Vector16<uint32_t>;
+    const int cells = static_cast<int>(p.channels_padded) / kVector, bytes = pitch(p);
+    if (own.cell >= cells) return;
+    const bool snakes = p.alpha != nullptr;
+    DCX_NO_UNROLL
+    for (;;) {
+      Words values[kBatch];
+      DCX_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        values[i] = Words{};
+        if (own.from[i] >= 0) values[i] = own.x[own.from[i]];
+      }
+      unsigned char* to = rows + own.first * bytes + own.cell * 16;
+      DCX_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        if (own.first + i * own.at_once >= count) break;
+        if (snakes && own.from[i] >= 0) {
+          const auto snaked = [&](int v) {
+            return snake_as<T>(value_of<T>(values[i], v), own.alpha[v], own.inverse[v]);
+          };
+          Words out;
+          DCX_UNROLL
+          for (int w = 0; w < 4; ++w) out.values[w] = pack_pair<T>(snaked(2 * w), snaked(2 * w + 1));
+          values[i] = out;
+        }
+        *reinterpret_cast<Words*>(to + i * own.at_once * bytes) = values[i];
+      }
+      own.first += own.at_once * kBatch;
+      if (own.first >= count) {
+        if ((own.cell += own.across) >= cells) return;
+        own.first = thread_index() / own.across;
+        own.take_cell(p);
+      }
+      own.take_rows(p, slot_of, count);
     }
   }
 
@@ -206,45 +246,54 @@ struct ConvFew {
       cp_async_wait<0>();
   }
 
+  // All that depends on the layer alone comes in front of the wait for the kernel in front, and costs no time where
+  // that one still runs: weights, vectors, addresses. Behind it: rows and residual, Snake, products, sums, y.
   static DCX_DEVICE void run(const Params& p, unsigned char* smem) {
+    if (!p.weights_stand) grid_wait();
     const ConvPlace at = run_place<kTileColumns>(p);
-    const int taps = at.taps, ranges = p.ranges, all = chunks(p), deep = static_cast<int>(p.channels_padded);
-    const int count = (all + ranges - 1) / ranges * taps, turns = (count + kTurn - 1) / kTurn;  // of the longest range
-    const int ring = p.stages * kTurn, bytes = pitch(p), filled_rows = tile_rows(p), most = most_rows(p);
+    const int taps = at.taps, ranges = p.ranges, all = chunks(p), bytes = pitch(p);
+    const int count = (all + ranges - 1) / ranges * taps;  // of the longest range
+    const int ring = p.stages * kTurn, in_turn = ring > 0 ? kTurn : count, turns = (count + in_turn - 1) / in_turn;
+    const int filled_rows = tile_rows(p), most = most_rows(p), slot_count = slots(p, taps);
     unsigned char* rows = smem + slices(p, taps) * kSliceBytes;
-    float* all_sums = reinterpret_cast<float*>(rows + slots(p, taps) * bytes);
-    Slot* slot_of = reinterpret_cast<Slot*>(all_sums + ranges * most * kSumLd);
+    float* all_sums = reinterpret_cast<float*>(rows + slot_count * bytes);
+    auto& vectors = *reinterpret_cast<typename Finish::Vectors*>(all_sums + ranges * most * kSumLd);
+    Slot* slot_of = reinterpret_cast<Slot*>(&vectors + 1);
     const Copies copies = copies_of(p, at);
 
-    Walk ahead{0, 0};  // the next slice to be copied in
-    int issued = 0;    // turns
+    Walk ahead{0, 0};               // the next slice to be copied in
+    int issued = 0, issued_to = 0;  // turns; where in the ring the next one goes
     const auto issue = [&] {
-      const int first = ring > 0 ? issued % p.stages * kTurn : issued * kTurn;
       DCX_NO_UNROLL
-      for (int i = 0; i < kTurn && issued * kTurn + i < count; ++i) {
-        load_slice(p, copies, ahead, taps, first + i, smem);
+      for (int i = 0; i < in_turn && issued * in_turn + i < count; ++i) {
+        load_slice(p, copies, ahead, taps, issued_to + i, smem);
         ahead.advance(p, all, taps);
       }
       cp_async_commit();
       ++issued;
+      issued_to = issued_to + in_turn < ring ? issued_to + in_turn : 0;
     };
-    if (!p.weights_stand) grid_wait();
     const int at_once = ring > 0 ? minimum(p.stages, turns) : turns;
     DCX_NO_UNROLL
     while (issued < at_once) issue();
-    fetch_vectors(p, at);
-    fill_slots(p, at, slot_of);
-    sync_threads();
-    if (p.weights_stand) grid_wait();
-    load_rows(p, at, slot_of, rows);
+    Walk later = ahead;
+    DCX_NO_UNROLL
+    for (int i = issued * in_turn; i < count; ++i) {
+      load_slice<true>(p, copies, later, taps, 0, smem);
+      later.advance(p, all, taps);
+    }
 
+    if (p.lengths != nullptr) grid_wait();
+    fill_slots(p, at, slot_of);
+    Finish::fill_vectors(p, at, vectors);
+    auto share = Finish::share_of(p, at);
     const int warp = shuffle(thread_index() / kWarp, 0), lane = thread_index() % kWarp;
     const int range = warp % ranges, first_row = warp / ranges * kTiles * 8;
     const int first_chunk = all * range / ranges, own_chunks = all * (range + 1) / ranges - first_chunk;
     const int own_count = first_row < minimum(most, filled_rows) ? own_chunks * taps : 0;
     const unsigned char* slices_at = smem + (ring > 0 ? range * ring : first_chunk * taps) * kSliceBytes;
     slices_at += (lane / 16 * 8 + lane % 8) * 32 + (lane / 8 % 2 ^ lane % 8 / 4) * 16;
-    const unsigned char* rows_at[kTiles];
+    const unsigned char* rows_at[kTiles];  // at the slice that comes next
     DCX_UNROLL
     for (int i = 0; i < kTiles; ++i) {
       const int row = first_row + i * 8 + lane % 8, item = p.tile_items == 1 ? 0 : row / static_cast<int>(p.tile_rows);
@@ -252,33 +301,49 @@ struct ConvFew {
       const int slot = p.per_tap ? row : static_cast<int>(item * p.segment + within * p.row_scale);
       rows_at[i] = rows + (row < filled_rows ? slot : 0) * bytes + lane / 8 * 16 + first_chunk * (kChunk * 2);
     }
+    // From slice to slice of the range, and from the last of a chunk (of a tap) to the next one's first.
     const int tap_bytes = (p.per_tap ? filled_rows : static_cast<int>(p.dilation)) * bytes;
+    const int inner = p.tap_major ? own_chunks : taps, inner_bytes = p.tap_major ? kChunk * 2 : tap_bytes;
+    const int outer_bytes = (p.tap_major ? tap_bytes : kChunk * 2) - (inner - 1) * inner_bytes;
+    // Half a slice is empty where so many or fewer are left, of a tap where those are the outer ones.
+    const bool halved = first_chunk + own_chunks == all && all * kChunk > static_cast<int>(p.channels_padded);
+    const int halves = !halved ? 0 : p.tap_major ? 1 : taps;
+    sync_threads();  // slots
+    Reader reader = reader_of(p, at, slot_of, slot_count);
+    grid_wait();
+    load_rows(p, reader, slot_of, slot_count, rows);
+    Finish::load_residual(p, share);
 
     float sums[kTiles][4];
     DCX_UNROLL
     for (int i = 0; i < kTiles; ++i) DCX_UNROLL
     for (int j = 0; j < 4; ++j) sums[i][j] = 0.0f;
-    Walk now{0, 0};
+    int moved = 0, inner_left = inner, left = own_count, ring_at = 0;
     DCX_NO_UNROLL
     for (int turn = 0; turn < turns; ++turn) {
       wait_pending(issued - turn - 1);
       sync_threads();
       if (turn > 0 && issued < turns) issue();
-      const int here = minimum(kTurn, own_count - turn * kTurn);
+      const int here = minimum(in_turn, left);
       if (here <= 0) continue;
-      const unsigned char* slice = slices_at + (ring > 0 ? turn % p.stages : turn) * (kTurn * kSliceBytes);
-      const auto moved = [&] { return now.tap * tap_bytes + now.chunk * (kChunk * 2); };
+      const unsigned char* slice = slices_at + ring_at * kSliceBytes;
+      ring_at = ring_at + in_turn < ring ? ring_at + in_turn : 0;
+      const int until = left - here;
       Fragments even, odd;
-      load(even, slice, rows_at, moved());
+      load(even, slice, rows_at, moved);
       DCX_NO_UNROLL
-      for (int i = 0; i < here; ++i) {
-        const bool full = deep - (first_chunk + now.chunk) * kChunk >= kChunk;
-        if (full) load(odd, slice + 2 * kStepBytes, rows_at, moved() + kChunk);
+      for (;;) {
+        const bool full = (p.tap_major ? inner_left : left) > halves;
+        if (full) load(odd, slice + 2 * kStepBytes, rows_at, moved + kChunk);
         multiply(sums, even);
-        now.advance(p, all, taps);
+        --inner_left;
+        moved += inner_left > 0 ? inner_bytes : outer_bytes;
+        if (inner_left == 0) inner_left = inner;
         slice += kSliceBytes;
-        if (i + 1 < here) load(even, slice, rows_at, moved());
+        const bool last = --left == until;
+        if (!last) load(even, slice, rows_at, moved);
         if (full) multiply(sums, odd);
+        if (last) break;
       }
     }
 
@@ -286,21 +351,10 @@ struct ConvFew {
       float* to = all_sums + (range * most + first_row + lane % 4 * 2) * kSumLd + lane / 4;
       DCX_UNROLL
       for (int i = 0; i < kTiles; ++i) DCX_UNROLL
-      for (int j = 0; j < 4; ++j) to[(i * 8 + j % 2) * kSumLd + j / 2 * 8] = 0.0f + sums[i][j];
+      for (int j = 0; j < 4; ++j) to[(i * 8 + j % 2) * kSumLd + j / 2 * 8] = sums[i][j];
     }
-    sync_threads();
-    if (ranges > 1) {
-      DCX_NO_UNROLL
-      for (int i = thread_index(); i < filled_rows * kTileColumns; i += kThreads) {
-        float* own = all_sums + i / kTileColumns * kSumLd + i % kTileColumns;
-        float total = own[0];
-        DCX_NO_UNROLL
-        for (int other = 1; other < ranges; ++other) total += own[other * most * kSumLd];
-        own[0] = total;
-      }
-      sync_threads();
-    }
-    ConvFinish<T, kMostRows, kTileColumns, kThreads, kSumLd>::run(p, at, all_sums);
+    sync_threads();  // sums
+    Finish::run(p, share, all_sums, most * kSumLd, vectors);
   }
 };
 

@@ -246,7 +246,7 @@ bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
   const int64_t wanted = few ? p.batch * p.rows : kTileRows;
   const auto fit_rows = [&](auto* kernel) {
     using K = std::remove_pointer_t<decltype(kernel)>;
-    return fit_few<K>(context, few ? K::most_rows(p) : minimum(int64_t{K::most_rows(p)}, kTileRows), plan);
+    return fit_few<K>(context, minimum(int64_t{K::most_rows(p)}, few ? int64_t{K::kMostRows} : kTileRows), plan);
   };
   const bool fits = wanted <= Kernels::One::most_rows(p)   ? fit_rows(static_cast<typename Kernels::One*>(nullptr))
                     : wanted <= Kernels::Two::most_rows(p) ? fit_rows(static_cast<typename Kernels::Two*>(nullptr))

@@ -70,7 +70,7 @@ struct ConvGemmParams {
   int64_t step_columns;  // columns of one output step (conv_wgmma.cuh: columns counts those of a run)
   ConvRun runs[kMostRuns];
   int run_count;
-  bool weights_stand;  // nothing that may still run in front of the kernel in its stream writes them
+  bool weights_stand;  // nothing that may still run in front of the kernel in its stream writes them or the vectors
   bool per_tap;        // rows are loaded again for every tap
   bool tap_major;      // conv_few.cuh: the reduction goes tap by tap, then channel by channel, in one range
   bool vectors, vector_store, vector_residual;  // rows of x, y, residual move 16 bytes at a time

@@ -221,6 +221,11 @@ DCX_DEVICE void thread_fence() { __threadfence(); }
 DCX_DEVICE float load_coherent(const float* p) { return __ldcg(p); }
 // Brings a line to L2, where every later load sees what is stored meanwhile.
 DCX_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Has p in a register from here on.
+template <class T>
+DCX_DEVICE void hold(T*& p) {
+  asm volatile("" : "+l"(p));
+}
 DCX_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DCX_DEVICE float approximate_sine(float x) { return __sinf(x); }
 DCX_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }

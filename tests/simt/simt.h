@@ -200,6 +200,8 @@ void atomic_min(int64_t* p, int64_t value);
 inline void thread_fence() {}
 inline float load_coherent(const float* p) { return *p; }
 inline void prefetch_l2(const void*) {}
+template <class T>
+inline void hold(T*&) {}
 inline float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 inline float approximate_sine(float x) { return sinf(x); }
 inline uint64_t bits_of(double x) {
