@@ -155,11 +155,13 @@ struct ConvFew {
       const bool snakes = p.alpha != nullptr && cell * kVector < p.channels;
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v) alpha[v] = snakes ? p.alpha[channel + v] : 0.0f;
+    }
+    DCX_DEVICE void invert() {
       DCX_UNROLL
-      for (int v = 0; v < kVector; ++v) inverse[v] = snakes ? snake_inverse(alpha[v]) : 0.0f;
+      for (int v = 0; v < kVector; ++v) inverse[v] = snake_inverse(alpha[v]);
     }
   };
-  static DCX_DEVICE Reader reader_of(const Params& p, const ConvPlace& at, const Slot* slot_of, int count) {
+  static DCX_DEVICE Reader reader_of(const Params& p, const ConvPlace& at, int count) {
     Reader own;
     own.x = reinterpret_cast<const Vector16<uint32_t>*>(static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b);
     hold(own.x);
@@ -168,9 +170,7 @@ struct ConvFew {
     own.at_once = kThreads / own.across;
     own.first = thread_index() / own.across;
     own.cell = own.first < minimum(own.at_once, count) ? thread_index() - own.first * own.across : cells;
-    if (own.cell >= cells) return own;
-    own.take_cell(p);
-    own.take_rows(p, slot_of, count);
+    if (own.cell < cells) own.take_cell(p);
     return own;
   }
   // The rows of all channels, snaked.
@@ -207,6 +207,7 @@ struct ConvFew {
         if ((own.cell += own.across) >= cells) return;
         own.first = thread_index() / own.across;
         own.take_cell(p);
+        if (snakes) own.invert();
       }
       own.take_rows(p, slot_of, count);
     }
@@ -252,6 +253,7 @@ struct ConvFew {
     if (!p.weights_stand) grid_wait();
     const ConvPlace at = run_place<kTileColumns>(p);
     const int taps = at.taps, ranges = p.ranges, all = chunks(p), bytes = pitch(p);
+    const int deep = static_cast<int>(p.channels_padded);
     const int count = (all + ranges - 1) / ranges * taps;  // of the longest range
     const int ring = p.stages * kTurn, in_turn = ring > 0 ? kTurn : count, turns = (count + in_turn - 1) / in_turn;
     const int filled_rows = tile_rows(p), most = most_rows(p), slot_count = slots(p, taps);
@@ -284,6 +286,7 @@ struct ConvFew {
     }
 
     if (p.lengths != nullptr) grid_wait();
+    Reader reader = reader_of(p, at, slot_count);
     fill_slots(p, at, slot_of);
     Finish::fill_vectors(p, at, vectors);
     auto share = Finish::share_of(p, at);
@@ -306,10 +309,13 @@ struct ConvFew {
     const int inner = p.tap_major ? own_chunks : taps, inner_bytes = p.tap_major ? kChunk * 2 : tap_bytes;
     const int outer_bytes = (p.tap_major ? tap_bytes : kChunk * 2) - (inner - 1) * inner_bytes;
     // Half a slice is empty where so many or fewer are left, of a tap where those are the outer ones.
-    const bool halved = first_chunk + own_chunks == all && all * kChunk > static_cast<int>(p.channels_padded);
+    const bool halved = first_chunk + own_chunks == all && all * kChunk > deep;
     const int halves = !halved ? 0 : p.tap_major ? 1 : taps;
     sync_threads();  // slots
-    Reader reader = reader_of(p, at, slot_of, slot_count);
+    if (reader.cell < deep / kVector) {
+      if (p.alpha != nullptr) reader.invert();
+      reader.take_rows(p, slot_of, slot_count);
+    }
     grid_wait();
     load_rows(p, reader, slot_of, slot_count, rows);
     Finish::load_residual(p, share);
