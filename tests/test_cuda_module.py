@@ -32,7 +32,8 @@ REGISTERS = (
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 96", 160),
     (r"FusedUnit<dcx::b?f16, 192, 128", 184),
     (r"ConvWgmma<dcx::b?f16, 2, 128", 232),
-    (r"ConvFew<", 128),  # two blocks of 256 threads
+    (r"ConvFew<dcx::b?f16, 1>", 80),  # three blocks of 256 threads, so that the next kernels' come up beside
+    (r"ConvFew<", 128),  # two
     (r"WgmmaUnit<dcx::b?f16, 192, [12],", 255),  # one block
     (r"WgmmaUnit<dcx::b?f16, 96, 1,", 208),
     (r"", 168),  # three blocks of 128 threads

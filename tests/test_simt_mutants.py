@@ -97,15 +97,16 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "few rows, the residual of the rows before": Mutant(
             FEW_FINISH, "pass == 0 ? own.more[0] :", "pass >= 0 ? own.more[0] :"
         ),
-        "few rows, Snake of the cells before": Mutant(FEW, "        own.take_cell(p);\n", ""),
+        "few rows, Snake of the cells before": Mutant(FEW, "        own.take_alpha(p, cell);\n", ""),
+        "few rows, missing cp.async wait: rows": Mutant(FEW, "    cp_async_wait<0>();  // rows\n", ""),
         "few rows, dropped tail: the last half of the last chunk": Mutant(
             FEW, "all * kChunk > static_cast<int>(p.channels_padded);", "all * kChunk >= p.channels_padded;"
         ),
         "few rows, out of bounds, global memory: weights past the last channel": Mutant(
-            FEW, "chunk * kChunk + own.k < deep)", "chunk * kChunk + own.k < 1 << 30)"
+            FEW, " || chunk * kChunk + k >= deep) continue;", ") continue;"
         ),
         "few rows, out of bounds, global memory: rows past the clip's end": Mutant(
-            FEW, "if (t >= 0 && t < own.steps) from", "if (t >= 0) from"
+            FEW, "there && t >= 0 && t < from.steps;", "there && t >= 0;"
         ),
         "few rows, out of bounds, shared memory: a row too few": Mutant(
             FEW, "int64_t{slots(p, taps)} * (pitch(p)", "int64_t{slots(p, taps) - 1} * (pitch(p)"

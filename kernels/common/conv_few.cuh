@@ -19,15 +19,15 @@ template <class T, int kTiles>
 struct ConvFew {
   using Params = ConvGemmParams;
   using Element = T;
-  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kMinBlocks = 2;
-  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kWaitsItself = true;
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kMinBlocks = kTiles > 1 ? 2 : 3;
+  static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kWaitsItself = true, kBesideOthers = true;
   static constexpr int kTileColumns = 16, kChunk = 64, kVector = Vector16<T>::kCount;
   static constexpr int kSliceBytes = kChunk * kTileColumns * 2, kStepBytes = kSliceBytes / 4;
   static constexpr int kTurn = 4;  // slices between two barriers
   static constexpr int kSumLd = kTileColumns + 4;
   static constexpr int kCopiers = kSliceBytes / 16, kRangesAtOnce = kThreads / kCopiers;
   static constexpr int kOwnRanges = kWarps / kRangesAtOnce;  // a warp each
-  static constexpr int kBatch = kTiles > 2 ? 4 : 8;          // pieces of rows that a thread has under way
+  static constexpr int kBatch = kTiles > 1 ? 4 : 2;          // pieces of rows that a thread snakes at once
   using Finish = FewFinish<T, kTileColumns, kThreads, kSumLd>;
   static constexpr int kMostRows = Finish::kMostRows;
 
@@ -73,18 +73,15 @@ struct ConvFew {
   // behind the last stand together, since registers are short; zeros where there is nothing to copy.
   struct Copies {
     const T* from;  // in the run's first channel
-    int to, k;      // byte and channel of the slice
     uint32_t chunks[kOwnRanges];
   };
+  static DCX_DEVICE int channel_of() { return thread_index() % kCopiers / 2; }  // of the slice
   static DCX_DEVICE Copies copies_of(const Params& p, const ConvPlace& at) {
-    const int number = thread_index() % kCopiers, k = number / 2, half = number % 2;
+    const int k = channel_of(), half = thread_index() % 2;
     const int wide = static_cast<int>(at.column) + half * kVector, columns = static_cast<int>(p.step_columns);
     const int beside = p.phases.stride > 0 ? wide / columns : 0;
     const int64_t before = beside * at.taps * p.channels_padded + at.weight_rows + k;
-    Copies own{static_cast<const T*>(p.weight) + before * p.columns_padded + wide - beside * columns,
-               k * 32 + (half ^ (k / 4 & 1)) * 16,
-               k,
-               {}};
+    Copies own{static_cast<const T*>(p.weight) + before * p.columns_padded + wide - beside * columns, {}};
     DCX_UNROLL
     for (int i = 0; i < kOwnRanges; ++i) {
       if (i * kRangesAtOnce >= p.ranges) break;
@@ -99,17 +96,19 @@ struct ConvFew {
   static DCX_DEVICE void load_slice(const Params& p, const Copies& own, Walk walk, int taps, int slot,
                                     unsigned char* to) {
     const int deep = static_cast<int>(p.channels_padded), padded = static_cast<int>(p.columns_padded);
+    const int k = channel_of();
+    to += k * 32 + (thread_index() ^ (k / 4 & 1)) % 2 * 16;
     DCX_UNROLL
     for (int i = 0; i < kOwnRanges; ++i) {
       if (i * kRangesAtOnce >= p.ranges) break;
       const int range = thread_index() / kCopiers + i * kRangesAtOnce, first = static_cast<int>(own.chunks[i] & 0xffff);
       const int chunk = first + walk.chunk, slice = slot + (p.stages > 0 ? range * p.stages * kTurn : first * taps);
-      if (chunk >= static_cast<int>(own.chunks[i] >> 16) || chunk * kChunk + own.k >= deep) continue;
+      if (chunk >= static_cast<int>(own.chunks[i] >> 16) || chunk * kChunk + k >= deep) continue;
       const T* from = own.from + (walk.tap * deep + chunk * kChunk) * padded;
       if (kFetch)
         prefetch_l2(from);
       else
-        cp_async16(to + own.to + slice * kSliceBytes, from, true);
+        cp_async16(to + slice * kSliceBytes, from, true);
     }
   }
 
@@ -129,87 +128,100 @@ struct ConvFew {
     }
   }
 
-  // A thread's way through the rows: a cell of 16 bytes, kBatch rows of it at a time. Where they come from and Snake's
-  // vectors are there before x is.
+  // A thread's way through the rows: a cell of 16 bytes in some of them, then the cells behind where there are more
+  // than threads. Snake's vectors are the first cell's.
   struct Reader {
-    const Vector16<uint32_t>* x;
-    int cell, first, across, at_once, later, channel;
-    int from[kBatch];  // in 16 bytes, negative: zeros
+    const T* x;
+    int cell, first, across, at_once;
     float alpha[kVector], inverse[kVector];
 
-    // Outside its clip and past the channels a row is zero.
-    DCX_DEVICE void take_rows(const Params& p, const Slot* slot_of, int count) {
-      const int step = static_cast<int>(p.x.stride_t / kVector);
-      DCX_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        from[i] = -1;
-        if (first + i * at_once >= count || cell * kVector >= p.channels) continue;
-        const Slot own = slot_of[first + i * at_once];
-        const int t = own.t + later;
-        if (t >= 0 && t < own.steps) from[i] = own.clip + t * step + channel / kVector;
-      }
-    }
-    DCX_DEVICE void take_cell(const Params& p) {
+    // The step and the channel of a cell.
+    static DCX_DEVICE void place(const Params& p, int cell, int& later, int& channel) {
       later = p.channels == p.in_channels ? 0 : cell * kVector / static_cast<int>(p.in_channels);
       channel = cell * kVector - later * static_cast<int>(p.in_channels);
-      const bool snakes = p.alpha != nullptr && cell * kVector < p.channels;
+    }
+    DCX_DEVICE void take_alpha(const Params& p, int of) {
+      int later, channel;
+      place(p, of, later, channel);
+      const bool there = p.alpha != nullptr && of * kVector < p.channels;
       DCX_UNROLL
-      for (int v = 0; v < kVector; ++v) alpha[v] = snakes ? p.alpha[channel + v] : 0.0f;
+      for (int v = 0; v < kVector; ++v) alpha[v] = there ? p.alpha[channel + v] : 0.0f;
     }
     DCX_DEVICE void invert() {
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v) inverse[v] = snake_inverse(alpha[v]);
     }
   };
+  static DCX_DEVICE int cells(const Params& p) { return static_cast<int>(p.channels_padded) / kVector; }
   static DCX_DEVICE Reader reader_of(const Params& p, const ConvPlace& at, int count) {
     Reader own;
-    own.x = reinterpret_cast<const Vector16<uint32_t>*>(static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b);
+    own.x = static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b;
     hold(own.x);
-    const int cells = static_cast<int>(p.channels_padded) / kVector;
-    own.across = minimum(cells, kThreads);
+    own.across = minimum(cells(p), kThreads);
     own.at_once = kThreads / own.across;
     own.first = thread_index() / own.across;
-    own.cell = own.first < minimum(own.at_once, count) ? thread_index() - own.first * own.across : cells;
-    if (own.cell < cells) own.take_cell(p);
+    own.cell = own.first < minimum(own.at_once, count) ? thread_index() - own.first * own.across : cells(p);
+    if (own.cell < cells(p)) own.take_alpha(p, own.cell);
     return own;
   }
-  // The rows of all channels, snaked.
-  static DCX_DEVICE void load_rows(const Params& p, Reader& own, const Slot* slot_of, int count, unsigned char* rows) {
-    using Words = Vector16<uint32_t>;
-    const int cells = static_cast<int>(p.channels_padded) / kVector, bytes = pitch(p);
-    if (own.cell >= cells) return;
-    const bool snakes = p.alpha != nullptr;
+  // All rows as they lie in x, on their way at once; outside its clip and past the channels a row is zero.
+  static DCX_DEVICE void copy_rows(const Params& p, const Reader& own, const Slot* slot_of, int count,
+                                   unsigned char* rows) {
+    const int bytes = pitch(p), step = static_cast<int>(p.x.stride_t / kVector);
     DCX_NO_UNROLL
-    for (;;) {
-      Words values[kBatch];
-      DCX_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        values[i] = Words{};
-        if (own.from[i] >= 0) values[i] = own.x[own.from[i]];
+    for (int cell = own.cell; cell < cells(p); cell += own.across) {
+      int later, channel;
+      Reader::place(p, cell, later, channel);
+      const T* x = own.x + channel;
+      const bool there = cell * kVector < p.channels;
+      DCX_UNROLL_BY_4
+      for (int row = own.first; row < count; row += own.at_once) {
+        const Slot from = slot_of[row];
+        const int t = from.t + later;
+        const bool inside = there && t >= 0 && t < from.steps;
+        cp_async16(rows + row * bytes + cell * 16, x + int64_t{inside ? from.clip + t * step : 0} * kVector, inside);
       }
-      unsigned char* to = rows + own.first * bytes + own.cell * 16;
-      DCX_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        if (own.first + i * own.at_once >= count) break;
-        if (snakes && own.from[i] >= 0) {
+    }
+    cp_async_commit();
+  }
+  // Snake on what this thread has copied.
+  static DCX_DEVICE void snake_rows(const Params& p, Reader& own, const Slot* slot_of, int count, unsigned char* rows) {
+    using Words = Vector16<uint32_t>;
+    const int bytes = pitch(p);
+    DCX_NO_UNROLL
+    for (int cell = own.cell; cell < cells(p); cell += own.across) {
+      int later, channel;
+      Reader::place(p, cell, later, channel);
+      if (cell * kVector >= p.channels) break;
+      if (cell != own.cell) {
+        own.take_alpha(p, cell);
+        own.invert();
+      }
+      DCX_NO_UNROLL
+      for (int first = own.first; first < count; first += own.at_once * kBatch) {
+        Words values[kBatch];
+        bool inside[kBatch];
+        DCX_UNROLL
+        for (int i = 0; i < kBatch; ++i) {
+          const int row = first + i * own.at_once;
+          inside[i] = false;
+          if (row >= count) continue;
+          values[i] = *reinterpret_cast<const Words*>(rows + row * bytes + cell * 16);
+          const int t = slot_of[row].t + later;
+          inside[i] = t >= 0 && t < slot_of[row].steps;
+        }
+        DCX_UNROLL
+        for (int i = 0; i < kBatch; ++i) {
+          if (!inside[i]) continue;
           const auto snaked = [&](int v) {
             return snake_as<T>(value_of<T>(values[i], v), own.alpha[v], own.inverse[v]);
           };
           Words out;
           DCX_UNROLL
           for (int w = 0; w < 4; ++w) out.values[w] = pack_pair<T>(snaked(2 * w), snaked(2 * w + 1));
-          values[i] = out;
+          *reinterpret_cast<Words*>(rows + (first + i * own.at_once) * bytes + cell * 16) = out;
         }
-        *reinterpret_cast<Words*>(to + i * own.at_once * bytes) = values[i];
       }
-      own.first += own.at_once * kBatch;
-      if (own.first >= count) {
-        if ((own.cell += own.across) >= cells) return;
-        own.first = thread_index() / own.across;
-        own.take_cell(p);
-        if (snakes) own.invert();
-      }
-      own.take_rows(p, slot_of, count);
     }
   }
 
@@ -312,13 +324,12 @@ struct ConvFew {
     const bool halved = first_chunk + own_chunks == all && all * kChunk > deep;
     const int halves = !halved ? 0 : p.tap_major ? 1 : taps;
     sync_threads();  // slots
-    if (reader.cell < deep / kVector) {
-      if (p.alpha != nullptr) reader.invert();
-      reader.take_rows(p, slot_of, slot_count);
-    }
+    if (p.alpha != nullptr) reader.invert();
     grid_wait();
-    load_rows(p, reader, slot_of, slot_count, rows);
+    copy_rows(p, reader, slot_of, slot_count, rows);
     Finish::load_residual(p, share);
+    cp_async_wait<0>();  // rows
+    if (p.alpha != nullptr) snake_rows(p, reader, slot_of, slot_count, rows);
 
     float sums[kTiles][4];
     DCX_UNROLL

@@ -28,6 +28,14 @@ constexpr bool kWaitsAlone = false;
 template <class K>
 constexpr bool kWaitsAlone<K, decltype(void(K::kWaitsItself))> = true;
 
+// One that should come up beside those in front of it says so by a member kBesideOthers: a multiprocessor's memory is
+// parted into cache and shared memory as the first kernel there asks for, and not anew before it is idle, so that a
+// block behind waits for that where a part was chosen for smaller ones. Such kernels ask for all of it.
+template <class K, class = void>
+constexpr bool kComesUpBeside = false;
+template <class K>
+constexpr bool kComesUpBeside<K, decltype(void(K::kBesideOthers))> = true;
+
 template <class K>
 constexpr bool kRunsHere =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -55,6 +63,15 @@ void launch(const CudaContext& context, const typename K::Params& p, Grid grid, 
     check_cuda(cudaFuncSetAttribute(run_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, context.shared_bytes),
                "shared memory");
     if (context.device < kDevices) raised[context.device] = context.shared_bytes;
+  }
+  if constexpr (kComesUpBeside<K>) {
+    static bool parted[kDevices] = {};
+    if (context.device >= kDevices || !parted[context.device]) {
+      check_cuda(cudaFuncSetAttribute(run_kernel<K>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared),
+                 "shared memory's part");
+      if (context.device < kDevices) parted[context.device] = true;
+    }
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   // From 9.0 on a kernel is brought to its start while the one in front of it in the stream still runs: see grid_wait.
