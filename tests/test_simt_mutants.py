@@ -106,7 +106,7 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             FEW, " || chunk * kChunk + k >= deep) continue;", ") continue;"
         ),
         "few rows, out of bounds, global memory: rows past the clip's end": Mutant(
-            FEW, "there && t >= 0 && t < from.steps;", "there && t >= 0;"
+            FEW, "if (t >= 0 && t < own.steps) from", "if (t >= 0) from"
         ),
         "few rows, out of bounds, shared memory: a row too few": Mutant(
             FEW, "int64_t{slots(p, taps)} * (pitch(p)", "int64_t{slots(p, taps) - 1} * (pitch(p)"

@@ -27,7 +27,8 @@ struct ConvFew {
   static constexpr int kSumLd = kTileColumns + 4;
   static constexpr int kCopiers = kSliceBytes / 16, kRangesAtOnce = kThreads / kCopiers;
   static constexpr int kOwnRanges = kWarps / kRangesAtOnce;  // a warp each
-  static constexpr int kBatch = kTiles > 1 ? 4 : 2;          // pieces of rows that a thread snakes at once
+  // Pieces of rows that a thread asks for between two looks at where they are, and that it snakes at once.
+  static constexpr int kAtOnce = kTiles > 1 ? 4 : 2, kBatch = kTiles > 1 ? 4 : 2;
   using Finish = FewFinish<T, kTileColumns, kThreads, kSumLd>;
   static constexpr int kMostRows = Finish::kMostRows;
 
@@ -133,12 +134,27 @@ struct ConvFew {
   struct Reader {
     const T* x;
     int cell, first, across, at_once;
+    int from[kAtOnce];  // where the next rows start, in 16 bytes; negative: zeros
     float alpha[kVector], inverse[kVector];
 
     // The step and the channel of a cell.
     static DCX_DEVICE void place(const Params& p, int cell, int& later, int& channel) {
       later = p.channels == p.in_channels ? 0 : cell * kVector / static_cast<int>(p.in_channels);
       channel = cell * kVector - later * static_cast<int>(p.in_channels);
+    }
+    // Outside its clip and past the channels a row is zero.
+    DCX_DEVICE void take_rows(const Params& p, const Slot* slot_of, int count, int of, int row) {
+      const int step = static_cast<int>(p.x.stride_t / kVector);
+      int later, channel;
+      place(p, of, later, channel);
+      DCX_UNROLL
+      for (int i = 0; i < kAtOnce; ++i, row += at_once) {
+        from[i] = -1;
+        if (row >= count || of * kVector >= p.channels) continue;
+        const Slot own = slot_of[row];
+        const int t = own.t + later;
+        if (t >= 0 && t < own.steps) from[i] = own.clip + t * step + channel / kVector;
+      }
     }
     DCX_DEVICE void take_alpha(const Params& p, int of) {
       int later, channel;
@@ -164,23 +180,25 @@ struct ConvFew {
     if (own.cell < cells(p)) own.take_alpha(p, own.cell);
     return own;
   }
-  // All rows as they lie in x, on their way at once; outside its clip and past the channels a row is zero.
-  static DCX_DEVICE void copy_rows(const Params& p, const Reader& own, const Slot* slot_of, int count,
-                                   unsigned char* rows) {
-    const int bytes = pitch(p), step = static_cast<int>(p.x.stride_t / kVector);
-    DCX_NO_UNROLL
-    for (int cell = own.cell; cell < cells(p); cell += own.across) {
-      int later, channel;
-      Reader::place(p, cell, later, channel);
-      const T* x = own.x + channel;
-      const bool there = cell * kVector < p.channels;
-      DCX_UNROLL_BY_4
-      for (int row = own.first; row < count; row += own.at_once) {
-        const Slot from = slot_of[row];
-        const int t = from.t + later;
-        const bool inside = there && t >= 0 && t < from.steps;
-        cp_async16(rows + row * bytes + cell * 16, x + int64_t{inside ? from.clip + t * step : 0} * kVector, inside);
+  // All rows as they lie in x, on their way at once.
+  static DCX_DEVICE void copy_rows(const Params& p, Reader& own, const Slot* slot_of, int count, unsigned char* rows) {
+    const int bytes = pitch(p);
+    int cell = own.cell, first = own.first;
+    while (cell < cells(p)) {
+      DCX_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = first + i * own.at_once;
+        const bool inside = own.from[i] >= 0;
+        if (row < count)
+          cp_async16(rows + row * bytes + cell * 16, own.x + int64_t{inside ? own.from[i] : 0} * kVector, inside);
       }
+      first += kAtOnce * own.at_once;
+      if (first >= count) {
+        first = own.first;
+        cell += own.across;
+        if (cell >= cells(p)) break;
+      }
+      own.take_rows(p, slot_of, count, cell, first);
     }
     cp_async_commit();
   }
@@ -324,6 +342,7 @@ struct ConvFew {
     const bool halved = first_chunk + own_chunks == all && all * kChunk > deep;
     const int halves = !halved ? 0 : p.tap_major ? 1 : taps;
     sync_threads();  // slots
+    reader.take_rows(p, slot_of, slot_count, reader.cell, reader.first);
     if (p.alpha != nullptr) reader.invert();
     grid_wait();
     copy_rows(p, reader, slot_of, slot_count, rows);
