@@ -242,7 +242,8 @@ bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
   p.ranges = p.tap_major ? 1 : conv_ranges(p, false, kPanelColumns);
   if (!lay_runs(p, Vector16<T>::kCount)) return false;
   // Where there are more, blocks share them out.
-  const bool few = !p.tap_major && p.batch * p.rows <= kFewRows;
+  static const int variant = getenv("DCX_V") ? atoi(getenv("DCX_V")) : 0;
+  const bool few = !p.tap_major && p.batch * p.rows <= (variant & 4 ? 64 : kFewRows);
   const int64_t wanted = few ? p.batch * p.rows : kTileRows;
   const auto fit_rows = [&](auto* kernel) {
     using K = std::remove_pointer_t<decltype(kernel)>;
