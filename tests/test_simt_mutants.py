@@ -100,7 +100,7 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "few rows, Snake of the cells before": Mutant(FEW, "        own.take_alpha(p, cell);\n", ""),
         "few rows, missing cp.async wait: rows": Mutant(FEW, "    cp_async_wait<0>();  // rows\n", ""),
         "few rows, dropped tail: the last half of the last chunk": Mutant(
-            FEW, "all * kChunk > static_cast<int>(p.channels_padded);", "all * kChunk >= p.channels_padded;"
+            FEW, "all * kChunk > deep;", "all * kChunk >= deep;"
         ),
         "few rows, out of bounds, global memory: weights past the last channel": Mutant(
             FEW, " || chunk * kChunk + k >= deep) continue;", ") continue;"
