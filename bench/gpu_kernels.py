@@ -50,24 +50,24 @@ def kernels(events: Sequence[Mapping[str, Any]], calls: int) -> list[dict[str, A
     return found
 
 
-def _call(model: dx.DualCodec, name: str) -> Callable[[], object]:
+def _call(model: dx.DualCodec, config: dx.DualCodecConfig, name: str) -> Callable[[], object]:
     batch, frames = CALLS[name]
     cuda = {"device": "cuda"}
     if name[0] != "e":
-        semantic = torch.randint(model.config.semantic_codebook_size, (batch, 1, frames), **cuda)
-        acoustic = torch.randint(model.config.codebook_size, (batch, model.config.n_codebooks, frames), **cuda)
+        semantic = torch.randint(config.semantic_codebook_size, (batch, 1, frames), **cuda)
+        acoustic = torch.randint(config.codebook_size, (batch, config.n_codebooks, frames), **cuda)
         if name[0] == "s":
             decoder = dx.StreamingDecoder(model, batch)
             return lambda: decoder.step(semantic, acoustic)
         return lambda: model.decode_from_codes(semantic, acoustic)
-    audio = 0.1 * torch.randn(batch, 1, frames * model.config.hop_length, dtype=torch.bfloat16, **cuda)
-    features = torch.randn(batch, model.config.semantic_dim, frames, dtype=torch.bfloat16, **cuda)
+    audio = 0.1 * torch.randn(batch, 1, frames * config.hop_length, dtype=torch.bfloat16, **cuda)
+    features = torch.randn(batch, config.semantic_dim, frames, dtype=torch.bfloat16, **cuda)
     return lambda: model.encode(audio, semantic_repr=features)
 
 
-def measure(model: dx.DualCodec, name: str) -> dict[str, Any]:
+def measure(model: dx.DualCodec, config: dx.DualCodecConfig, name: str) -> dict[str, Any]:
     """Best and median milliseconds of a replayed call, and the kernels of an eager one, or of a stream's replay."""
-    call, samples = _call(model, name), []
+    call, samples = _call(model, config, name), []
     for _ in range(4):
         call()
     torch.cuda.synchronize()
@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     with torch.inference_mode(), dx.backend("cuda"):
         for name in names:
-            run["calls"][name] = found = measure(model("12hz_causal" if name[0] == "s" else "12hz_v1"), name)
+            preset = "12hz_causal" if name[0] == "s" else "12hz_v1"
+            run["calls"][name] = found = measure(model(preset), dx.DualCodecConfig.preset(preset), name)
             print(f"{name}: {found['median_ms']:.3f} ms, best {found['best_ms']:.3f} ms")
             for row in found["kernels"]:
                 print(f"  {row['count']:3d} x {row['us'] / row['count']:9.1f} us  {row['grid']} {row['kernel']}")

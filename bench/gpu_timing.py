@@ -43,6 +43,7 @@ class Repeated:
     calls: int
     device: str
     graph: bool
+    call: Call  # a recording reads its tensors, and does not hold them
 
     def __call__(self) -> None:
         for _ in range(self.replays):
@@ -79,4 +80,4 @@ def repeated(call: Call, device: str, recorder: Callable[[Call, int], Call] = re
         run, graph, count = call, False, 1
     run()
     replays = min(10_000, int(_SPAN_S / _seconds(run, device)) + 1)
-    return Repeated(run, replays, count * replays, device, graph)
+    return Repeated(run, replays, count * replays, device, graph, call)

@@ -127,7 +127,9 @@ def signal(like: Tensor, channels: int, count: int) -> Tensor:
 
 def run_into(y: Tensor, step: Step, x: Tensor, first: int) -> None:
     """Compute what a step makes of x without padding; of an upsampling y's rows from its row `first` on."""
-    if isinstance(step, UpsampleStep):
+    if isinstance(step, UpsampleStep) and step.packed.is_cuda and first % step.stride:
+        y.copy_(step(x, None)[:, :, first : first + y.shape[2]])  # its stretches begin on whole strides
+    elif isinstance(step, UpsampleStep):
         step.into(y, x, first)
     elif isinstance(step, ConvNeXtStep):
         count = y.shape[2]
@@ -141,6 +143,7 @@ def later(step: UpsampleStep, rows: int) -> UpsampleStep:
     """Return the step whose output begins so many rows later, fewer than its stride.
 
     On CUDA a stretch begins on a whole stride: with more padding it does, and the phases' weights in another order.
+    A repeat's phases have different numbers of taps, and stay in their places.
     """
     assert step.mode == "transposed" and step.packed.dim() == 1, "phases of one form alone can change places"
     matrices = step.packed.view(2 * step.stride, -1)  # two of a phase
@@ -161,9 +164,9 @@ class GraphChain:
         for layer in chain.layers:
             step = layer.step
             first = -layer.out_delay - layer.first * layer.out_rows // layer.in_rows
-            if isinstance(step, UpsampleStep) and step.packed.is_cuda and first % step.stride:
+            if isinstance(step, UpsampleStep) and step.packed.is_cuda and step.mode == "transposed":
                 rest = first % step.stride
-                step, first = later(step, rest), first - rest
+                step, first = later(step, rest) if rest else step, first - rest
             self._steps.append((step, first))
 
     def through(self, rows: Rows, at: int, frames: int, outlet: Tensor, bounds: Sequence[Tensor] | None = None) -> None:

@@ -31,7 +31,9 @@ REGISTERS = (
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 128", 184),
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 96", 160),
     (r"FusedUnit<dcx::b?f16, 192, 128", 184),
-    (r"ConvWgmma<dcx::b?f16, 2, 128", 232),
+    (r"ConvWgmma<dcx::b?f16, 2, 128, 6", 232),
+    (r"ConvWgmma<dcx::b?f16, 2, (96|128, 3),", 128),  # two blocks of 256 threads
+    (r"SlidingConv<", 240),  # two blocks of 128 threads
     (r"ConvFew<dcx::b?f16, 1>", 80),  # three blocks of 256 threads, so that the next kernels' come up beside
     (r"ConvFew<", 128),  # two
     (r"WgmmaUnit<dcx::b?f16, 192, [12],", 255),  # one block
@@ -176,7 +178,7 @@ class Fitting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["tiny", "12hz_causal", "12hz_v1"])
+@pytest.mark.parametrize("name", ["tiny", "12hz_causal", "12hz_v1", "12hz_lookahead"])
 def test_a_streams_pass_fits_its_ops_fakes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake CUDA tensors, also of upsamplings whose rows begin between strides."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,11 +1,14 @@
 """make gpu-check, without a GPU: parts with limits, goals from runs, and the runs themselves on the CPU."""
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -259,6 +262,18 @@ def test_calls_are_repeated_from_a_recording() -> None:
     made()
     assert made.graph and counts["replays"] - before == made.replays
     assert made.calls % made.replays == 0 and made.how == f"{made.calls} calls, in a CUDA graph"
+
+
+def test_what_a_recording_reads_lives_as_long_as_it() -> None:
+    tensor = torch.zeros(1)
+    held = weakref.ref(tensor)
+    made = gpu_timing.repeated(partial(tensor.add_, 1), "cpu", lambda call, count: lambda: time.sleep(0.001))
+    del tensor
+    gc.collect()
+    assert held() is not None
+    del made
+    gc.collect()
+    assert held() is None
 
 
 def test_samples_of_repeated_calls_are_per_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,9 +50,9 @@ HALF: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # The tiles of warpgroup products: rows / 64, columns, stages, ranges.
 WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
-    "Large": ("2, 128, 6, true", {"channels": 96, "columns": 128, "taps": 3, "steps": 150}),
-    "Large, a tail of columns": (
-        "2, 128, 6, true",
+    "Flat": ("2, 128, 3, false", {"channels": 96, "columns": 128, "taps": 3, "steps": 150}),
+    "Flat, a tail of columns": (
+        "2, 128, 3, false",
         {"channels": 48, "columns": 232, "taps": 1, "steps": 131, "alpha": False, "activation": "gelu"},
     ),
     "Large, ranges": ("2, 128, 6, true", {"channels": 160, "columns": 128, "steps": 140, "dilation": 9}),

@@ -3,7 +3,6 @@
 // takes them.
 #pragma once
 #include <type_traits>
-#include <stdlib.h>
 
 #include "conv_few.cuh"
 #include "conv_gemm.cuh"
@@ -27,7 +26,6 @@ struct HalfKernels {
 template <class T>
 struct WgmmaKernels {
   using Large = ConvWgmma<T, 2, 128, 6, true, 1>;
-  using HalfRanged = ConvWgmma<T, 2, 64, 5, true, 2>;
   using Flat = ConvWgmma<T, 2, 128, 3, false, 2>;  // without ranges: two blocks share a multiprocessor
   using Narrow = ConvWgmma<T, 2, 96, 6, false, 2>;
   using Slim = ConvWgmma<T, 2, 48, 5, false, 2>;
@@ -235,15 +233,14 @@ bool fit_few(const CudaContext& context, int64_t most_rows, ConvGemmPlan& plan) 
 template <class T>
 bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
   // More rows where their tiles are all there at once, and each reads few weights again.
-  constexpr int64_t kFewRows = 16, kTileRows = 32, kBlocks = 2, kShallow = 512;
+  constexpr int64_t kFewRows = 64, kTileRows = 32, kBlocks = 2, kShallow = 512;
   using Kernels = FewKernels<T>;
   ConvGemmParams& p = plan.params;
   if (!p.vectors) return false;
   p.ranges = p.tap_major ? 1 : conv_ranges(p, false, kPanelColumns);
   if (!lay_runs(p, Vector16<T>::kCount)) return false;
   // Where there are more, blocks share them out.
-  static const int variant = getenv("DCX_V") ? atoi(getenv("DCX_V")) : 0;
-  const bool few = !p.tap_major && p.batch * p.rows <= (variant & 4 ? 64 : kFewRows);
+  const bool few = !p.tap_major && p.batch * p.rows <= kFewRows;
   const int64_t wanted = few ? p.batch * p.rows : kTileRows;
   const auto fit_rows = [&](auto* kernel) {
     using K = std::remove_pointer_t<decltype(kernel)>;
@@ -278,10 +275,7 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   // What a tile multiplies, and, as so many columns more, what it costs to bring its rows.
   const auto computed = [&](int64_t columns) { return run_tiles(p, columns) * (columns + 32); };
   const int64_t least = minimum(minimum(computed(48), computed(64)), minimum(computed(96), computed(128)));
-  static const int variant = getenv("DCX_V") ? atoi(getenv("DCX_V")) : 0;
-  if (!(variant & 1) && computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Flat>(context, plan))
-    return true;
-  if ((variant & 2) && p.ranges > 1 && fills(64) && fit_wgmma<typename Kernels::HalfRanged>(context, plan)) return true;
+  if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Flat>(context, plan)) return true;
   if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
   if (computed(96) == least && fills(96) && fit_wgmma<typename Kernels::Narrow>(context, plan)) return true;
   if (computed(64) == least && fills(64) && fit_wgmma<typename Kernels::Half>(context, plan)) return true;
