@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,10 @@ def test_a_signal_leaves_nothing(stop: signal.Signals, model: str, tmp_path: Pat
     soundfile.write(source, np.zeros(24000 * 160, np.float32), 24000)  # seconds of work, of which a part is done
     command = [sys.executable, "-m", "dualcodec_ext", "roundtrip", str(source), str(out), "--model", model]
     with subprocess.Popen(
-        [*command, "--chunk-frames", "100"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "--chunk-frames", "100"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, stop, signal.SIG_DFL),  # ignored in what a shell runs in the background
     ) as p:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".dualcodec-*")) and p.poll() is None and time.monotonic() < deadline:
