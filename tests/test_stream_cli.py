@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,8 @@ def test_stdin_from_the_output_is_refused(tmp_path: Path) -> None:
 def started(source: str, target: Path, *more: str, **options: Any) -> subprocess.Popen[bytes]:
     """A stream that is at work: its temporary file is there."""
     command = [*PROGRAM, "--in", source, "--out", str(target), *more]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **options)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell runs in the background
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=heard, **options)
     deadline = time.monotonic() + 120
     while not list(target.parent.glob(".dualcodec-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
