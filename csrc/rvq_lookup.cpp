@@ -2,8 +2,6 @@
 
 #include <torch/library.h>
 
-#include <limits>
-
 #include "rvq.h"
 #ifdef DCX_WITH_CUDA
 #include <ATen/ops/full.h>
@@ -11,8 +9,6 @@
 
 namespace dcx {
 namespace {
-
-constexpr int64_t kNoError = std::numeric_limits<int64_t>::max();
 
 // What both devices' calls need besides the parameters.
 struct Lookup {
@@ -92,7 +88,7 @@ at::Tensor rvq_lookup_cpu(const OptionalTensor& error,    // [1] i64, see noted
   const at::Tensor code_values = codes.to(at::kLong).contiguous();
   const at::Tensor y = lookup_output(call, out, channels_last);
   if (y.numel() == 0) return y;
-  int64_t position = kNoError;
+  int64_t position = kNoWrongCode;
   int64_t* note = noted(error, codes);
   p.codes = code_values.const_data_ptr<int64_t>();
   p.y = view_of(y);
@@ -101,7 +97,7 @@ at::Tensor rvq_lookup_cpu(const OptionalTensor& error,    // [1] i64, see noted
   p.is_double = dtype == at::kDouble;
   p.error = note != nullptr ? note : &position;
   launch_rvq_lookup_cpu(p);
-  if (position != kNoError) refuse_code(p, position, p.codes[position]);
+  if (position != kNoWrongCode) refuse_code(p, position, p.codes[position]);
   return y;
 }
 
@@ -131,7 +127,7 @@ at::Tensor rvq_lookup_cuda(const OptionalTensor& noting, const OptionalTensor& o
   at::Tensor error;
   p.error = noted(noting, codes);
   if (p.error == nullptr && capture == cudaStreamCaptureStatusNone) {
-    error = at::full({1}, kNoError, code_values.options());
+    error = at::full({1}, kNoWrongCode, code_values.options());
     p.error = error.mutable_data_ptr<int64_t>();
   }
   p.codes = code_values.const_data_ptr<int64_t>();
@@ -141,7 +137,8 @@ at::Tensor rvq_lookup_cuda(const OptionalTensor& noting, const OptionalTensor& o
   launch_rvq_lookup_cuda(context, p);
   if (error.defined()) {
     const int64_t position = error.item<int64_t>();
-    if (position != kNoError) refuse_code(p, position, code_values.reshape({-1}).select(0, position).item<int64_t>());
+    if (position != kNoWrongCode)
+      refuse_code(p, position, code_values.reshape({-1}).select(0, position).item<int64_t>());
   }
   return y;
 }

@@ -141,8 +141,8 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
     },
     "stream_rows": {
         "rows that are not kept": Mutant(STREAM, "!p.kept[row] || ", ""),
-        "a code out of range is passed over": Mutant(STREAM, "*p.error != kNoStreamError)", "*p.error < 0)"),
-        "the error is left as it is": Mutant(STREAM, "*p.error = kNoStreamError", "*p.error += 0"),
+        "a code out of range is passed over": Mutant(STREAM, "*p.error != kNoWrongCode)", "*p.error < 0)"),
+        "the error is left as it is": Mutant(STREAM, "*p.error = kNoWrongCode", "*p.error += 0"),
         "the next run's block": Mutant(STREAM, "block >= p.runs[at + 1].block", "block > p.runs[at + 1].block"),
         "dropped tail: the last block of a run": Mutant(STREAM, "ceil_div(run.count, int64_t{K::kBlockUnits})", "1"),
         "out of bounds, global memory: past a run's end": Mutant(

@@ -58,12 +58,12 @@ GROUPS_PLANTED = {
     "a residual outside x": ("if (valid && channel < channels) values", "if (channel < channels) values"),
     "the 1x1's columns out of order": ("within % 4 * 4 + within / 4;", "within;"),
     "a wrong tap, weights that stay": (
-        "panel_bytes, 0, 0, moved_within(weights, tap * kStageBytes)",
-        "panel_bytes, 0, 0, moved_within(weights, (tap - 1) * kStageBytes)",
+        "moved(weights, tap * kStageBytes)",
+        "moved(weights, (tap - 1) * kStageBytes)",
     ),
     "a wrong tap, weights that stream": (
-        "const Panel a = moved_within(first, tap * dilation",
-        "const Panel a = moved_within(first, (tap - 1) * dilation",
+        "const Panel a = moved(first, tap * dilation",
+        "const Panel a = moved(first, (tap - 1) * dilation",
     ),
     "a wrong panel": ("k / 4 * panel_bytes + k % 4 * 32", "k / 5 * panel_bytes + k % 4 * 32"),
     "a dropped tail": ("return clip < p.clips;", "return clip < p.clips && (tile == 0 || tile + 1 < p.row_tiles);"),

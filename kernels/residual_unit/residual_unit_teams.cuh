@@ -98,8 +98,8 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
         Parts::template multiply<kDeep, true>(sums, first, panel_bytes, shift, 0, weights_of(smem, 0));
         DCX_UNROLL
         for (int tap = 1; tap < kTaps; ++tap)
-          Parts::template multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes),
-                                                 panel_bytes, shift, 0, weights_of(smem, tap));
+          Parts::template multiply<kDeep, false>(sums, moved(first, tap * dilation * kPanelRowBytes), panel_bytes,
+                                                 shift, 0, weights_of(smem, tap));
         wgmma_commit();
         Parts::template load_residual<0, kColumns>(p, at, old);
         wgmma_wait<0>();

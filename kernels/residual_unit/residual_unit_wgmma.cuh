@@ -96,7 +96,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       fence_async();
       sync_threads();
       wgmma_fence();
-      products(moved_within(weights, stage * kStageBytes));
+      products(moved(weights, stage * kStageBytes));
       wgmma_commit();
       fill(step + kRing - 2, stage >= 2 ? stage - 2 : stage + kRing - 2);
       wgmma_wait<1>();
@@ -151,8 +151,8 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
         Parts::template multiply<kDeep, true>(sums, first, panel_bytes, 0, 0, weights);
         DCX_UNROLL
         for (int tap = 1; tap < kTaps; ++tap)
-          Parts::template multiply<kDeep, false>(sums, moved_within(first, tap * dilation * kPanelRowBytes),
-                                                 panel_bytes, 0, 0, moved_within(weights, tap * kStageBytes));
+          Parts::template multiply<kDeep, false>(sums, moved(first, tap * dilation * kPanelRowBytes), panel_bytes, 0, 0,
+                                                 moved(weights, tap * kStageBytes));
         wgmma_commit();
       } else {
         stream(0, 0, [&](Panel b) { Parts::template multiply<kStepDeep, true>(sums, first, panel_bytes, 0, 0, b); });
@@ -168,7 +168,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
         for (int chunk = 1; chunk < kChunks; ++chunk) next(first, chunk);
         DCX_NO_UNROLL
         for (int tap = 1; tap < kTaps; ++tap) {
-          const Panel a = moved_within(first, tap * dilation * kPanelRowBytes);
+          const Panel a = moved(first, tap * dilation * kPanelRowBytes);
           DCX_UNROLL
           for (int chunk = 0; chunk < kChunks; ++chunk) next(a, chunk);
         }
@@ -186,7 +186,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       float head[kHead / 2];
       if constexpr (kResident) {
         wgmma_fence();
-        Parts::template multiply_hidden<kHead, kStepDeep>(head, hidden, 0, moved_within(weights, kTaps * kStageBytes));
+        Parts::template multiply_hidden<kHead, kStepDeep>(head, hidden, 0, moved(weights, kTaps * kStageBytes));
         wgmma_commit();
       } else {
         DCX_UNROLL
@@ -207,8 +207,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
         DCX_UNROLL
         for (int chunk = 0; chunk < kChunks; ++chunk)
           Parts::template multiply_hidden<kTail, kStepDeep>(
-              tail, hidden, chunk * kStepDeep,
-              moved_within(weights, last_stage(chunk) * kStageBytes + kHead * kStep * 2));
+              tail, hidden, chunk * kStepDeep, moved(weights, last_stage(chunk) * kStageBytes + kHead * kStep * 2));
         wgmma_commit();
         uint32_t more[2][kTail / 8];
         Parts::template load_residual<kHead, kTail>(p, at, more);

@@ -213,8 +213,8 @@ struct WgmmaParts {
     DCX_UNROLL
     for (int i = 0; i < kCount; ++i) {
       const int k = first + i;
-      const Panel a = moved_within(rows, k / 4 * panel_bytes + k % 4 * 32 + (k >= 4 ? shift : 0));
-      const Panel b = moved_within(weights, i * 2048);
+      const Panel a = moved(rows, k / 4 * panel_bytes + k % 4 * 32 + (k >= 4 ? shift : 0));
+      const Panel b = moved(weights, i * 2048);
       if (kStarts && i == 0)
         wgmma_rows<T, kColumns, false>(sums, a, b);
       else
@@ -229,9 +229,9 @@ struct WgmmaParts {
     DCX_UNROLL
     for (int i = 0; i < kDepth; ++i) {
       if (first + i == 0)
-        wgmma_hidden<T, kCount, false>(sums, hidden[first + i], moved_within(weights, i * 2048));
+        wgmma_hidden<T, kCount, false>(sums, hidden[first + i], moved(weights, i * 2048));
       else
-        wgmma_hidden<T, kCount, true>(sums, hidden[first + i], moved_within(weights, i * 2048));
+        wgmma_hidden<T, kCount, true>(sums, hidden[first + i], moved(weights, i * 2048));
     }
   }
 

@@ -28,12 +28,6 @@ DCX_DEVICE void cp_async4(void* shared, const void* global, bool valid) {
 #endif
 }
 
-// moved() by so few bytes that the address's half of the word does not overflow.
-DCX_DEVICE Panel moved_within(Panel panel, int bytes) {
-  const uint32_t low = static_cast<uint32_t>(panel.bits) + static_cast<uint32_t>(bytes >> 4);
-  return Panel{(panel.bits & 0xffffffff00000000ull) | low};
-}
-
 // at0, at1 and so on number the operands behind the sums.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DCX_WGMMA(type, name, columns, adds, sums, at0, at1, at2, at3, at4, at5, ...)                                \
@@ -88,8 +82,6 @@ DCX_WGMMA_ALL(192, DCX_SUMS128 ", " DCX_N64 ", " DCX_N72 ", " DCX_N80 ", " DCX_N
 inline void cp_async4(void* shared, const void* global, bool valid) {
   simt::copy_later(shared, valid ? global : nullptr, 4);
 }
-
-inline Panel moved_within(Panel panel, int bytes) { return moved(panel, bytes); }
 
 template <int kColumns, bool kAdds>
 inline void start_sums(float (&d)[kColumns / 2]) {

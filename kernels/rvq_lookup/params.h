@@ -4,6 +4,8 @@
 
 namespace dcx {
 
+constexpr int64_t kNoWrongCode = INT64_MAX;  // what `error` holds where no code was out of range
+
 // y[b, :, f] = sum over stages i < used of V_i row_i(codes[b, i, f]) + out_bias_i, plus addend[b, :, f]
 struct RvqLookupParams {
   const int64_t* codes;    // [B, used, F] contiguous

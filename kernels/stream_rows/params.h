@@ -1,11 +1,11 @@
 #pragma once
 #include "../common/cuda_context.h"
 #include "../common/dtype.h"
+#include "../rvq_lookup/params.h"
 
 namespace dcx {
 
-constexpr int64_t kNoStreamError = INT64_MAX;  // what `error` holds where no code was out of range
-constexpr int kMostStreamRuns = 96;            // of a launch: parameters are 4 KB at most
+constexpr int kMostStreamRuns = 96;  // of a launch: parameters are 4 KB at most
 
 // Elements that lie side by side in every row of both tensors.
 struct StreamRun {
@@ -20,8 +20,8 @@ struct StreamRowsParams {
   const void* source;
   int64_t to_stride, source_stride;  // from row to row
   int64_t batch;
-  const bool* kept;  // [batch], the rows that are copied; null: all, and *error becomes kNoStreamError
-  int64_t* error;    // null: none; with kept: other than kNoStreamError nothing is copied
+  const bool* kept;  // [batch], the rows that are copied; null: all, and *error becomes kNoWrongCode
+  int64_t* error;    // null: none; with kept: other than kNoWrongCode nothing is copied
   int64_t blocks;    // per row; by the launcher
   int run_count;
   StreamRun runs[kMostStreamRuns];

@@ -18,8 +18,8 @@ struct StreamRows {
   static DCX_DEVICE void run(const Params& p, unsigned char*) {
     const int64_t row = block_x() / p.blocks, block = block_x() % p.blocks;
     if (p.kept == nullptr) {
-      if (p.error != nullptr && block_x() == 0 && thread_index() == 0) *p.error = kNoStreamError;
-    } else if (!p.kept[row] || (p.error != nullptr && *p.error != kNoStreamError)) {
+      if (p.error != nullptr && block_x() == 0 && thread_index() == 0) *p.error = kNoWrongCode;
+    } else if (!p.kept[row] || (p.error != nullptr && *p.error != kNoWrongCode)) {
       return;
     }
     int at = 0;
