@@ -136,6 +136,66 @@ def test_few_rows(options: dict[str, Any], tmp_path: Path) -> None:
     assert any("ConvWgmma" in name for name in names) and same_bits(y, other)
 
 
+# By the kernel's channels; multiprocessors are blocks.
+RESIDENT: dict[str, tuple[int, dict[str, Any]]] = {
+    "96 -> 48, S=4": (96, {"shape": (96, 48, 4), "steps": 330, "batch": 3, "multiprocessors": 2}),
+    "96 -> 48, S=4, lengths": (
+        96,
+        {"shape": (96, 48, 4), "steps": 193, "batch": 5, "lengths": [193, 64, 0, 65, 100], "multiprocessors": 2},
+    ),
+    "72 -> 40, S=5, a block of one unit": (
+        96,
+        {"shape": (72, 40, 5), "padding": (2, 3), "steps": 200, "batch": 5, "multiprocessors": 3, "dtype": F16},
+    ),
+    "96 -> 48, S=5, another crop": (
+        96,
+        {"shape": (96, 48, 5), "padding": (6, 1), "steps": 320, "batch": 5, "multiprocessors": 4},
+    ),
+    "192 -> 96, S=5": (
+        192,
+        {"shape": (192, 96, 5), "padding": (3, 2), "steps": 130, "batch": 5, "multiprocessors": 6},
+    ),
+    "160 -> 72, S=3, tails of columns": (
+        192,
+        {
+            "shape": (160, 72, 3),
+            "padding": (1, 2),
+            "steps": 150,
+            "batch": 5,
+            "lengths": [150, 1, 0, 128, 129],
+            "bias": False,
+            "multiprocessors": 3,
+            "dtype": F16,
+        },
+    ),
+    "384 -> 96, S=2": (384, {"shape": (384, 96, 2), "padding": (1, 1), "steps": 200, "batch": 2, "multiprocessors": 2}),
+    "320 -> 48, S=3": (
+        384,
+        {"shape": (320, 48, 3), "padding": (1, 2), "steps": 150, "batch": 3, "multiprocessors": 3, "dtype": F16},
+    ),
+}
+
+
+@pytest.mark.parametrize("channels, options", RESIDENT.values(), ids=RESIDENT.keys())
+@pytest.mark.parametrize("snake", [True, False], ids=["Snake", "x as it lies"])
+def test_weights_that_stay(channels: int, options: dict[str, Any], snake: bool, tmp_path: Path) -> None:
+    """Right, and bit for bit what blocks of one tile give, which write y where its channels are not side by side."""
+    case = made(**options, shared_bytes=227 << 10)
+    other = made(**options, first=True, shared_bytes=227 << 10)
+    if not snake:
+        case, other = case.with_(alpha=None), other.with_(alpha=None)
+    y, names = run_one(OP, tmp_path, case)
+    assert [name for name in names if f", {channels}, " in name and "ConvResident" in name], names
+    assert len(names) == 1 + snake
+    if snake:
+        assert worst(y, case.expected) <= TOLERANCE[OP, y.dtype]
+    for seed in (2, 3):
+        again, _ = run_one(OP, tmp_path, case, seed)
+        assert same_bits(y, again)
+    whole, names = run_one(OP, tmp_path, other)
+    assert any("ConvWgmma" in name for name in names) and same_bits(y, whole)
+
+
 def test_a_clip_is_as_alone(tmp_path: Path) -> None:
     lengths = [9, 3, 0, 7]
     case = made((64, 48, 4), steps=9, batch=4, lengths=lengths)

@@ -7,6 +7,7 @@
 #include "conv_few.cuh"
 #include "conv_gemm.cuh"
 #include "conv_geometry.h"
+#include "conv_resident.cuh"
 #include "conv_wgmma.cuh"
 
 namespace dcx {
@@ -32,6 +33,13 @@ struct WgmmaKernels {
   using Half = ConvWgmma<T, 2, 64, 5, false, 2>;
   using Small = ConvWgmma<T, 1, 64, 8, true, 3>;
   using Frame = ConvWgmma<T, 1, 32, 12, false, 1>;  // nearly all weights on their way before the kernel in front ends
+};
+// In front of those where an upsampling has many rows; by its channels.
+template <class T>
+struct ResidentKernels {
+  using Few = ConvResident<T, 96, 96, 2, 3>;
+  using Some = ConvResident<T, 192, 192, 1, 2>;
+  using Many = ConvResident<T, 384, 96, 1, 2>;
 };
 // In front of those where a call has few rows; by the tiles of 8 rows that a warp multiplies.
 template <class T>
@@ -164,6 +172,38 @@ bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   return true;
 }
 
+// Lays conv_resident.cuh's blocks over an upsampling whose runs stand; false where it does not suit, or where tiles are
+// too few to read weights for.
+template <class K>
+bool fit_resident(const CudaContext& context, ConvGemmPlan& plan) {
+  constexpr int64_t kRounds = 3;  // of all blocks, at least
+  ConvGemmParams& p = plan.params;
+  const auto [fewest, most] = tap_range(p);
+  const bool plain = p.phases.stride > 0 && p.ranges == 1 && fewest == K::kTaps && most == K::kTaps &&
+                     p.alpha == nullptr && p.out_alpha == nullptr && p.after_alpha == nullptr &&
+                     p.residual.data == nullptr && p.activation == Activation::kNone && p.vector_store;
+  if (!plain || p.channels_padded > K::kMostChannels || p.channels_padded * 4 <= K::kMostChannels * 3) return false;
+  const int64_t units = run_tiles(p, K::kUnit), blocks = context.multiprocessors;
+  const int64_t tiles = p.batch * ceil_div(p.rows, int64_t{K::kTileRows});
+  p.column_tiles = units;
+  if (units * K::kUnit * 2 > p.phases.stride * p.step_columns * 3 || !K::shares_out(p, blocks) ||
+      tiles * units < kRounds * blocks * K::kTogether * K::kTileGroups)
+    return false;
+  p.tile_items = 1;
+  p.tile_rows = K::kTileRows;
+  p.row_tiles = ceil_div(p.rows, p.tile_rows);
+  p.walking_blocks = blocks;
+  p.spread = false;
+  plan.smem_bytes = K::smem_bytes(p);
+  if (plan.smem_bytes > context.shared_bytes) return false;
+  plan.grid = Grid{blocks, 1, 1};
+  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
+    if (made.prepared_bytes > 0) launch<ConvRows<typename K::Element>>(where, made.prepared, made.prepared_grid, 0);
+    launch<K>(where, made.params, made.grid, made.smem_bytes);
+  };
+  return true;
+}
+
 // Has conv_rows.cuh make the rows where x can't be copied as it lies: Snake, channels not side by side in whole 16
 // bytes, or a GEMM row of several steps of them.
 template <class T>
@@ -268,6 +308,10 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   ConvGemmParams& p = plan.params;
   p.ranges = conv_ranges(p, false, kPanelColumns);
   if (!lay_runs(p, Vector16<T>::kCount)) return false;
+  using Resident = ResidentKernels<T>;
+  if (fit_resident<typename Resident::Few>(context, plan) || fit_resident<typename Resident::Some>(context, plan) ||
+      fit_resident<typename Resident::Many>(context, plan))
+    return true;
   const int64_t rows = ceil_div(p.batch * p.rows, int64_t{128});
   const auto fills = [&](int64_t columns) {
     return rows * run_tiles(p, columns) * 5 >= context.multiprocessors * int64_t{3};

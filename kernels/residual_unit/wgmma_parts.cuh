@@ -6,7 +6,7 @@
 // 16 at the end, four.
 #pragma once
 #include "residual_unit.cuh"
-#include "wgmma_registers.cuh"
+#include "../common/wgmma_registers.cuh"
 
 namespace dcx {
 

@@ -2,7 +2,7 @@
 // from registers, so that values which a thread has just computed from a product's sums are the next one's operand
 // without a way through shared memory.
 #pragma once
-#include "../common/wgmma.cuh"
+#include "wgmma.cuh"
 
 namespace dcx {
 
