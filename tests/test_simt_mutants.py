@@ -9,7 +9,7 @@ import pytest
 import simt_cases
 import simt_mutants
 import torch
-from simt_inputs import NO_ERROR, SimtCase, conv_case, dwconv_case, stream_rows_case, worst
+from simt_inputs import NO_ERROR, SimtCase, conv_case, dwconv_case, stream_rows_case, upsample_case, worst
 from simt_mutants import Mutant
 from tolerances import TOLERANCE
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONV, TILE, DWCONV = "common/conv_gemm.cuh", "common/gemm_tile.cuh", "causal_dwconv1d/causal_dwconv1d.cuh"
 STREAM = "stream_rows/stream_rows.cuh"
 FINISH, WGMMA, FEW = "common/conv_finish.cuh", "common/conv_wgmma.cuh", "common/conv_few.cuh"
-FEW_FINISH = "common/conv_few_finish.cuh"
+FEW_FINISH, RESIDENT = "common/conv_few_finish.cuh", "common/conv_resident.cuh"
 NARROW, SLIDING = "snake_conv1d/snake_conv1d.cuh", "snake_conv1d/sliding_conv.cuh"
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -112,6 +112,34 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             FEW, "int64_t{slots(p, taps)} * (pitch(p)", "int64_t{slots(p, taps) - 1} * (pitch(p)"
         ),
     },
+    "snake_upsample1d": {
+        "weights that stay, missing barrier: multiplied before all rows are there": Mutant(
+            RESIDENT, "        sync_part(group, 128);\n", ""
+        ),
+        "weights that stay, missing cp.async wait": Mutant(RESIDENT, "        cp_async_wait<kAhead - 1>();\n", ""),
+        "weights that stay, sums are read early": Mutant(RESIDENT, "          wgmma_wait<0>();\n", "          ;\n"),
+        "weights that stay, the other run's rows": Mutant(
+            RESIDENT, "buffer * kRowBytes + shift[i]", "buffer * kRowBytes"
+        ),
+        "weights that stay, the row behind the tile": Mutant(
+            RESIDENT, "if (kTileRows + own.row < count)", "if (false)"
+        ),
+        "weights that stay, the clip behind": Mutant(RESIDENT, "at >= row_tiles ? 1 : 0", "at > row_tiles ? 1 : 0"),
+        "weights that stay, dropped tail: the last columns share a panel": Mutant(
+            RESIDENT, "cell + tap * 4 : cell;", "cell : cell;"
+        ),
+        "weights that stay, out of bounds, global memory: past the clip's end": Mutant(
+            RESIDENT, "kWhole || phase + half * down < at.there", "true"
+        ),
+        "weights that stay, outputs past the clip's length": Mutant(
+            RESIDENT, "kWhole || phase + half * down < at.counting", "true"
+        ),
+        "weights that stay, out of bounds, shared memory: a buffer too few": Mutant(
+            RESIDENT,
+            "return kTogether * kUnitPanels * kPanelBytes + kGroups * kBuffers",
+            "return kTogether * kUnitPanels * kPanelBytes + (kGroups * kBuffers - 1)",
+        ),
+    },
     "causal_dwconv1d": {
         "missing barrier: statistics of a row that is not there": Mutant(
             DWCONV, "      sync_threads();\n      take_statistics(", "      take_statistics("
@@ -164,6 +192,9 @@ CASES: dict[str, list[SimtCase]] = {
         conv_case(40, 2, taps=3, steps=20),
         conv_case(48, 1, steps=200, batch=2, lengths=[200, 101], multiprocessors=1000),
     ],
+    "snake_upsample1d": [
+        upsample_case(96, 48, 4, "transposed", (2, 2), steps=270, batch=2, lengths=[270, 70], shared_bytes=227 << 10),
+    ],
     "causal_dwconv1d": [
         dwconv_case(301, steps=11, batch=2, dtype=F32),
         dwconv_case(66, taps=31, steps=9, lengths=[7]),
@@ -175,7 +206,7 @@ CASES["stream_rows"] = [
     stream_rows_case([(3, 5, 1), (11, 0, 777)], kept=[1, 0, 1], error=NO_ERROR),
     stream_rows_case([(8, 0, 800)], kept=[1, 1, 1], error=7),
 ]
-CONTROLS = {"snake_conv1d": CONV, "causal_dwconv1d": DWCONV, "stream_rows": STREAM}
+CONTROLS = {"snake_conv1d": CONV, "snake_upsample1d": RESIDENT, "causal_dwconv1d": DWCONV, "stream_rows": STREAM}
 NAMES = [(op, name) for op, mutants in MUTANTS.items() for name in mutants]
 
 

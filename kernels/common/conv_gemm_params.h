@@ -65,10 +65,10 @@ struct ConvGemmParams {
   int64_t segment;                // rows in shared memory per clip
   int ranges;                     // parts of the reduction that are summed apart and then added in order
   int row_buffers;
-  int stages;            // of weights
+  int stages;              // of weights
   int64_t walking_blocks;  // conv_resident.cuh: of the grid
-  bool spread;           // a block per range
-  int64_t step_columns;  // columns of one output step (conv_wgmma.cuh: columns counts those of a run)
+  bool spread;             // a block per range
+  int64_t step_columns;    // columns of one output step (conv_wgmma.cuh: columns counts those of a run)
   ConvRun runs[kMostRuns];
   int run_count;
   bool weights_stand;  // nothing that may still run in front of the kernel in its stream writes them or the vectors

@@ -102,14 +102,15 @@ struct ConvResident {
       const int wide = (unit - run.tile) * kUnit + pair * 2, beside = wide / step_columns;
       const T* from = weight + int64_t{run.weight_taps + beside * kTaps} * deep * padded + wide - beside * step_columns;
       const int place = place_of_pair(pair), panel = place / 32, cell = place % 32 / 4;
-      DCX_NO_UNROLL
-      for (int row = thread_index() / kWarp; row < kTaps * kChannels; row += kWarps) {
-        const int tap = row / kChannels, k = row - tap * kChannels;
-        const bool valid = wide < columns && k < deep;
+      DCX_UNROLL
+      for (int tap = 0; tap < kTaps; ++tap, from += deep * padded) {
         const int base = kWide != kUnit ? tap * kUnitPanels + panel : panel == 0 ? tap : kTaps;
         const int own = kWide == kUnit && panel == 1 ? cell + tap * 4 : cell;
-        cp_async4(to + base * kPanelBytes + panel_cell(k, own) * 16 + place % 4 * 4,
-                  valid ? from + (tap * deep + k) * padded : weight, valid);
+        unsigned char* at = to + base * kPanelBytes + place % 4 * 4;
+        const T* row = from + thread_index() / kWarp * padded;
+        DCX_UNROLL_BY_4
+        for (int k = thread_index() / kWarp; k < kChannels; k += kWarps, row += kWarps * padded)
+          cp_async4(at + panel_cell(k, own) * 16, row, wide < columns && k < deep);
       }
     }
   }
@@ -195,8 +196,8 @@ struct ConvResident {
     }
   }
 
-  // A thread's two rows of a tile in y: where phase 0's output of the first one lies, how many outputs there are from it
-  // on, and how many count; whole: the tile's all do.
+  // A thread's two rows of a tile in y: where phase 0's output of the first one lies, how many outputs there are from
+  // it on, and how many count; whole: the tile's all do.
   struct Outputs {
     T* y;
     int there, counting;
@@ -208,8 +209,7 @@ struct ConvResident {
     const int64_t counting = minimum(p.out_steps, conv_out_valid(p, turn.clip));
     return Outputs{static_cast<T*>(const_cast<void*>(p.y.data)) + turn.clip * p.y.stride_b + t * p.y.stride_t,
                    static_cast<int>(minimum(p.out_steps - t, int64_t{kNoPhase})),
-                   static_cast<int>(minimum(counting - t, int64_t{kNoPhase})),
-                   begin + kTileRows * stride <= counting};
+                   static_cast<int>(minimum(counting - t, int64_t{kNoPhase})), begin + kTileRows * stride <= counting};
   }
 
   // y of this thread's two rows; kWhole: all outputs count, and all columns are there.
@@ -324,8 +324,8 @@ struct ConvResident {
 
   static DCX_DEVICE void run(const Params& p, unsigned char* smem) {
     const Share share = share_of(p);
-    auto* vectors = reinterpret_cast<Vector*>(smem + kTogether * kUnitPanels * kPanelBytes +
-                                              kGroups * kBuffers * kRowBytes);
+    auto* vectors =
+        reinterpret_cast<Vector*>(smem + kTogether * kUnitPanels * kPanelBytes + kGroups * kBuffers * kRowBytes);
     const bool all = share.units == kTogether;
     if (!p.weights_stand) grid_wait();
     if (kColumns == kUnit || !all) {
