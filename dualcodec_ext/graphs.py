@@ -2,7 +2,8 @@
 
 A short call is bound by starting its forty-odd kernels one by one; a graph starts them at once. Frames are rounded up
 to a bucket, and lengths keep what lies behind a clip's end from mattering, so that a replay gives the bits of the
-eager engine.
+eager engine. Kernels that look at lengths wait for those in front of them first, so that calls whose clips all fill
+their bucket have a recording of their own without lengths; so have those of one length that comes again and again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .engine import Engine
 from .errors import DualCodecError
 
 MAX_FRAMES = 2048  # of a bucket; a longer call is bound by its work, not by its launches
+_IN_A_ROW = 3  # calls of one length, behind which it has a recording of its own
 _CAP = "DUALCODEC_EXT_GRAPH_MIB"
 _DEFAULT_CAP_MIB = 4096
 
@@ -130,6 +132,7 @@ class Graphs:
         self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
         self._seen: set[Any] = set()
         self._too_large: set[Any] = set()
+        self._row: tuple[Any, int] = (None, 0)  # the last call's key for a recording of its own, and how often in a row
         self._lock = threading.Lock()
 
     def held_bytes(self) -> int:
@@ -170,21 +173,20 @@ class Graphs:
     ) -> Tensor | None:
         batch, _, frames = semantic.shape
         stages = 0 if acoustic is None else acoustic.shape[1]
-        wide = bucket_frames(frames)
-        key = ("decode", batch, wide, stages)
+        own = [frames] * batch if frame_lengths is None else frame_lengths.tolist()
         with self._lock, self._on_device():
+            key = self._key("decode", batch, frames, all(n == frames for n in own), stages)
             if holds is not None and key not in self._recordings:
                 return None
-            recording = self._find(key, lambda: self._record_decode(batch, wide or 0, stages))
+            recording = self._find(key, lambda: self._record_decode(batch, key[2], key[3], stages))
             if recording is None:
                 return None
             self._fill(recording, "semantic", semantic)
             if acoustic is not None:
                 self._fill(recording, "acoustic", acoustic)
-            own = [frames] * batch if frame_lengths is None else frame_lengths.tolist()
             rows_of = recording.rows_of
-            assert rows_of is not None
-            self._fill_lengths(recording, (tuple(own),), lambda n: rows_of[:, n])
+            if rows_of is not None:
+                self._fill_lengths(recording, (tuple(own),), lambda n: rows_of[:, n])
             recording.replay()
             audio = _own(recording.outputs[0], self.engine.decoded_samples(frames))
             fine = recording.outputs[1].clone()
@@ -205,26 +207,48 @@ class Graphs:
         batch, _, frames = semantic_repr.shape
         hop = self.engine.hop_samples
         longest = frames if audio is None else max(frames, audio.shape[-1] // hop)
-        wide = bucket_frames(longest)
-        key = ("encode", batch, wide, audio is not None, num_quantizers)
+        own = [frames] * batch if frame_lengths is None else frame_lengths.tolist()
+        samples: list[int] | None = None
+        if audio is not None:
+            samples = [audio.shape[-1]] * batch if sample_lengths is None else sample_lengths.tolist()
+        whole = all(n == longest for n in own) and all(n == longest * hop for n in samples or [])
         with self._lock, self._on_device():
+            key = self._key("encode", batch, longest, whole, audio is not None, num_quantizers)
             recording = self._find(
-                key, lambda: self._record_encode(batch, wide or 0, audio is not None, num_quantizers, semantic_repr)
+                key,
+                lambda: self._record_encode(batch, key[2], key[3], audio is not None, num_quantizers, semantic_repr),
             )
             if recording is not None:
                 self._fill(recording, "features", semantic_repr)
-                own = [frames] * batch if frame_lengths is None else frame_lengths.tolist()
-                samples: list[int] | None = None
                 if audio is not None:
                     self._fill(recording, "audio", audio)
-                    samples = [audio.shape[-1]] * batch if sample_lengths is None else sample_lengths.tolist()
-                lengths = (tuple(own), None if samples is None else tuple(samples))
-                self._fill_lengths(recording, lengths, self.engine.encode_lengths)
+                if "lengths" in recording.inputs:
+                    lengths = (tuple(own), None if samples is None else tuple(samples))
+                    self._fill_lengths(recording, lengths, self.engine.encode_lengths)
                 recording.replay()
                 codes = [_own(c, frames) for c in recording.outputs]
                 self._release(recording)
                 return codes[0], codes[1] if len(codes) > 1 else None
         return self.engine.encode_clips(audio, semantic_repr, num_quantizers, frame_lengths, sample_lengths)
+
+    def _key(self, kind: str, batch: int, frames: int, whole: bool, *rest: object) -> Any:
+        """Return which recording a call takes: (kind, batch, its frames or None, whether without lengths, ...).
+
+        Args:
+            frames: of the longest clip.
+            whole: all clips have them.
+        """
+        wide = bucket_frames(frames)
+        own, shared = (kind, batch, frames, True, *rest), (kind, batch, wide, False, *rest)
+        if wide is None or not whole or own in self._too_large:
+            return shared
+        if frames == wide or own in self._recordings:
+            return own
+        self._row = (own, self._row[1] + 1 if self._row[0] == own else 1)
+        if shared in self._recordings and self._row[1] > _IN_A_ROW:
+            self._seen.add(own)
+            return own
+        return shared
 
     def _find(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
         """Return the bucket's recording, made now where this is its second call; None: run without one."""
@@ -289,13 +313,15 @@ class Graphs:
         held += sum(x.numel() * x.element_size() for x in inputs.values())
         return _Recording(inputs, replay, outputs, held, rows_of)
 
-    def _record_decode(self, batch: int, frames: int, stages: int) -> _Recording:
+    def _record_decode(self, batch: int, frames: int, whole: bool, stages: int) -> _Recording:
         engine, device = self.engine, self.engine.device
         inputs = {"semantic": torch.zeros(batch, 1, frames, dtype=torch.int64, device=device)}
         if stages:
             inputs["acoustic"] = torch.zeros(batch, stages, frames, dtype=torch.int64, device=device)
-        rows_of = engine.decode_lengths(torch.arange(frames + 1))
-        inputs["lengths"] = rows_of[:, torch.full((batch,), frames)].to(device)
+        rows_of: Tensor | None = None
+        if not whole:
+            rows_of = engine.decode_lengths(torch.arange(frames + 1))
+            inputs["lengths"] = rows_of[:, torch.full((batch,), frames)].to(device)
 
         limits = {"semantic": engine.semantic_entries, "acoustic": engine.acoustic_entries}
 
@@ -304,25 +330,26 @@ class Graphs:
             with beside:
                 checks = [(inputs[c].clamp(0, n - 1) == inputs[c]).all() for c, n in limits.items() if c in inputs]
                 fine = checks[0] & checks[-1]
-            audio = engine.decode(inputs["semantic"], inputs.get("acoustic"), inputs["lengths"])
+            audio = engine.decode(inputs["semantic"], inputs.get("acoustic"), inputs.get("lengths"))
             beside.join()
             return audio, fine
 
         return self._record(inputs, run, rows_of)
 
     def _record_encode(
-        self, batch: int, frames: int, acoustic: bool, num_quantizers: int | None, like: Tensor
+        self, batch: int, frames: int, whole: bool, acoustic: bool, num_quantizers: int | None, like: Tensor
     ) -> _Recording:
         engine, device = self.engine, self.engine.device
         inputs = {"features": torch.zeros(batch, like.shape[1], frames, dtype=engine.dtype, device=device)}
-        full = torch.full((batch,), frames)
         if acoustic:
             samples = frames * engine.hop_samples
             inputs["audio"] = torch.zeros(batch, 1, samples, dtype=engine.dtype, device=device)
-        inputs["lengths"] = engine.encode_lengths(full, full * engine.hop_samples if acoustic else None).to(device)
+        if not whole:
+            full = torch.full((batch,), frames)
+            inputs["lengths"] = engine.encode_lengths(full, full * engine.hop_samples if acoustic else None).to(device)
 
         def run() -> tuple[Tensor, ...]:
-            codes = engine.encode(inputs.get("audio"), inputs["features"], num_quantizers, inputs["lengths"])
+            codes = engine.encode(inputs.get("audio"), inputs["features"], num_quantizers, inputs.get("lengths"))
             return tuple(c for c in codes if c is not None)
 
         return self._record(inputs, run)

@@ -67,8 +67,26 @@ def test_decode_in_a_bucket_has_the_engines_bits(engine: Engine) -> None:
             for _ in range(3):
                 got = graphs.decode(semantic, some, own)
                 assert got.shape == wanted.shape and torch.equal(got, wanted)
-    # The one bucket of 17 to 24 frames and that of 3 frames, each with three numbers of stages.
-    assert recorder.recorded == 6
+    # The bucket of 17 to 24 frames, once more without lengths for 24, and that of 3 frames, each with three numbers of
+    # stages.
+    assert recorder.recorded == 9
+
+
+def test_a_length_that_comes_again_and_again_has_a_recording_of_its_own(engine: Engine) -> None:
+    recorder = Repeating()
+    graphs = Graphs(engine, recorder, 10**9)
+
+    def recorded_after(frames: int, lengths: list[int] | None = None) -> int:
+        semantic, acoustic = codes_for(engine, 2, frames)
+        own = None if lengths is None else torch.tensor(lengths)
+        wanted = engine.decode(semantic, acoustic, None if own is None else engine.decode_lengths(own))
+        assert torch.equal(graphs.decode(semantic, acoustic, own), wanted)
+        return recorder.recorded
+
+    assert [recorded_after(n) for n in (19, 20, 19, 19, 20, 19, 19)] == [0, 1, 1, 1, 1, 1, 1]  # never thrice in a row
+    assert [recorded_after(19) for _ in range(3)] == [1, 2, 2]
+    assert recorded_after(19, [19, 4]) == 2 and recorded_after(20) == 2
+    assert len(graphs._recordings) == 2 and recorder.replayed >= 10
 
 
 def test_encode_in_a_bucket_has_the_engines_bits(engine: Engine) -> None:

@@ -35,7 +35,7 @@ struct Dwconv {
   using Params = DwconvParams;
   static constexpr int kThreads = 512;
   static constexpr int kMinBlocks = kRowsAtOnce > 1 ? 2 : 1;
-  static constexpr bool kNeedsSm80 = false;
+  static constexpr bool kNeedsSm80 = false, kWaitsItself = true;
   static constexpr int kRows = kRowsAtOnce;
   static constexpr int kAtOnce = kRows > 1 ? 4 : 8;  // taps; a larger window would spill
   static constexpr int kWindow = kRows + kAtOnce - 1;
@@ -162,21 +162,46 @@ struct Dwconv {
     }
   }
 
-  static DCX_DEVICE void normalise(const Params& p, const Own& at, const float* rows, const float* statistics, T* to,
-                                   int count, int valid) {
-    const float* ln_weight = static_cast<const float*>(p.op.ln_weight) + at.channel;
-    const float* ln_bias = static_cast<const float*>(p.op.ln_bias) + at.channel;
-    const bool shifts = p.op.ln_bias != nullptr;
-    const float scale0 = ln_weight[0], scale1 = at.both ? ln_weight[1] : 0.0f;
-    const float shift0 = shifts ? ln_bias[0] : 0.0f, shift1 = shifts && at.both ? ln_bias[1] : 0.0f;
+  // A vector of two channels, zeros where there is none.
+  static DCX_DEVICE Pair<float> vector_at(const void* vector, const Own& at) {
+    if (vector == nullptr || !at.active) return Pair<float>{};
+    const float* from = static_cast<const float*>(vector) + at.channel;
+    return Pair<float>{{from[0], at.both ? from[1] : 0.0f}};
+  }
+  // LayerNorm's vectors.
+  struct Norm {
+    Pair<float> scale, shift;
+  };
+  static DCX_DEVICE Norm norm_at(const Params& p, const Own& at) {
+    return Norm{vector_at(p.op.ln_weight, at), vector_at(p.op.ln_bias, at)};
+  }
+
+  // Calls all that depends on the layer alone to L2, while the kernel in front runs.
+  static DCX_DEVICE void fetch_ahead(const Params& p) {
+    constexpr int64_t kLine = 32;  // floats
+    const auto fetch = [](const void* vector, int64_t count) {
+      if (vector == nullptr) return;
+      for (int64_t i = thread_index() * kLine; i < count; i += kThreads * kLine)
+        prefetch_l2(static_cast<const float*>(vector) + i);
+    };
+    fetch(p.op.weight, p.op.channels * p.op.taps);
+    fetch(p.op.bias, p.op.channels);
+    fetch(p.op.ln_weight, p.op.channels);
+    fetch(p.op.ln_bias, p.op.channels);
+  }
+
+  static DCX_DEVICE void normalise(const Params& p, const Own& at, const Norm& norm, const float* rows,
+                                   const float* statistics, T* to, int count, int valid) {
     DCX_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if (r >= count) break;
       const auto h = *reinterpret_cast<const Pair<float>*>(rows + r * p.row_pitch + at.channel);
       const float mean = statistics[2 * r], scale = statistics[2 * r + 1];
       store(p, to + r * p.op.y.stride_t, at.both,
-            r < valid ? fused_multiply_add((h.values[0] - mean) * scale, scale0, shift0) : 0.0f,
-            r < valid ? fused_multiply_add((h.values[1] - mean) * scale, scale1, shift1) : 0.0f);
+            r < valid ? fused_multiply_add((h.values[0] - mean) * scale, norm.scale.values[0], norm.shift.values[0])
+                      : 0.0f,
+            r < valid ? fused_multiply_add((h.values[1] - mean) * scale, norm.scale.values[1], norm.shift.values[1])
+                      : 0.0f);
     }
   }
 
@@ -187,12 +212,17 @@ struct Dwconv {
     float* weights = statistics + kStatistics;
     const int64_t b = block_x() / p.row_tiles, begin = block_x() % p.row_tiles * p.tile_rows;
     const int64_t end = minimum(begin + p.tile_rows, op.out_steps);
+    fetch_ahead(p);
+    grid_wait();
     const int64_t in_valid =
         op.lengths != nullptr ? maximum(int64_t{0}, minimum(op.lengths[b], op.in_steps)) : op.in_steps;
     const int64_t out_valid =
         op.lengths != nullptr ? conv_output_steps(in_valid, op.taps, 1, 1, op.pad_left, op.pad_right) : op.out_steps;
     const bool norm = op.ln_weight != nullptr;
     if (p.resident) copy_weights(p, 0, op.channels * op.taps, weights);
+    // Of the few rows of a streamed frame every way to memory counts: these are gone beside the others.
+    const Pair<float> early_bias = kRows == 1 ? vector_at(op.bias, own(p, 0)) : Pair<float>{};
+    const Norm early_norm = kRows == 1 && norm ? norm_at(p, own(p, 0)) : Norm{};
 
     DCX_NO_UNROLL
     for (int64_t t0 = begin; t0 < end; t0 += kRows) {
@@ -221,11 +251,11 @@ struct Dwconv {
           sync_threads();
         }
         if (!at.active) continue;
-        const float* bias = static_cast<const float*>(op.bias) + at.channel;
+        const Pair<float> bias = kRows == 1 && pass == 0 ? early_bias : vector_at(op.bias, at);
         DCX_UNROLL
         for (int r = 0; r < kRows; ++r) {
-          sums[r][0] = op.bias != nullptr ? bias[0] : 0.0f;
-          sums[r][1] = op.bias != nullptr && at.both ? bias[1] : 0.0f;
+          sums[r][0] = bias.values[0];
+          sums[r][1] = bias.values[1];
         }
         convolve(p, at, p.resident ? weights + pass * p.slab * op.taps : weights, from, first, last, window, sums);
         DCX_UNROLL
@@ -245,7 +275,9 @@ struct Dwconv {
       DCX_NO_UNROLL
       for (int pass = 0; pass < p.passes; ++pass) {
         const Own at = own(p, pass);
-        if (at.active) normalise(p, at, rows, statistics, y + at.channel * op.y.stride_c, count, valid);
+        if (at.active)
+          normalise(p, at, kRows == 1 && pass == 0 ? early_norm : norm_at(p, at), rows, statistics,
+                    y + at.channel * op.y.stride_c, count, valid);
       }
       // The next rows of h overwrite what their own thread alone has read since; the statistics follow a barrier.
     }

@@ -273,7 +273,7 @@ bool fit_few(const CudaContext& context, int64_t most_rows, ConvGemmPlan& plan) 
 template <class T>
 bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
   // More rows where their tiles are all there at once, and each reads few weights again.
-  constexpr int64_t kFewRows = 64, kTileRows = 32, kBlocks = 2, kShallow = 512;
+  constexpr int64_t kFewRows = 64, kTileRows = 32, kBlocks = 2, kShallow = 576;
   using Kernels = FewKernels<T>;
   ConvGemmParams& p = plan.params;
   if (!p.vectors) return false;

@@ -14,7 +14,7 @@ struct RvqLookup {
   using Params = RvqLookupParams;
   static constexpr int kThreads = 128;
   static constexpr int kMinBlocks = 4;
-  static constexpr bool kNeedsSm80 = false;
+  static constexpr bool kNeedsSm80 = false, kWaitsItself = true;
   static constexpr int kPitch = kFramePitch<kFrames>;
 
   static int64_t smem_bytes(const Params& p) {
@@ -52,7 +52,73 @@ struct RvqLookup {
     }
   }
 
+  // One frame, as a stream has it: its time is that of ways to memory, one behind the other. So the weights' way to L2
+  // is behind them when the kernel in front ends; then theirs to registers, the addend's and the codes' are one, and
+  // the codebooks' rows another.
+  static DCX_DEVICE void run_frame(const Params& p, unsigned char* smem) {
+    constexpr int kEarly = 8;  // stages whose weights have registers
+    const float* packed = static_cast<const float*>(p.packed);
+    float* rows = reinterpret_cast<float*>(smem + sizeof(FrameTile<1>));
+    uint32_t& broken = reinterpret_cast<FrameTile<1>*>(smem)->broken[0];
+    const int64_t column_tiles = ceil_div(p.layout.channels, kThreads), frame = block_x() / column_tiles;
+    const int64_t column = block_x() % column_tiles * kThreads + thread_index();
+    const int64_t clip = frame / p.frames, step = frame % p.frames;
+    const int used = static_cast<int>(p.used), items = used * kDim;
+    const bool there = column < p.layout.channels;
+    const ColumnWeights own = column_weights<kDim>(packed, p.layout, p.used, there ? column : 0);
+    for (int i = thread_index() % kWarp; i < items; i += kWarp) prefetch_l2(own.weight + i * own.width);
+    prefetch_l2(own.bias);
+    if (thread_index() == 0) broken = 0;
+    sync_threads();
+    grid_wait();
+    float weights[kEarly][kDim];
+    DCX_UNROLL
+    for (int stage = 0; stage < kEarly; ++stage) DCX_UNROLL
+    for (int d = 0; d < kDim; ++d) weights[stage][d] = stage < used ? own.weight[(stage * kDim + d) * own.width] : 0.0f;
+    const float bias = *own.bias;
+    const bool counts = p.lengths == nullptr || step < p.lengths[clip], adds = there && p.addend.data != nullptr;
+    const float more = adds && counts ? load_as_float(p.addend, clip, step, column) : 0.0f;
+    const float* table = packed + p.layout.rows();
+    for (int i = thread_index(); i < items; i += kThreads) {
+      const int stage = i / kDim, d = i % kDim;
+      const int64_t position = (clip * p.used + stage) * p.frames + step;
+      int64_t entry = counts ? p.codes[position] : 0;
+      if (entry < 0 || entry >= p.layout.entries) {
+        entry = 0;
+        atomic_add(&broken, 1);
+        if (d == 0 && column == thread_index() && p.error != nullptr) atomic_min(p.error, position);
+      }
+      rows[i] = counts ? table[(stage * p.layout.entries + entry) * kDim + d] : 0.0f;
+    }
+    sync_threads();
+    if (!there) return;
+    float sum = 0.0f;
+    const auto add_stage = [&](int stage, const auto& weight) {
+      float part = 0.0f;
+      DCX_UNROLL
+      for (int d = 0; d < kDim; ++d) part = fused_multiply_add(weight(d), rows[stage * kDim + d], part);
+      sum += part;
+    };
+    DCX_UNROLL
+    for (int stage = 0; stage < kEarly; ++stage)
+      if (stage < used) add_stage(stage, [&](int d) { return weights[stage][d]; });
+    for (int stage = kEarly; stage < used; ++stage)
+      add_stage(stage, [&](int d) { return own.weight[(stage * kDim + d) * own.width]; });
+    sum += bias;
+    if (adds) sum += more;
+    store_float(p.y, clip, step, column, !counts ? 0.0f : broken != 0 ? not_a_number() : sum);
+  }
+
   static DCX_DEVICE void run(const Params& p, unsigned char* smem) {
+    if constexpr (kFrames == 1 && kDim > 0) {
+      run_frame(p, smem);
+    } else {
+      grid_wait();
+      run_tile(p, smem);
+    }
+  }
+
+  static DCX_DEVICE void run_tile(const Params& p, unsigned char* smem) {
     auto& tile = *reinterpret_cast<FrameTile<kFrames>*>(smem);
     float* rows = reinterpret_cast<float*>(smem + sizeof(FrameTile<kFrames>));
     float* staged = rows + round_up(p.used * p.layout.dim * kFrames, 4);

@@ -60,15 +60,31 @@ DCX_DEVICE void store_frames(float* to, const float (&from)[kCount]) {
   }
 }
 
+// A column of the output projections: weights of one code dimension after the other, stage after stage, `width` apart.
+struct ColumnWeights {
+  const float* weight;
+  int64_t width;
+  const float* bias;  // of so many stages together
+};
+// kDim 0: the layout's.
+template <int kDim>
+DCX_DEVICE ColumnWeights column_weights(const float* packed, const RvqLayout& layout, int64_t used, int64_t column) {
+  const int dim = kDim > 0 ? kDim : static_cast<int>(layout.dim);
+  const int64_t panel = panel_of(layout.channels, column), begin = panel_begin(layout.channels, panel);
+  return ColumnWeights{packed + layout.out_panels() + begin * layout.stages * dim + (column - begin),
+                       panel_begin(layout.channels, panel + 1) - begin,
+                       packed + layout.out_bias() + (used - 1) * layout.channel_columns() + column};
+}
+
 // sums[f] = out_bias[column] + sum over stages i < used of V_i[column] . row_i of frame f. rows: [used D][kFrames].
 // Each stage is summed on its own and then added: one chain over all of Q D rounds more. kDim 0: the layout's.
 template <int kDim, int kFrames>
 DCX_DEVICE void project_out(float (&sums)[kFrames], const float* packed, const RvqLayout& layout, int64_t used,
                             const float* rows, int64_t column) {
   const int dim = kDim > 0 ? kDim : static_cast<int>(layout.dim);
-  const int64_t panel = panel_of(layout.channels, column), begin = panel_begin(layout.channels, panel);
-  const int64_t width = panel_begin(layout.channels, panel + 1) - begin;
-  const float* weight = packed + layout.out_panels() + begin * layout.stages * dim + (column - begin);
+  const ColumnWeights own = column_weights<kDim>(packed, layout, used, column);
+  const float* weight = own.weight;
+  const int64_t width = own.width;
   DCX_UNROLL
   for (int f = 0; f < kFrames; ++f) sums[f] = 0.0f;
   const auto add = [&](float (&part)[kFrames], float w, const float* row) {
@@ -100,9 +116,26 @@ DCX_DEVICE void project_out(float (&sums)[kFrames], const float* packed, const R
     DCX_NO_UNROLL
     for (int stage = 0; stage < static_cast<int>(used); ++stage) add_stage();
   }
-  const float bias = packed[layout.out_bias() + (used - 1) * layout.channel_columns() + column];
+  const float bias = *own.bias;
   DCX_UNROLL
   for (int f = 0; f < kFrames; ++f) sums[f] += bias;
+}
+
+// One value of a tensor of any of the three types.
+DCX_DEVICE float load_as_float(const TensorView& view, int64_t clip, int64_t step, int64_t column) {
+  const int64_t at = clip * view.stride_b + step * view.stride_t + column * view.stride_c;
+  if (view.dtype == DType::kF32) return static_cast<const float*>(view.data)[at];
+  if (view.dtype == DType::kBF16) return to_float(static_cast<const bf16*>(view.data)[at]);
+  return to_float(static_cast<const f16*>(view.data)[at]);
+}
+DCX_DEVICE void store_float(const TensorView& view, int64_t clip, int64_t step, int64_t column, float value) {
+  const int64_t at = clip * view.stride_b + step * view.stride_t + column * view.stride_c;
+  if (view.dtype == DType::kF32)
+    static_cast<float*>(view.data)[at] = value;
+  else if (view.dtype == DType::kBF16)
+    static_cast<bf16*>(view.data)[at] = from_float<bf16>(value);
+  else
+    static_cast<f16*>(view.data)[at] = from_float<f16>(value);
 }
 
 // Writes `count` columns from `first` on out of staged [count][kFramePitch], plus addend (data null: none).

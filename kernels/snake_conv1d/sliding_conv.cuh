@@ -14,7 +14,7 @@ struct SlidingConv {
   using Params = ConvGemmParams;
   static constexpr int kThreads = 128;
   static constexpr int kMinBlocks = 2;
-  static constexpr bool kNeedsSm80 = DTypeOf<T>::value == DType::kBF16;
+  static constexpr bool kNeedsSm80 = DTypeOf<T>::value == DType::kBF16, kWaitsItself = true;
   static constexpr int kTaps = 7;
   static constexpr int kChannels = Vector16<T>::kCount;
   using Words = Vector16<uint32_t>;
@@ -35,14 +35,17 @@ struct SlidingConv {
     float* partial = reinterpret_cast<float*>(smem);  // [groups][stretches][pitch]
     const int count = groups(p), side = stretches(p), outputs = static_cast<int>(p.segment);
     const int64_t b = block_x() / p.row_tiles, q0 = block_x() % p.row_tiles * (side * outputs);
-    const int64_t out_steps = minimum(conv_out_valid(p, b), p.rows);
     const int group = thread_index() % count, stretch = thread_index() / count;
+    if (!p.weights_stand) grid_wait();
+    const Layer layer(p, group * kChannels);
+    const float bias = p.bias != nullptr ? p.bias[0] : 0.0f;
+    if (p.weights_stand) grid_wait();
+    const int64_t out_steps = minimum(conv_out_valid(p, b), p.rows);
     if (stretch < side && q0 + stretch * outputs < out_steps)
-      walk(p, b, q0 + stretch * outputs, group * kChannels, partial + (group * side + stretch) * pitch(p));
+      walk(p, layer, b, q0 + stretch * outputs, group * kChannels, partial + (group * side + stretch) * pitch(p));
     sync_threads();
     T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + b * p.y.stride_b;
     const T* residual = static_cast<const T*>(p.residual.data);
-    const float bias = p.bias != nullptr ? p.bias[0] : 0.0f;
     DCX_NO_UNROLL
     for (int i = thread_index(); i < side * outputs; i += kThreads) {
       const int64_t q = q0 + i;
@@ -60,19 +63,26 @@ struct SlidingConv {
   }
 
  private:
-  // The share that the channels from `channel` on have in the outputs from q on, to sums[0 .. p.segment).
-  static DCX_DEVICE void walk(const Params& p, int64_t b, int64_t q, int channel, float* sums) {
+  // What a thread keeps of the layer, for the channels from `channel` on.
+  struct Layer {
     float weights[kTaps][kChannels], alpha[kChannels], inverse[kChannels];
-    const T* packed = static_cast<const T*>(p.weight);
-    const bool snakes = p.alpha != nullptr;
-    DCX_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      alpha[c] = snakes && channel + c < p.channels ? p.alpha[channel + c] : 1.0f;
-      inverse[c] = snake_inverse(alpha[c]);
+
+    DCX_DEVICE Layer(const Params& p, int channel) {
+      const T* packed = static_cast<const T*>(p.weight);
       DCX_UNROLL
-      for (int j = 0; j < kTaps; ++j)  // zero past the last channel
-        weights[j][c] = to_float(packed[(j * p.channels_padded + channel + c) * p.columns_padded]);
+      for (int c = 0; c < kChannels; ++c) {
+        alpha[c] = p.alpha != nullptr && channel + c < p.channels ? p.alpha[channel + c] : 1.0f;
+        inverse[c] = snake_inverse(alpha[c]);
+        DCX_UNROLL
+        for (int j = 0; j < kTaps; ++j)  // zero past the last channel
+          weights[j][c] = to_float(packed[(j * p.channels_padded + channel + c) * p.columns_padded]);
+      }
     }
+  };
+
+  // The share that the channels from `channel` on have in the outputs from q on, to sums[0 .. p.segment).
+  static DCX_DEVICE void walk(const Params& p, const Layer& layer, int64_t b, int64_t q, int channel, float* sums) {
+    const bool snakes = p.alpha != nullptr;
     const int64_t first = q - p.pad_left, steps = conv_in_valid(p, b);
     // Rows that there are, counted from the first that is read.
     const int rows = static_cast<int>(p.segment) + kTaps - 1;
@@ -110,11 +120,11 @@ struct SlidingConv {
         DCX_UNROLL
         for (int c = 0; c < kChannels; ++c) {
           float value = value_of<T>(row[k], c);
-          if (snakes) value = snake_as<T>(value, alpha[c], inverse[c]);
+          if (snakes) value = snake_as<T>(value, layer.alpha[c], layer.inverse[c]);
           DCX_UNROLL
           for (int j = 0; j < kTaps; ++j) {
             float& sum = running[(k - j + kTaps) % kTaps];
-            sum = fused_multiply_add(value, weights[j][c], sum);
+            sum = fused_multiply_add(value, layer.weights[j][c], sum);
           }
         }
         if (r0 + k >= kTaps - 1) sums[r0 + k - (kTaps - 1)] = running[(k + 1) % kTaps];

@@ -1,0 +1,99 @@
+"""Bugs planted in the CUDA kernels of rvq_search and rvq_lookup, which their cases on the CPU must show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import simt_cases as simt
+import simt_mutants
+from test_simt_rvq import Case, Result, lookup_case, same, tied
+
+pytestmark = pytest.mark.skipif(bool(simt.missing()), reason=simt.missing() or "it can run")
+
+
+def unplanted(op: str, tmp_path: Path, case: Case) -> Result:
+    """The result of an op's program as it is."""
+    (result,), _ = simt.run(simt.program(op), tmp_path, [case], 1)
+    return result
+
+
+def planted(op: str, tmp_path: Path, file: str, old: str, new: str) -> Path:
+    """Build the program of an op from kernels with one string replaced."""
+    root = simt.copy_sources(tmp_path / "sources")
+    path = root / "kernels" / file
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    return simt.build(op, root / "build", root, simt_mutants.FLAGS)
+
+
+def caught(program: Path, tmp_path: Path, case: Case, right: Result) -> bool:
+    """Whether the emulator or a sanitizer stops it, or its result differs, in one of a few orders of threads."""
+    for seed in range(1, 6):
+        try:
+            (got,), _ = simt.run(program, tmp_path, [case], seed)
+        except simt.Failed:
+            return True
+        if not same(got, right):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("op", ["rvq_search", "rvq_lookup"])
+def test_nothing_planted_is_not_caught(op: str, tmp_path: Path) -> None:
+    case = tied(8, 37).case() if op == "rvq_search" else lookup_case()[0]
+    right = unplanted(op, tmp_path, case)
+    assert not caught(planted(op, tmp_path, f"{op}/{op}.cuh", "#pragma once", "#pragma once"), tmp_path, case, right)
+
+
+SEARCH, LOOKUP, DEVICE = "rvq_search/rvq_search.cuh", "rvq_lookup/rvq_lookup.cuh", "rvq_search/rvq_device.cuh"
+
+
+@pytest.mark.parametrize(
+    "old, new, period",
+    [
+        ("normalise(p, s, stage);\n      sync_threads();", "normalise(p, s, stage);", 37),
+        ("b.group < a.group", "b.group > a.group", 37),
+        ("smallest < best.score[f];", "smallest <= best.score[f];", 1024),
+    ],
+    ids=["missing barrier", "wrong tie between threads", "wrong tie in a thread"],
+)
+def test_planted_bugs_of_the_search_are_caught(old: str, new: str, period: int, tmp_path: Path) -> None:
+    case = tied(8, period).case()
+    right = unplanted("rvq_search", tmp_path, case)
+    assert caught(planted("rvq_search", tmp_path, SEARCH, old, new), tmp_path, case, right)
+
+
+@pytest.mark.parametrize(
+    "file, old, new, frames",
+    [
+        (LOOKUP, "rows);\n    sync_threads();", "rows);", 30),
+        (LOOKUP, "ceil_div(p.batch * p.frames, kFrames)", "(p.batch * p.frames / kFrames)", 30),
+        (LOOKUP, "entries);\n    sync_threads();", "entries);", 30),
+        (LOOKUP, "        entry = 0;\n        atomic_add(&tile", "        atomic_add(&tile", 30),
+        (DEVICE, "cell >= count * kFrames", "cell > count * kFrames", 30),
+        (LOOKUP, "    sync_threads();\n    if (!there) return;", "    if (!there) return;", 8),
+        (LOOKUP, "        entry = 0;\n        atomic_add(&broken", "        atomic_add(&broken", 8),
+        (LOOKUP, "    if (thread_index() == 0) broken = 0;\n", "", 8),
+        (LOOKUP, "    if (!there) return;\n", "", 8),
+        (LOOKUP, "    if (adds) sum += more;\n", "", 8),
+    ],
+    ids=[
+        "missing barrier",
+        "dropped tail",
+        "missing barrier: codes",
+        "out of bounds: a code",
+        "out of bounds: one more",
+        "frames alone, missing barrier",
+        "frames alone, out of bounds: a code",
+        "frames alone, a flag that starts as it is",
+        "frames alone, out of bounds: a column",
+        "frames alone, no addend",
+    ],
+)
+def test_planted_bugs_of_the_lookup_are_caught(file: str, old: str, new: str, frames: int, tmp_path: Path) -> None:
+    case, _ = lookup_case(frames=frames)
+    case["codes"][0, 0, 0] = 2**30
+    right = unplanted("rvq_lookup", tmp_path, case)
+    assert caught(planted("rvq_lookup", tmp_path, file, old, new), tmp_path, case, right)
