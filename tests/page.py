@@ -295,6 +295,18 @@ def drawn(picture: Pixels, seconds: float) -> float:
     return float((picture[:, : int(seconds * PIXELS_PER_S)] != ground(picture)).mean())
 
 
+def check_wave(picture: Pixels, samples: Samples, louder_than: int) -> None:
+    """That two seconds of a waveform are as high as their samples are loud."""
+    # 10 ms are 1.2 pixels, so every fifth stretch has a pixel to itself.
+    peaks = np.ptp(samples[: 2 * RATE_HZ].reshape(-1, RATE_HZ // 100).astype(float), axis=1)[::5]
+    picture = picture[:, : 2 * PIXELS_PER_S : 6]
+    heights = (picture != ground(picture)).sum(0)
+    wave = heights < picture.shape[0]  # the playhead is as high as the picture
+    assert wave.sum() >= 38 and peaks.max() > louder_than
+    # A pixel that is covered in part, at the top and at the bottom, is drawn too.
+    assert np.abs(heights - peaks * LSB * picture.shape[0] / 2 - 1)[wave].max() <= 2
+
+
 def brightness(picture: Pixels) -> npt.NDArray[np.float64]:
     return sum((picture >> shift & 255).astype(float) for shift in (0, 8, 16))  # type: ignore[return-value]
 
