@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 UNTRAINED = "untrained: not intelligible"
 _KEY = "dualcodec_ext"
 _LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+_STRETCH = 1 << 16  # frames that are looked at or written at a time
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,15 @@ class CodeFile:
             raise DualCodecError(f"code file: {problem}")
         return semantic, acoustic
 
+    def let_go(self) -> None:
+        """Lets the system take back the memory of what was read of mapped codes; read again, it comes from the file."""
+        import mmap
+
+        for values in (self.semantic, self.acoustic):
+            mapped = getattr(values, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
     def to_bytes(self) -> bytes:
         """The contents of the file.
 
@@ -134,7 +144,7 @@ class CodeFile:
         return b"".join(self._parts())
 
     def _parts(self) -> Iterator[bytes]:
-        """The contents of the file, codebook by codebook."""
+        """The contents of the file, codebook by codebook and stretch by stretch."""
         import numpy as np
 
         problem = _problem(self)
@@ -154,7 +164,9 @@ class CodeFile:
         yield len(text).to_bytes(8, "little") + text
         for values in tensors.values():
             for row in values:
-                yield np.ascontiguousarray(row, "<u2").tobytes()
+                for at in range(0, self.frames, _STRETCH):
+                    yield np.ascontiguousarray(row[at : at + _STRETCH], "<u2").tobytes()
+                    self.let_go()
 
     def metadata(self) -> dict[str, Any]:
         """What the file says about its codes.
@@ -240,20 +252,21 @@ def read_codes(path: str | os.PathLike[str]) -> CodeFile:
     return _read(path, _whole)
 
 
-def map_codes(path: str | os.PathLike[str]) -> CodeFile:
-    """As `read_codes`, but the codes stay in the file, and are not checked, until `CodeFile.span` reads some of them.
+def map_codes(path: str | os.PathLike[str], check: bool = False) -> CodeFile:
+    """As `read_codes`, but the codes stay in the file until `CodeFile.span` or someone else reads some of them.
 
     Args:
         path: the file, which must stay as it is as long as the result is in use.
+        check: look at all codes now, some at a time; else `CodeFile.span` looks at what it reads.
     Returns:
         The codes, mapped from the file, and their settings.
     Raises:
-        DualCodecError: as `read_codes`, but for codes out of range.
+        DualCodecError: as `read_codes`, but without `check` not for codes out of range.
     """
-    return _read(path, _mapped)
+    return _read(path, _mapped, check)
 
 
-def _read(path: str | os.PathLike[str], load: Callable[[Any], dict[str, Any]]) -> CodeFile:
+def _read(path: str | os.PathLike[str], load: Callable[[Any], dict[str, Any]], check: bool = True) -> CodeFile:
     from safetensors import SafetensorError
 
     name = os.fspath(path)
@@ -268,7 +281,7 @@ def _read(path: str | os.PathLike[str], load: Callable[[Any], dict[str, Any]]) -
                 codes = _from_facts(facts, load(source))
             except SafetensorError as error:
                 raise DualCodecError(_safetensors_problem(begin, source, error)) from error
-        problem = _shape_problem(codes) or (_range_problem(codes) if load is _whole else None)
+        problem = _shape_problem(codes) or (_range_problem(codes) if check else None)
         problem = problem or _disagreement(codes, facts)
         if problem:
             raise DualCodecError(problem)
@@ -301,7 +314,7 @@ def _mapped(source: Any) -> dict[str, Any]:
             if entry["dtype"] != "U16" or 0 in shape:  # refused anyway
                 found[name] = _whole(source)[name]
             else:
-                found[name] = np.memmap(source, "<u2", "r", offset, shape)
+                found[name] = np.memmap(source, "<u2", "c", offset, shape)  # torch takes no memory that is read-only
     return found
 
 
@@ -396,9 +409,13 @@ def _tensors(codes: CodeFile) -> list[tuple[str, Codes, int, int]]:
 def _range_problem(codes: CodeFile, first: int = 0) -> str | None:
     """As `_problem`, of the codes themselves; first: the frame that they begin with."""
     for name, values, size, _ in _tensors(codes):
-        if int(values.max()) >= size:
-            row, frame = (int(i) for i in divmod(int(values.argmax()), values.shape[1]))
-            return f"{name} code {int(values.max())} at codebook {row}, frame {first + frame} is not below {size}"
+        for at in range(0, values.shape[1], _STRETCH):
+            part = values[:, at : at + _STRETCH]
+            worst = int(part.max())
+            if worst >= size:
+                row, frame = (int(i) for i in divmod(int(part.argmax()), part.shape[1]))
+                return f"{name} code {worst} at codebook {row}, frame {first + at + frame} is not below {size}"
+            codes.let_go()
     return None
 
 

@@ -110,10 +110,32 @@ def test_of_a_mapped_file_the_codes_that_are_read_are_checked(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DualCodecError, match="semantic code 60000 at codebook 0, frame 20 is not below 16384"):
         codes.read_codes(path)
+    with pytest.raises(DualCodecError, match="semantic code 60000 at codebook 0, frame 20 is not below 16384"):
+        codes.map_codes(path, check=True)
     got = codes.map_codes(path)
     assert got.span(0, 20)[0].shape == (1, 20)
     with pytest.raises(DualCodecError, match="semantic code 60000 at codebook 0, frame 20 is not below 16384"):
         got.span(15, 26)
+
+
+def test_mapped_codes_are_looked_at_and_written_stretch_by_stretch(tmp_path, monkeypatch):
+    made = example()
+    monkeypatch.setattr(codes, "_STRETCH", 7)
+    let_go = []
+    monkeypatch.setattr(
+        codes.CodeFile, "let_go", lambda self, real=codes.CodeFile.let_go: (let_go.append(1), real(self))
+    )
+    codes.write_codes(tmp_path / "a", made)
+    assert (tmp_path / "a").read_bytes() == made.to_bytes() and len(let_go) >= 2 * 8 * 4
+    got = codes.map_codes(tmp_path / "a", check=True)
+    got.let_go()
+    np.testing.assert_array_equal(got.acoustic, made.acoustic)
+    assert got.to_bytes() == made.to_bytes()
+    worst = bytearray(made.to_bytes())
+    worst[-2:] = (60000).to_bytes(2, "little")
+    (tmp_path / "b").write_bytes(worst)
+    with pytest.raises(DualCodecError, match=f"at codebook 0, frame {made.frames - 1} is not below"):
+        codes.map_codes(tmp_path / "b", check=True)
 
 
 def test_facts():

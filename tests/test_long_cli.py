@@ -25,7 +25,7 @@ from dualcodec_ext._cli.codec import open_codec
 from dualcodec_ext._cli.options import ModelOptions
 from dualcodec_ext._cli.voice import vowels
 from dualcodec_ext.audio import AudioReader
-from dualcodec_ext.codes import SUFFIX, read_codes, write_codes
+from dualcodec_ext.codes import SUFFIX, map_codes, read_codes, write_codes
 from dualcodec_ext.errors import DualCodecError
 from dualcodec_ext.windows import FeatureWindows
 
@@ -261,7 +261,7 @@ def test_memory_does_not_grow_with_the_length(model: str, tmp_path: Path) -> Non
                 write_codes(codes, long.encode_long(codec, reader, None, 1500, lambda done_s: None))
 
         def decode(codes: Path = codes, target: Path = target) -> None:
-            pieces = long.decode_long(codec, read_codes(codes), None, 1500, lambda done_s: None)
+            pieces = long.decode_long(codec, map_codes(codes, check=True), None, 1500, lambda done_s: None)
             long.write_pieces(target, pieces, 24000, "wav", None)
 
         for name, call in (("encode", encode), ("decode", decode)):

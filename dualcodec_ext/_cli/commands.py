@@ -194,7 +194,11 @@ def run_decode(
 
     def work(job: tuple[Found, Path]) -> tuple[dict[str, Any], str]:
         found, target = job
-        codes = (map_codes if part else read_codes)(found.path).first(quantizers)
+        codes = map_codes(found.path)
+        if not part:
+            long = chunk_for(codes.duration_s, chunk_frames) is not None
+            codes = map_codes(found.path, check=True) if long else read_codes(found.path)
+        codes = codes.first(quantizers)
         codec = codecs.for_codes(codes)
         _tell_untrained(codes.untrained or codec.untrained, report)
         rate_hz = rate or codec.config.sample_rate

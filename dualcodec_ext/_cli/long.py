@@ -62,7 +62,7 @@ class CodeSpool:
     def codes(self) -> tuple[Any, Any | None]:
         """All of them, at least one frame: uint16 [1, F] and [Q, F] or None, mapped from the file."""
         self._file.flush()
-        rows = np.memmap(self._file, "<u2", "r", shape=(self.frames, self._codebooks)).T
+        rows = np.memmap(self._file, "<u2", "c", shape=(self.frames, self._codebooks)).T
         return rows[:1], rows[1:] if self._codebooks > 1 else None
 
 
@@ -225,8 +225,9 @@ def decode_long(
     resampler = Resampler(model_hz, rate_hz)
     decoded = _Exactly(max(1, codes.model_samples))
     written = _Exactly(resampled_length(codes.source_samples, codes.source_rate_hz, rate_hz))
-    for piece in codec.model.decode_pieces(*tensors(codec, codes), chunk_frames):
+    for piece in codec.model.decode_pieces(*tensors(codec, codes, mapped=True), chunk_frames):
         samples = finite(piece)
+        codes.let_go()
         advance(len(samples) / model_hz)
         yield written.take(resampler.write(decoded.take(samples)))
     yield written.take(resampler.write(decoded.rest()))
@@ -307,11 +308,13 @@ def finite(wave: Tensor) -> Samples:
     return samples
 
 
-def tensors(codec: Codec, codes: CodeFile) -> tuple[Tensor, Tensor | None]:
-    """The codes as [1, 1, F] and [1, Q, F] integers on the model's device."""
+def tensors(codec: Codec, codes: CodeFile, mapped: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The codes as [1, 1, F] and [1, Q, F] integers on the model's device; mapped: where they are, on the CPU."""
     device = next(codec.model.parameters()).device
 
     def tensor(values: Any) -> Tensor:
+        if mapped and device.type == "cpu" and values.flags.writeable:
+            return torch.from_numpy(values)[None]
         return torch.from_numpy(np.array(values, np.int32))[None].to(device)
 
     return tensor(codes.semantic), None if codes.acoustic is None else tensor(codes.acoustic)
