@@ -132,7 +132,7 @@ class Graphs:
         self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
         self._seen: set[Any] = set()
         self._too_large: set[Any] = set()
-        self._row: tuple[Any, int] = (None, 0)  # the last call's key for a recording of its own, and how often in a row
+        self._rows: dict[str, tuple[Any, int]] = {}  # the last decode's and encode's own key, and how often in a row
         self._lock = threading.Lock()
 
     def held_bytes(self) -> int:
@@ -240,15 +240,23 @@ class Graphs:
         """
         wide = bucket_frames(frames)
         own, shared = (kind, batch, frames, True, *rest), (kind, batch, wide, False, *rest)
+        last, count = self._rows.pop(kind, (None, 0))
         if wide is None or not whole or own in self._too_large:
             return shared
-        if frames == wide or own in self._recordings:
+        recorded = self._recordings.get(shared)
+        # Beside the bucket's it may not cost others theirs.
+        fits = recorded is None or self.held_bytes() + recorded.bytes <= self.cap_bytes
+        if own in self._recordings or (frames == wide and fits):
             return own
-        self._row = (own, self._row[1] + 1 if self._row[0] == own else 1)
-        if shared in self._recordings and self._row[1] > _IN_A_ROW:
-            self._seen.add(own)
+        if frames == wide or recorded is None or not fits:
+            return shared
+        if own in self._seen:  # to be recorded now
             return own
-        return shared
+        self._rows[kind] = own, count + 1 if own == last else 1
+        if self._rows[kind][1] <= _IN_A_ROW:
+            return shared
+        self._seen.add(own)
+        return own
 
     def _find(self, key: Any, record: Callable[[], _Recording]) -> _Recording | None:
         """Return the bucket's recording, made now where this is its second call; None: run without one."""
@@ -265,9 +273,15 @@ class Graphs:
         else:
             with torch.inference_mode(False):  # or calls outside of it could not fill its inputs
                 recording = record()
+            if bucket_frames(wide) != wide:
+                self._seen.discard(key)  # once it is dropped it has to come in a row again
+            shared, own = (*key[:3], False, *key[4:]), (*key[:3], True, *key[4:])
             if recording.bytes > self.cap_bytes:
-                self._too_large.add(key)
+                self._too_large |= {shared, own} if bucket_frames(wide) == wide else {own}
                 return None
+            if self.held_bytes() + recording.bytes > self.cap_bytes and own in self._recordings:
+                self._synchronize()
+                del self._recordings[own]  # the bucket's serves its calls too
             while self._recordings and self.held_bytes() + recording.bytes > self.cap_bytes:
                 self._synchronize()  # its memory may not go to others while a replay still runs
                 self._recordings.popitem(last=False)

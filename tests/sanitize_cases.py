@@ -51,6 +51,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"cin": 192, "cout": 96, "stride": 4, "steps": 40},
         {"cin": 96, "cout": 48, "stride": 5, "mode": "repeat", "steps": 40},
         {"cin": 33, "cout": 19, "stride": 3, "steps": 20},
+        {"cin": 384, "cout": 192, "stride": 6, "steps": 2200},  # weights that stay
     ],
 }
 assert SHAPES.keys() == MODULES.keys()

@@ -367,3 +367,22 @@ def test_residual_unit_hands_a_snake_on(channels: int, dtype: torch.dtype) -> No
                 y = ops.residual_unit(x, **made.weights, **made.options)
                 handed = ops.residual_unit(x, **made.weights, **made.options, out_alpha=alpha)
                 assert torch.equal(handed, ops.snake_conv1d(y, taps, None, alpha))
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "lengths"])
+@pytest.mark.parametrize(("channels", "stride", "steps"), [(384, 6, 2_200), (192, 5, 10_300), (96, 4, 38_500)])
+def test_an_upsampling_of_many_rows_has_the_bits_of_few(channels: int, stride: int, steps: int, cut: bool) -> None:
+    """On Hopper weights that stay in shared memory take the many; a stretch is left to tiles that bring theirs."""
+    made = BUILDERS["snake_upsample1d"](channels, channels // 2, stride=stride, steps=steps).to(DEVICE)
+    made = in_dtype(made, HALF)
+    x = made.x.transpose(1, 2).contiguous().transpose(1, 2)
+    lengths = torch.tensor([steps, steps - 1000], device=DEVICE) if cut else None
+    weights = {**made.weights, "alpha": None}
+    with dx.backend(DEVICE):
+        whole = ops.snake_upsample1d(x, **weights, **made.options, lengths=lengths)
+        for begin in (0, 700, steps - 1200):
+            part = ops.snake_upsample1d(x[:, :, begin : begin + 150].contiguous(), **weights, **made.options)
+            inside = slice(4 * stride, 146 * stride)
+            assert torch.equal(whole[:, :, begin * stride :][:, :, inside], part[:, :, inside])
+    if cut:
+        assert not whole[1, :, (steps - 998) * stride :].any()

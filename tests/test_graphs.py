@@ -89,6 +89,24 @@ def test_a_length_that_comes_again_and_again_has_a_recording_of_its_own(engine: 
     assert len(graphs._recordings) == 2 and recorder.replayed >= 10
 
 
+def test_the_two_recordings_of_a_bucket_cost_nobody_theirs(engine: Engine) -> None:
+    """Where the cap holds one, the bucket's serves calls that would have one of their own."""
+    for first, then in ((None, [24, 7]), ([24, 7], None)):
+        recorder = Repeating(held=100_000)
+        graphs = Graphs(engine, recorder, 150_000)
+        semantic, acoustic = codes_for(engine, 2, 24)
+        for lengths in [first, first, then, then] + [first, then] * 4:
+            own = None if lengths is None else torch.tensor(lengths)
+            wanted = engine.decode(semantic, acoustic, None if own is None else engine.decode_lengths(own))
+            assert torch.equal(graphs.decode(semantic, acoustic, own), wanted)
+        assert recorder.recorded <= 2 and len(graphs._recordings) == 1 and recorder.replayed >= 8
+    recorder = Repeating(held=200_000)
+    graphs = Graphs(engine, recorder, 150_000)
+    for lengths in [None, None, None, [24, 7], [24, 7], [24, 7]]:
+        graphs.decode(semantic, acoustic, None if lengths is None else torch.tensor(lengths))
+    assert recorder.recorded == 1 and not graphs._recordings  # too large the one way is too large the other
+
+
 def test_encode_in_a_bucket_has_the_engines_bits(engine: Engine) -> None:
     recorder = Repeating()
     graphs = Graphs(engine, recorder, 10**9)
@@ -99,7 +117,7 @@ def test_encode_in_a_bucket_has_the_engines_bits(engine: Engine) -> None:
         features = torch.randn(2, testing.TINY["semantic_dim"], feature_frames, generator=g)
         for quantizers in (None, 1):
             wanted = engine.encode(audio, features, quantizers, None)
-            for _ in range(3):
+            for _ in range(6):  # the last ones by a recording without lengths
                 got = graphs.encode(audio, features, quantizers, None, None)
                 assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
         alone = graphs.encode(None, features, None, None, None)
@@ -109,7 +127,8 @@ def test_encode_in_a_bucket_has_the_engines_bits(engine: Engine) -> None:
         wanted = engine.encode(audio, features, None, rows)
         got = graphs.encode(audio, features, None, own, own * hop)
         assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
-    assert recorder.recorded == 3
+    # The bucket with both numbers of codebooks, without audio, and the two whole lengths once more without lengths.
+    assert recorder.recorded == 3 + 2 * 2
 
 
 def test_results_are_the_callers_own(engine: Engine) -> None:
@@ -133,6 +152,8 @@ def test_codes_out_of_range_raise_from_a_replay_too(engine: Engine) -> None:
         graphs.decode(semantic, wrong, None)
     # Behind an item's end nobody looks at the codes.
     cut = torch.tensor([4])
+    for _ in range(3):
+        graphs.decode(semantic, acoustic, cut)
     assert torch.equal(graphs.decode(semantic, wrong, cut), engine.decode(semantic, wrong, engine.decode_lengths(cut)))
     graphs.decode(semantic, acoustic, None)
 

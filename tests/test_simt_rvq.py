@@ -299,6 +299,8 @@ LOOKUPS: dict[str, dict[str, Any]] = {
     "D=64": {"dim": 64, "channels": 130, "entries": 33},
     "D=3, one frame": {"dim": 3, "frames": 1},
     "D=1": {"dim": 1, "channels": 1},
+    "a frame alone, bf16": {"frames": 1, "batch": 3, "channels": 200, "dtype": torch.bfloat16},
+    "frames alone, f16, as they lie": {"frames": 4, "channels": 130, "dtype": torch.float16, "frames_first": 1},
     "many stages, few frames": {"stages": 32, "used": 30, "channels": 129, "frames": 3},
     "a large GPU": {"channels": 1024, "stages": 7, "frames": 37, "batch": 1, "multiprocessors": 132},
     "a large GPU, D=5": {"dim": 5, "channels": 130, "frames_first": 1, "multiprocessors": 132},

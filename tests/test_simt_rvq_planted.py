@@ -40,9 +40,11 @@ def caught(program: Path, tmp_path: Path, case: Case, right: Result) -> bool:
     return False
 
 
-@pytest.mark.parametrize("op", ["rvq_search", "rvq_lookup"])
-def test_nothing_planted_is_not_caught(op: str, tmp_path: Path) -> None:
-    case = tied(8, 37).case() if op == "rvq_search" else lookup_case()[0]
+@pytest.mark.parametrize(("op", "frames"), [("rvq_search", 18), ("rvq_lookup", 30), ("rvq_lookup", 8)])
+def test_nothing_planted_is_not_caught(op: str, frames: int, tmp_path: Path) -> None:
+    case = tied(8, 37).case() if op == "rvq_search" else lookup_case(frames=frames)[0]
+    if op == "rvq_lookup":
+        case["codes"][0, 0, 0] = 2**30
     right = unplanted(op, tmp_path, case)
     assert not caught(planted(op, tmp_path, f"{op}/{op}.cuh", "#pragma once", "#pragma once"), tmp_path, case, right)
 

@@ -176,12 +176,13 @@ bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
 // too few to read weights for.
 template <class K>
 bool fit_resident(const CudaContext& context, ConvGemmPlan& plan) {
-  constexpr int64_t kRounds = 3;  // of all blocks, at least
+  constexpr int64_t kRounds = 3;  // of all blocks, at least: by arithmetic, fewer do not pay for reading the weights
   ConvGemmParams& p = plan.params;
   const auto [fewest, most] = tap_range(p);
   const bool plain = p.phases.stride > 0 && p.ranges == 1 && fewest == K::kTaps && most == K::kTaps &&
                      p.alpha == nullptr && p.out_alpha == nullptr && p.after_alpha == nullptr &&
                      p.residual.data == nullptr && p.activation == Activation::kNone && p.vector_store;
+  // With three quarters of its channels or fewer, or of its columns two thirds, it would multiply too many zeros.
   if (!plain || p.channels_padded > K::kMostChannels || p.channels_padded * 4 <= K::kMostChannels * 3) return false;
   const int64_t units = run_tiles(p, K::kUnit), blocks = context.multiprocessors;
   const int64_t tiles = p.batch * ceil_div(p.rows, int64_t{K::kTileRows});
@@ -273,7 +274,8 @@ bool fit_few(const CudaContext& context, int64_t most_rows, ConvGemmPlan& plan) 
 template <class T>
 bool plan_few(const CudaContext& context, ConvGemmPlan& plan) {
   // More rows where their tiles are all there at once, and each reads few weights again.
-  constexpr int64_t kFewRows = 64, kTileRows = 32, kBlocks = 2, kShallow = 576;
+  constexpr int64_t kFewRows = 64, kTileRows = 32, kBlocks = 2;
+  constexpr int64_t kShallow = 3 * 192;  // a repeating upsampling's taps of a streamed frame's 96 rows
   using Kernels = FewKernels<T>;
   ConvGemmParams& p = plan.params;
   if (!p.vectors) return false;
