@@ -23,7 +23,7 @@ from dualcodec_ext._cli.outputs import (
 from dualcodec_ext._cli.report import Report
 from dualcodec_ext._files import Found, find_inputs, reason
 from dualcodec_ext.audio import AUDIO_SUFFIXES, AudioReader, audio_format, read_audio, resample, write_audio
-from dualcodec_ext.codes import SUFFIX, UNTRAINED, CodeFile, map_codes, read_codes, write_codes
+from dualcodec_ext.codes import SUFFIX, UNTRAINED, CodeFile, map_codes, write_codes
 from dualcodec_ext.errors import DualCodecError
 
 
@@ -194,11 +194,7 @@ def run_decode(
 
     def work(job: tuple[Found, Path]) -> tuple[dict[str, Any], str]:
         found, target = job
-        codes = map_codes(found.path)
-        if not part:
-            long = chunk_for(codes.duration_s, chunk_frames) is not None
-            codes = map_codes(found.path, check=True) if long else read_codes(found.path)
-        codes = codes.first(quantizers)
+        codes = map_codes(found.path, check=not part).first(quantizers)
         codec = codecs.for_codes(codes)
         _tell_untrained(codes.untrained or codec.untrained, report)
         rate_hz = rate or codec.config.sample_rate
