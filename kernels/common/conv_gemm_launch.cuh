@@ -148,6 +148,15 @@ inline int64_t run_tiles(ConvGemmParams& p, int64_t tile_columns) {
   return tiles;
 }
 
+// The plan is to start the kernel, behind the one that makes its rows where prepare_rows asks for that.
+template <class K>
+void start_behind_rows(ConvGemmPlan& plan) {
+  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
+    if (made.prepared_bytes > 0) launch<ConvRows<typename K::Element>>(where, made.prepared, made.prepared_grid, 0);
+    launch<K>(where, made.params, made.grid, made.smem_bytes);
+  };
+}
+
 // As fit, for conv_wgmma.cuh, whose runs stand. Where taps reach far, rows are brought tap by tap.
 template <class K>
 bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
@@ -165,10 +174,7 @@ bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   plan.smem_bytes = K::smem_bytes(p);
   if (plan.smem_bytes > context.shared_bytes) return false;
   spread_ranges<K>(context, plan, 1);
-  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
-    if (made.prepared_bytes > 0) launch<ConvRows<typename K::Element>>(where, made.prepared, made.prepared_grid, 0);
-    launch<K>(where, made.params, made.grid, made.smem_bytes);
-  };
+  start_behind_rows<K>(plan);
   return true;
 }
 
@@ -198,10 +204,7 @@ bool fit_resident(const CudaContext& context, ConvGemmPlan& plan) {
   plan.smem_bytes = K::smem_bytes(p);
   if (plan.smem_bytes > context.shared_bytes) return false;
   plan.grid = Grid{blocks, 1, 1};
-  plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
-    if (made.prepared_bytes > 0) launch<ConvRows<typename K::Element>>(where, made.prepared, made.prepared_grid, 0);
-    launch<K>(where, made.params, made.grid, made.smem_bytes);
-  };
+  start_behind_rows<K>(plan);
   return true;
 }
 

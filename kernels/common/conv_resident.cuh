@@ -81,7 +81,7 @@ struct ConvResident {
     return p.runs[run];
   }
 
-  // Where a pair of columns stands among a unit's, in pairs.
+  // Where a pair of columns stands among a unit's, in pairs: wgmma_parts.cuh's place_of_word for whole 32s.
   static DCX_DEVICE int place_of_pair(int pair) { return pair - pair % 16 + pair % 4 * 4 + pair % 16 / 4; }
 
   // An operand's weights: a tap's panels of 64 columns; of 96 columns the last 32 of both taps share a panel.
@@ -148,8 +148,7 @@ struct ConvResident {
   };
   static DCX_DEVICE Cells cells_of(bool whole) {
     const int thread = thread_index() % 128;
-    // Neighbouring threads' cells lie in different places of a panel's rows, of 32 channels in rows 4 apart.
-    const int row = whole ? thread / 8 : thread / 32 * 8 + thread / 8 % 4 + thread % 8 / 4 * 4;
+    const int row = whole ? thread / 8 : row_of_four_cells(thread);
     const int cell = whole ? thread % 8 : thread % 4;
     return Cells{row, cell, panel_cell(row, cell) * 16};
   }

@@ -6,6 +6,11 @@
 
 namespace dcx {
 
+// The row whose cell thread % 4 is a thread's, where rows have four cells: those of eight neighbouring threads, which
+// shared memory serves at once, lie in different places of a panel's rows, since rows 4 apart have theirs in the halves
+// of a row.
+DCX_DEVICE int row_of_four_cells(int thread) { return thread / 32 * 8 + thread / 8 % 4 + thread % 8 / 4 * 4; }
+
 // wgmma.cuh's product; kAdds: += as there, else =.
 template <class T, int kColumns, bool kAdds>
 DCX_DEVICE void wgmma_rows(float (&d)[kColumns / 2], Panel a, Panel b);

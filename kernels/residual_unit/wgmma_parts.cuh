@@ -66,8 +66,8 @@ struct WgmmaParts {
     int row, vector;
   };
   static DCX_DEVICE Cell own_cell(int thread) {
-    if constexpr (kVectors == 4) {  // rows 4 apart have theirs in the halves of a row
-      return Cell{thread / 32 * 8 + thread / 8 % 4 + thread % 8 / 4 * 4, thread % 4};
+    if constexpr (kVectors == 4) {
+      return Cell{row_of_four_cells(thread), thread % 4};
     } else if constexpr (kVectors == 6) {  // four even or odd rows of a block of eight make three times eight
       const int block = thread / 48, at = thread % 24 / 6, vector = thread % 6 + (at == 1 ? 4 : 0);
       return Cell{block * 8 + at * 2 + thread % 48 / 24, vector < 6 ? vector : vector - 6};
