@@ -250,10 +250,11 @@ def sanitize(check: Check) -> None:
     # An access past a tensor's end is seen where each has an allocation of its own.
     more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
     commands: dict[str, Command] = {}
-    for op in OPS:
+    cases = {op: [op] for op in OPS} | {"beside": ["take_codes", "stream_rows"]}
+    for name, chosen in cases.items():
         for tool, options in TOOLS.items():
             words = [program, "--tool", tool, "--error-exitcode", "9", *options]
-            commands[f"{tool}-{op}"] = ([*words, sys.executable, "tests/sanitize_cases.py", op], more)
+            commands[f"{tool}-{name}"] = ([*words, sys.executable, "tests/sanitize_cases.py", *chosen], more)
     check.run_all("sanitize", commands, at_once=max(2, (os.cpu_count() or 1) * 3 // 4))
 
 

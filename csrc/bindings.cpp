@@ -64,6 +64,10 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   m.def(
       "stream_rows(Tensor(a!) to, Tensor source, int[] to_at, int[] source_at, int[] counts, Tensor? kept, Tensor(b!)? "
       "error) -> ()");
+  // Codes on their way to a recording's inputs [B, q, W], on CUDA alone: kernels/take_codes/README.md.
+  m.def(
+      "take_codes(Tensor(a!) to, Tensor codes, int entries, Tensor(b!)? more_to, Tensor? more_codes, int more_entries, "
+      "Tensor(c!) wrong) -> ()");
   // With `first` the output begins at that step and is as long as `out`: a stretch of an upsampling.
   define_with_out(m, "snake_upsample1d",
                   "Tensor x, Tensor? alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? "

@@ -7,7 +7,7 @@ zeros by bounds that are an input, in a recording of its own: past their first f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._code_look import CodeInput, CodeLook
 from ._stream_cpu import DecoderState
 from ._stream_passes import EncoderState
 from ._stream_plan import Layer
-from ._stream_rows import NO_ERROR, GraphChain, Inlet, Rows, inlets_of, signal
+from ._stream_rows import GraphChain, Inlet, Rows, inlets_of, signal
 from .graphs import CudaRecorder, Recorder
+from .steps import Quantizer
 from .tiles import Programs
 
 Inputs = dict[str, Tensor]
@@ -148,7 +150,12 @@ class GraphDecoder(DecoderState):
         super().__init__(programs, semantic, decoder, batch, device)
         self._chains = GraphChain(self._semantic), GraphChain(self._decoder)
         self._recorded = Recorded(self.state, self._inlets, recorder)
-        self._last: tuple[_Recording, Mapping[str, Tensor | None]] | None = None
+        self._quantizers: dict[str, Quantizer] = {
+            "semantic": programs.semantic_quantizer,
+            "acoustic": programs.acoustic_quantizer,
+        }
+        self._look: CodeLook | None = None
+        self._looked_at: tuple[_Recording, dict[str, Tensor]] | None = None  # by the last pass
 
     def bytes(self) -> int:
         return super().bytes() + self._recorded.bytes()
@@ -174,31 +181,40 @@ class GraphDecoder(DecoderState):
                 partial(self._pass, frames=frames),
             )
             given = {"semantic": semantic, "acoustic": acoustic}
-            for name, codes in given.items():
-                if codes is not None:
-                    recorded.fill(made.inputs[name], codes, slots)
+            self._bring(made, {name: codes for name, codes in given.items() if codes is not None}, slots)
             if bounded:
                 spans = torch.tensor(self.spans(frames, starts, lengths))
                 recorded.fill(made.inputs["bounds"], spans, slots, 1)
             made.replay()
-            self._last = made, given
             return recorded.of(made.outputs[0], slots)
 
+    def _bring(self, made: _Recording, given: dict[str, Tensor], slots: tuple[int, ...]) -> None:
+        """Bring codes to where the pass reads them; `check` looks at those of all slots, others are in range."""
+        self._looked_at = None
+        if len(slots) < self._recorded.batch:
+            for name, codes in given.items():
+                self._recorded.fill(made.inputs[name], codes, slots)
+        elif given:
+            if self._look is None:
+                self._look = CodeLook(self._recorded.device)
+            entries = [self._quantizers[name].codebooks.shape[1] for name in given]
+            inputs = [CodeInput(made.inputs[name], n) for name, n in zip(given, entries, strict=True)]
+            self._look.take(inputs, list(given.values()))
+            self._looked_at = made, given
+
     def check(self) -> None:
-        """Raise where the last pass had a code out of range, which has changed no state; waits for the pass.
+        """Raise where the last pass had a code out of range, which has changed no state; does not wait for the pass.
 
         Apart from `run`, so that what else the pass is to be followed by is on its way before.
         """
-        if self._last is None:
+        if self._looked_at is None or self._look is None:
             return
-        (made, given), self._last = self._last, None
-        if given["semantic"] is None or int(made.outputs[1]) == NO_ERROR:
+        (made, given), self._looked_at = self._looked_at, None
+        if self._look.fine():
             return
-        quantizers = {"semantic": self.programs.semantic_quantizer, "acoustic": self.programs.acoustic_quantizer}
         for name, codes in given.items():
-            if codes is not None:
-                made.inputs[name].zero_()  # in a later pass the slots may not take part
-                quantizers[name].lookup(codes.to(self._recorded.device), None, None)
+            made.inputs[name].zero_()  # in a later pass the slots may not take part
+            self._quantizers[name].lookup(codes.to(self._recorded.device), None, None)
         raise AssertionError("a code was out of range, and then it was not")
 
     def _inlets(self, frames: int) -> list[Inlet]:
@@ -220,8 +236,8 @@ class GraphDecoder(DecoderState):
             inputs["bounds"] = zeros(layers, batch, 2)
         return inputs
 
-    def _pass(self, inputs: Inputs, frames: int) -> tuple[Tensor, Tensor]:
-        """Return the audio [B, 1, F * hop], and NO_ERROR if all codes were in range; else no state has changed."""
+    def _pass(self, inputs: Inputs, frames: int) -> tuple[Tensor]:
+        """Return the audio [B, 1, F * hop]; of a code out of range no state has changed."""
         rows, error, programs = self._recorded.rows(frames), inputs["error"], self.programs
         before, layers = len(self._semantic.layers), self._decoder.layers
         bounds = list(inputs["bounds"]) if "bounds" in inputs else None
@@ -245,7 +261,7 @@ class GraphDecoder(DecoderState):
         audio = signal(self.state, 1, frames * layers[-1].out_rows)
         self._chains[1].through(rows, before, frames, audio, None if bounds is None else bounds[before:])
         rows.take(inputs["active"], error)
-        return audio, error
+        return (audio,)
 
 
 class GraphEncoder(EncoderState):

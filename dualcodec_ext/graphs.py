@@ -4,6 +4,7 @@ A short call is bound by starting its forty-odd kernels one by one; a graph star
 to a bucket, and lengths keep what lies behind a clip's end from mattering, so that a replay gives the bits of the
 eager engine. Kernels that look at lengths wait for those in front of them first, so that calls whose clips all fill
 their bucket have a recording of their own without lengths; so have those of one length that comes again and again.
+Calls return before their results are there, as PyTorch's do; a decode waits for the look at its codes alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._code_look import CodeInput, CodeLook
 from .engine import Engine
 from .errors import DualCodecError
 
@@ -74,28 +76,6 @@ class CudaRecorder:
         return graph.replay, outputs, max(0, torch.cuda.memory_reserved() - before)
 
 
-class _Beside:
-    """A block that a GPU may run beside what follows it, up to `join`; elsewhere it runs in turn."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._streams = (torch.cuda.current_stream(), torch.cuda.Stream()) if device.type == "cuda" else None
-
-    def __enter__(self) -> None:
-        if self._streams is not None:
-            current, side = self._streams
-            side.wait_stream(current)
-            torch.cuda.set_stream(side)
-
-    def __exit__(self, *error: object) -> None:
-        if self._streams is not None:
-            torch.cuda.set_stream(self._streams[0])
-
-    def join(self) -> None:
-        if self._streams is not None:
-            current, side = self._streams
-            current.wait_stream(side)
-
-
 def _own(tensor: Tensor, steps: int) -> Tensor:
     """Return a copy of the first steps, of which there may be as many as there are."""
     return (tensor if tensor.shape[-1] <= steps else tensor[..., :steps]).clone()
@@ -107,7 +87,8 @@ class _Recording:
     replay: Callable[[], Any]
     outputs: tuple[Tensor, ...]
     bytes: int
-    rows_of: Tensor | None  # of a decode `Engine.decode_lengths` of every length, on the CPU: slow to work out
+    codes: tuple[CodeInput, ...] = ()  # of a decode, among the inputs
+    rows_of: Tensor | None = None  # of a decode `Engine.decode_lengths` of every length, on the CPU: slow to work out
     lengths: tuple[Any, ...] | None = None  # what inputs["lengths"] holds now
     free: Any = None  # the event behind the last use, on CUDA
 
@@ -133,6 +114,7 @@ class Graphs:
         self._seen: set[Any] = set()
         self._too_large: set[Any] = set()
         self._rows: dict[str, tuple[Any, int]] = {}  # the last decode's and encode's own key, and how often in a row
+        self._looks: list[CodeLook] = []  # that no call uses
         self._lock = threading.Lock()
 
     def held_bytes(self) -> int:
@@ -181,19 +163,18 @@ class Graphs:
             recording = self._find(key, lambda: self._record_decode(batch, key[2], key[3], stages))
             if recording is None:
                 return None
-            self._fill(recording, "semantic", semantic)
-            if acoustic is not None:
-                self._fill(recording, "acoustic", acoustic)
+            look = self._looks.pop() if self._looks else CodeLook(self.engine.device)
+            look.take(recording.codes, [semantic] if acoustic is None else [semantic, acoustic])
             rows_of = recording.rows_of
             if rows_of is not None:
                 self._fill_lengths(recording, (tuple(own),), lambda n: rows_of[:, n])
             recording.replay()
             audio = _own(recording.outputs[0], self.engine.decoded_samples(frames))
-            fine = recording.outputs[1].clone()
             self._release(recording)
-        if holds is not None and not holds():
-            return None
-        return audio if fine.item() else None  # waits for the replay
+        held = holds is None or holds()
+        fine = look.fine()
+        self._looks.append(look)
+        return audio if held and fine else None
 
     def encode(
         self,
@@ -320,35 +301,31 @@ class Graphs:
             recording.inputs["lengths"].copy_(rows(*tensors))
             recording.lengths = lengths
 
-    def _record(self, inputs: dict[str, Tensor], run: Run, rows_of: Tensor | None = None) -> _Recording:
+    def _record(self, inputs: dict[str, Tensor], run: Run) -> _Recording:
         assert self.recorder is not None
         with torch.no_grad():
             replay, outputs, held = self.recorder.record(run)
         held += sum(x.numel() * x.element_size() for x in inputs.values())
-        return _Recording(inputs, replay, outputs, held, rows_of)
+        return _Recording(inputs, replay, outputs, held)
 
     def _record_decode(self, batch: int, frames: int, whole: bool, stages: int) -> _Recording:
         engine, device = self.engine, self.engine.device
-        inputs = {"semantic": torch.zeros(batch, 1, frames, dtype=torch.int64, device=device)}
+        codes = [CodeInput(torch.zeros(batch, 1, frames, dtype=torch.int64, device=device), engine.semantic_entries)]
         if stages:
-            inputs["acoustic"] = torch.zeros(batch, stages, frames, dtype=torch.int64, device=device)
+            acoustic = torch.zeros(batch, stages, frames, dtype=torch.int64, device=device)
+            codes.append(CodeInput(acoustic, engine.acoustic_entries))
+        inputs = dict(zip(("semantic", "acoustic"), (given.to for given in codes), strict=False))
         rows_of: Tensor | None = None
         if not whole:
             rows_of = engine.decode_lengths(torch.arange(frames + 1))
             inputs["lengths"] = rows_of[:, torch.full((batch,), frames)].to(device)
 
-        limits = {"semantic": engine.semantic_entries, "acoustic": engine.acoustic_entries}
-
         def run() -> tuple[Tensor, ...]:
-            beside = _Beside(device)  # the decode does not wait for the check
-            with beside:
-                checks = [(inputs[c].clamp(0, n - 1) == inputs[c]).all() for c, n in limits.items() if c in inputs]
-                fine = checks[0] & checks[-1]
-            audio = engine.decode(inputs["semantic"], inputs.get("acoustic"), inputs.get("lengths"))
-            beside.join()
-            return audio, fine
+            return (engine.decode(inputs["semantic"], inputs.get("acoustic"), inputs.get("lengths")),)
 
-        return self._record(inputs, run, rows_of)
+        made = self._record(inputs, run)
+        made.codes, made.rows_of = tuple(codes), rows_of
+        return made
 
     def _record_encode(
         self, batch: int, frames: int, whole: bool, acoustic: bool, num_quantizers: int | None, like: Tensor

@@ -91,7 +91,8 @@ class StreamingDecoder(Slots):
         DualCodecError: a wrong argument, or no engine for the model here.
 
     Numerics: as the model's engine, but for upsamplings and for the residual units of layers of few rows, which take
-        their direct form. Not safe to share among threads.
+        their direct form. Not safe to share among threads. On a GPU a step returns before its audio is there, as
+        PyTorch's calls do: all calls belong on one CUDA stream.
     """
 
     name = "StreamingDecoder"

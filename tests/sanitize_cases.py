@@ -20,6 +20,8 @@ import torch
 from gpu_cases import BUILDERS, MODULES, in_dtype
 
 import dualcodec_ext as dx
+from dualcodec_ext._code_look import CodeInput, CodeLook
+from dualcodec_ext._stream_rows import copy_runs
 from dualcodec_ext.ops import packing
 
 # Every width of the residual units, more than one tile and a tail, the codec's taps, strides and dilations.
@@ -77,9 +79,37 @@ def search_calls(shape: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[st
     yield "everything, lengths", lambda: q.search(last, packed=packed, **everything)
 
 
+def take_codes() -> None:
+    """Two parts with a tail, and a code out of range."""
+    look = CodeLook(torch.empty(0, device=gpu.DEVICE).device)
+    codes = [torch.randint(100, (21, 3, q), device=gpu.DEVICE).permute(1, 2, 0) for q in (1, 7)]
+    inputs = [CodeInput(torch.zeros(3, c.shape[1], 24, dtype=torch.int64, device=gpu.DEVICE), 100) for c in codes]
+    look.take(inputs, codes)
+    assert look.fine()
+    codes[1][2, 6, 20] = 100
+    look.take(inputs, codes)
+    assert not look.fine()
+
+
+def stream_rows() -> None:
+    """Runs of 16 bytes and of single elements, all rows and some of them."""
+    source, to = torch.zeros(3, 800, device=gpu.DEVICE), torch.zeros(3, 900, device=gpu.DEVICE)
+    error, kept = torch.zeros(1, dtype=torch.int64, device=gpu.DEVICE), torch.ones(3, device=gpu.DEVICE) > 0
+    for at, begin, count in ((16, 32, 600), (3, 5, 777)):
+        copy_runs(to, source, [at], [begin], [count], None, error)
+        copy_runs(to, source, [at], [begin], [count], kept, error)
+
+
+BESIDE = {"take_codes": take_codes, "stream_rows": stream_rows}
+
+
 def main(wanted: list[str]) -> None:
     with torch.no_grad():
-        for op in wanted or SHAPES:
+        for name in [name for name in BESIDE if not wanted or name in wanted]:
+            print(name, flush=True)
+            BESIDE[name]()
+            gpu.synchronize()
+        for op in [op for op in SHAPES if not wanted or op in wanted]:
             for family in gpu.families(op):
                 for dtype in gpu.DTYPES:
                     for shape in SHAPES[op]:

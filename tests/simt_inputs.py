@@ -285,3 +285,34 @@ def stream_rows_case(
     tensors: dict[str, Tensor | int | None] = {"to": to, "source": source, "runs": torch.tensor(runs)}
     tensors |= {"kept": None if kept is None else torch.tensor(kept), "error_before": error, **more}
     return SimtCase(tensors, expected)
+
+
+def take_codes_case(
+    batch: int = 3,
+    stages: tuple[int, ...] = (1, 7),
+    frames: int = 21,
+    width: int = 24,
+    *,
+    frames_first: bool = False,
+    wrong: tuple[int, int, int, int] | None = None,
+    value: int = -1,
+) -> SimtCase:
+    """One of take_codes: of one part or two; wrong: part, item, stage and frame of a code that becomes `value`."""
+    gen = torch.Generator().manual_seed(frames)
+    tensors: dict[str, Tensor | int | None] = {"frames": frames}
+    made = []
+    for i, (q, entries) in enumerate(zip(stages, (16384, 4096), strict=False)):
+        more = "more_" if i else ""
+        shape = (frames, batch, q) if frames_first else (batch, q, frames)
+        memory = torch.randint(entries, (5 + batch * q * frames,), generator=gen)
+        codes = memory[5:].view(shape)
+        codes = codes.permute(1, 2, 0) if frames_first else codes
+        if wrong is not None and wrong[0] == i:
+            codes[wrong[1:]] = value
+        to = torch.randint(entries, (batch, q, width), generator=gen)
+        expected = to.clone()
+        expected[..., :frames] = codes
+        made.append(expected)
+        tensors |= {f"{more}codes": memory, f"{more}places": torch.tensor([5, *codes.stride()]), f"{more}to": to}
+        tensors |= {f"{more}entries": entries}
+    return SimtCase(tensors, torch.cat([x.flatten() for x in made]))

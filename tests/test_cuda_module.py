@@ -108,7 +108,7 @@ def test_every_architecture_is_there(usage: list[Usage]) -> None:
 OUTS = [f"{op}.out" for op in OPS if op != "rvq_search"]
 
 
-@pytest.mark.parametrize("op", [*OPS, *PACKERS, *OUTS, "stream_rows"])
+@pytest.mark.parametrize("op", [*OPS, *PACKERS, *OUTS, "stream_rows", "take_codes"])
 def test_ops_are_registered_for_cuda(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dualcodec_ext::{op}", "CUDA")
 
@@ -202,7 +202,7 @@ def test_a_streams_pass_fits_its_ops_fakes(name: str, dtype: torch.dtype, monkey
         for stages, bounded, frames in ((2, False, 1), (2, True, 2), (0, False, 3), (None, True, 2)):
             inputs = {"active": torch.zeros(3, dtype=torch.bool), "error": torch.zeros(1, dtype=torch.int64)}
             with Fitting() as fitting:
-                audio, _ = passes._pass(inputs | passes._inputs(frames, stages, bounded), frames)
+                (audio,) = passes._pass(inputs | passes._inputs(frames, stages, bounded), frames)
             assert audio.shape == (3, 1, frames * engine.hop_samples) and fitting.calls > len(layers)
             for to, source, *places, kept, _ in copied[-2:]:
                 assert to.is_cuda and source.is_cuda and (kept is None) == (source is passes.state)

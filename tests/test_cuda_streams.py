@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dualcodec_ext as dx
 from dualcodec_ext import testing
+from dualcodec_ext._code_look import CodeInput, CodeLook
 from dualcodec_ext._stream_rows import NO_ERROR, Inlet, Rows, copy_runs, later
 from dualcodec_ext.steps import UpsampleStep
 
@@ -116,6 +117,32 @@ def test_more_runs_than_a_launch_takes() -> None:
     for a, b, n in zip(at, begins, counts, strict=True):
         expected[:, a : a + n] = source[:, b : b + n]
     assert torch.equal(to, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("stages", [0, 7])
+def test_codes_on_their_way_to_a_recording(stages: int, dtype: torch.dtype) -> None:
+    gen, look = torch.Generator().manual_seed(stages), CodeLook(torch.empty(0, device=DEVICE).device)
+    codes = [torch.randint(100, (21, 3, q), generator=gen).to(DEVICE, dtype).permute(1, 2, 0) for q in (1, stages) if q]
+    inputs = [CodeInput(torch.full((3, c.shape[1], 24), -5, device=DEVICE), 100) for c in codes]
+    for _ in range(2):
+        look.take(inputs, codes)
+        assert look.fine()
+        for given, c in zip(inputs, codes, strict=True):
+            assert torch.equal(given.to[..., :21], c.long()) and (given.to[..., 21:] == -5).all()
+        for c in codes:
+            kept = c[2, -1, 20].clone()
+            c[2, -1, 20] = 100
+            look.take(inputs, [x.cpu() for x in codes])
+            assert not look.fine()
+            c[2, -1, 20] = kept
+
+
+@gpu_alone
+def test_memory_that_the_gpu_does_not_see() -> None:
+    codes, wrong = torch.zeros(1, 1, 4, dtype=torch.int64, device=DEVICE), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="take_codes: wrong must lie in pinned memory"):
+        torch.ops.dualcodec_ext.take_codes(torch.zeros_like(codes), codes, 100, None, None, 0, wrong)
 
 
 @gpu_alone

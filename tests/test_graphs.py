@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -253,3 +254,46 @@ def test_cuda_graphs_have_the_eager_bits(dtype: torch.dtype) -> None:
         wanted = engine.decode(*codes, None)
         for _ in range(3):
             assert torch.equal(graphs.decode(*codes, None), wanted)
+
+
+@CUDA
+def test_a_decode_does_not_wait_for_its_audio() -> None:
+    """Calls in a row keep the GPU at work, and each still tells of its own codes."""
+    model = testing.seeded_model().cuda()
+    graphs = Graphs(Engine(model, torch.bfloat16), CudaRecorder(), 2**30)
+    codes = [c.cuda() for c in codes_for(graphs.engine, 64, 1000)]
+    wanted = graphs.engine.decode(*codes, None)
+    for _ in range(2):
+        graphs.decode(*codes, None)
+    torch.cuda.synchronize()
+    made = [graphs.decode(*codes, None) for _ in range(3)]
+    assert not torch.cuda.current_stream().query(), "three decodes had ended before the last call returned"
+    assert all(torch.equal(audio, wanted) for audio in made)
+    for at in (0, 63):
+        wrong = codes[0].clone()
+        wrong[at, 0, 999] = graphs.engine.semantic_entries
+        with pytest.raises(ValueError, match=f"codes must be in .* at batch {at}, stage 0, frame 999"):
+            graphs.decode(wrong, codes[1], None)
+        assert torch.equal(graphs.decode(*codes, None), wanted)
+
+
+@CUDA
+def test_threads_that_decode_at_once_on_a_gpu() -> None:
+    engine = Engine(testing.seeded_model().cuda(), torch.bfloat16)
+    graphs = Graphs(engine, CudaRecorder(), 2**30)
+    calls = [[c.cuda() for c in codes_for(engine, 2, 24, seed)] for seed in range(4)]
+    wanted = [engine.decode(*codes, None) for codes in calls]
+    wrong = [calls[0][0] + engine.semantic_entries, calls[0][1]]
+    for _ in range(2):
+        graphs.decode(*calls[0], None)
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for at in range(20):
+                assert torch.equal(graphs.decode(*calls[i], None), wanted[i])
+                if i == 0 and at % 5 == 0:
+                    with pytest.raises(ValueError, match="codes must be in"):
+                        graphs.decode(*wrong, None)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))

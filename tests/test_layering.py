@@ -17,6 +17,7 @@ LAYERS = (
     ("_version", "errors", "kernels"),
     ("reference",),
     (
+        "_code_look",
         "_compare",
         "_files",
         "_snapshot",

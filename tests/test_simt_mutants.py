@@ -9,13 +9,23 @@ import pytest
 import simt_cases
 import simt_mutants
 import torch
-from simt_inputs import NO_ERROR, SimtCase, conv_case, dwconv_case, stream_rows_case, upsample_case, worst
+from simt_inputs import (
+    NO_ERROR,
+    SimtCase,
+    conv_case,
+    dwconv_case,
+    stream_rows_case,
+    take_codes_case,
+    upsample_case,
+    worst,
+)
 from simt_mutants import Mutant
 from tolerances import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONV, TILE, DWCONV = "common/conv_gemm.cuh", "common/gemm_tile.cuh", "causal_dwconv1d/causal_dwconv1d.cuh"
 STREAM = "stream_rows/stream_rows.cuh"
+TAKE = "take_codes/take_codes.cuh"
 FINISH, WGMMA, FEW = "common/conv_finish.cuh", "common/conv_wgmma.cuh", "common/conv_few.cuh"
 FEW_FINISH, RESIDENT = "common/conv_few_finish.cuh", "common/conv_resident.cuh"
 NARROW, SLIDING = "snake_conv1d/snake_conv1d.cuh", "snake_conv1d/sliding_conv.cuh"
@@ -177,6 +187,17 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             STREAM, "if (first + k * kThreads < run.count) values", "values"
         ),
     },
+    "take_codes": {
+        "a code below zero": Mutant(TAKE, "codes[k] < 0 || ", ""),
+        "one entry too many": Mutant(TAKE, "codes[k] >= part.entries", "codes[k] > part.entries"),
+        "the first part's entries": Mutant(TAKE, "codes[k] >= part.entries", "codes[k] >= p.parts[0].entries"),
+        "the last code alone is looked at": Mutant(TAKE, "wrong |= ", "wrong = "),
+        "rows without what is behind the frames": Mutant(TAKE, "row * part.to_frames", "row * frames"),
+        "dropped tail: the last block": Mutant(
+            TAKE, "ceil_div(all, int64_t{TakeCodes::kBlockCodes})", "all / TakeCodes::kBlockCodes"
+        ),
+        "out of bounds, global memory: past the last code": Mutant(TAKE, "if (i >= all) continue;", ""),
+    },
 }
 CASES: dict[str, list[SimtCase]] = {
     "snake_conv1d": [
@@ -206,7 +227,19 @@ CASES["stream_rows"] = [
     stream_rows_case([(3, 5, 1), (11, 0, 777)], kept=[1, 0, 1], error=NO_ERROR),
     stream_rows_case([(8, 0, 800)], kept=[1, 1, 1], error=7),
 ]
-CONTROLS = {"snake_conv1d": CONV, "snake_upsample1d": RESIDENT, "causal_dwconv1d": DWCONV, "stream_rows": STREAM}
+CASES["take_codes"] = [
+    take_codes_case(width=24),
+    take_codes_case(frames=24, wrong=(0, 1, 0, 3), value=-1),
+    take_codes_case(frames=24, wrong=(1, 0, 6, 20), value=4096),
+    take_codes_case(batch=8, frames=24, wrong=(1, 0, 0, 5), value=4096),
+]
+CONTROLS = {
+    "snake_conv1d": CONV,
+    "snake_upsample1d": RESIDENT,
+    "causal_dwconv1d": DWCONV,
+    "stream_rows": STREAM,
+    "take_codes": TAKE,
+}
 NAMES = [(op, name) for op, mutants in MUTANTS.items() for name in mutants]
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import dualcodec_ext as dx
 from dualcodec_ext import _stream_rows, testing
+from dualcodec_ext._code_look import CodeLook
 from dualcodec_ext._stream_graph import GraphDecoder, GraphEncoder
 from dualcodec_ext.semantic import LogMelFeatures
 from dualcodec_ext.steps import ConvNeXtStep
@@ -166,16 +167,29 @@ def test_a_pass_is_its_layers_its_lookups_and_two_copies(name: str, more: int, m
     assert len(counted.names) == launches(steps) + 4 + more, counted.names
 
 
-def test_a_step_starts_four_things_beside_its_replay() -> None:
+def test_a_step_starts_two_things_beside_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     name, counted = "causal decoder", Counted()
+
+    def count(what: str) -> None:
+        looked = getattr(CodeLook, what)
+
+        def once(*args: Any) -> Any:
+            counted.names.append(what)
+            with _disable_current_modes():
+                return looked(*args)
+
+        monkeypatch.setattr(CodeLook, what, once)
+
+    count("take")
+    count("fine")
     decoder = on_graphs(dx.StreamingDecoder(model(name), 2), Outside())
     semantic, acoustic = codes(name, 10, batch=2)
     for at in range(10):
         counted.names.clear()
         with counted:
             decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1])
-    # The codes, in; the audio, out; whether all were in range, which alone waits.
-    assert counted.names == ["copy_", "copy_", "copy_", "_local_scalar_dense"]
+    # The codes, in, by one kernel; the audio, out; and the wait for that kernel, on the host.
+    assert counted.names == ["take", "copy_", "fine"]
 
 
 def test_a_pass_of_encode_is_its_layers_and_little_else(monkeypatch: pytest.MonkeyPatch) -> None:

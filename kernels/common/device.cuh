@@ -217,6 +217,8 @@ DCX_DEVICE void atomic_min(int64_t* p, int64_t value) {
   atomicMin(reinterpret_cast<long long*>(p), static_cast<long long>(value));
 }
 DCX_DEVICE void thread_fence() { __threadfence(); }
+// A store to memory of the host, which sees it behind the kernel's end; many threads may store the same value.
+DCX_DEVICE void tell_host(int64_t* p, int64_t value) { *static_cast<volatile int64_t*>(p) = value; }
 // A load that other blocks' fenced stores are visible to.
 DCX_DEVICE float load_coherent(const float* p) { return __ldcg(p); }
 // Brings a line to L2, where every later load sees what is stored meanwhile.

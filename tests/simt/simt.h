@@ -198,6 +198,7 @@ uint32_t atomic_add(uint32_t* p, uint32_t value);
 uint32_t atomic_count(uint32_t* p, uint32_t last);
 void atomic_min(int64_t* p, int64_t value);
 inline void thread_fence() {}
+inline void tell_host(int64_t* p, int64_t value) { *p = value; }
 inline float load_coherent(const float* p) { return *p; }
 inline void prefetch_l2(const void*) {}
 template <class T>
