@@ -44,11 +44,14 @@ TORCH_LIBRARY(dualcodec_ext, m) {
   m.def("pack_residual_unit(Tensor weight1, Tensor weight2, int winograd=0) -> Tensor");
   m.def("pack_rvq(Tensor in_weight, Tensor in_bias, Tensor codebooks, Tensor out_weight, Tensor out_bias) -> Tensor");
   m.def("pack_upsample1d(Tensor weight, int stride, str mode, int[] padding, int winograd=0) -> Tensor");
-  define_with_out(
-      m, "residual_unit",
-      "Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? "
-      "bias2, int dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed, int winograd=0, Tensor? "
-      "out_alpha=None");
+  // `snaked`: x through alpha1's Snake, as the pair of the layer in front has it.
+  const std::string unit =
+      "Tensor x, Tensor alpha1, Tensor weight1, Tensor? bias1, Tensor alpha2, Tensor weight2, Tensor? bias2, int "
+      "dilation, int[] padding, bool causal, Tensor? lengths, Tensor? packed";
+  define_with_out(m, "residual_unit", unit + ", int winograd=0, Tensor? out_alpha=None, Tensor? snaked=None");
+  // y, and y through out_alpha's Snake: on CUDA alone, as `snaked`.
+  m.def(
+      ("residual_unit_pair(" + unit + ", int winograd, Tensor out_alpha, Tensor? snaked) -> (Tensor, Tensor)").c_str());
   define_with_out(m, "rvq_lookup",
                   "Tensor codes, Tensor codebooks, Tensor out_weight, Tensor out_bias, Tensor? addend, Tensor? "
                   "lengths, bool channels_last, Tensor? packed",
@@ -69,10 +72,11 @@ TORCH_LIBRARY(dualcodec_ext, m) {
       "take_codes(Tensor(a!) to, Tensor codes, int entries, Tensor(b!)? more_to, Tensor? more_codes, int more_entries, "
       "Tensor(c!) wrong) -> ()");
   // With `first` the output begins at that step and is as long as `out`: a stretch of an upsampling.
-  define_with_out(m, "snake_upsample1d",
-                  "Tensor x, Tensor? alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? "
-                  "lengths, Tensor? packed, int winograd=0",
-                  "int first, ");
+  const std::string upsample =
+      "Tensor x, Tensor? alpha, Tensor weight, Tensor? bias, int stride, str mode, int[] padding, Tensor? lengths, "
+      "Tensor? packed, ";
+  define_with_out(m, "snake_upsample1d", upsample + "int winograd=0", "int first, ");
+  m.def(("snake_upsample1d_pair(" + upsample + "int winograd, Tensor out_alpha) -> (Tensor, Tensor)").c_str());
 }
 
 namespace {

@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <tuple>
 #include <type_traits>
 
 #include "../kernels/common/conv_shape.h"
@@ -93,6 +94,10 @@ ResidualUnitParams check_residual_unit(const at::Tensor& x, const at::Tensor& we
   return p;
 }
 
+void check_none(const char* op, const char* name, const OptionalTensor& t, const char* where) {
+  DCX_CHECK(!t.has_value() || !t->defined(), op, ": ", name, " must be None", where, ", got ", shape_text(*t));
+}
+
 at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dtype
                              const at::Tensor& x,          // [B, C, T] f32|f64|bf16|f16
                              const at::Tensor& alpha1,     // [C]
@@ -104,10 +109,10 @@ at::Tensor residual_unit_cpu(const OptionalTensor& out,    // [B, C, T'], x's dt
                              int64_t dilation, at::IntArrayRef padding, bool causal,
                              const OptionalTensor& lengths,  // [B] i64
                              const OptionalTensor& packed,   // both weights' panels, joined
-                             int64_t winograd, const OptionalTensor& out_alpha) {
+                             int64_t winograd, const OptionalTensor& out_alpha, const OptionalTensor& snaked) {
   const char* op = "residual_unit";
-  DCX_CHECK(!out_alpha.has_value() || !out_alpha->defined(), op, ": out_alpha must be None on the CPU, got ",
-            shape_text(*out_alpha));
+  check_none(op, "out_alpha", out_alpha, " on the CPU");
+  check_none(op, "snaked", snaked, " on the CPU");
   const int64_t products = check_winograd(op, winograd);
   DCX_CHECK(winograd == 0 || x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
             ": winograd must be 0 unless x is float32 or float64, got ", winograd, " with ", x.scalar_type());
@@ -161,15 +166,26 @@ at::Tensor pack_residual_unit_cuda(const at::Tensor& weight1,  // [C, C, 7]
       .reshape({-1});
 }
 
-at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, const at::Tensor& alpha1,
-                              const at::Tensor& weight1, const OptionalTensor& bias1, const at::Tensor& alpha2,
-                              const at::Tensor& weight2, const OptionalTensor& bias2, int64_t dilation,
-                              at::IntArrayRef padding, bool causal, const OptionalTensor& lengths,
-                              const OptionalTensor& packed, int64_t winograd, const OptionalTensor& out_alpha) {
-  const char* op = "residual_unit";
+// With y_snaked what goes through out_alpha's Snake goes there, and what is returned is plain.
+at::Tensor run_unit_cuda(const char* op, at::Tensor* y_snaked, const OptionalTensor& out, const at::Tensor& x,
+                         const at::Tensor& alpha1, const at::Tensor& weight1, const OptionalTensor& bias1,
+                         const at::Tensor& alpha2, const at::Tensor& weight2, const OptionalTensor& bias2,
+                         int64_t dilation, at::IntArrayRef padding, bool causal, const OptionalTensor& lengths,
+                         const OptionalTensor& packed, int64_t winograd, const OptionalTensor& out_alpha,
+                         const OptionalTensor& snaked) {
   ResidualUnitParams p = check_residual_unit(x, weight1, weight2, dilation, padding, causal);
   check_cuda_dtype(op, "x", x);
   check_direct(op, winograd);
+  const bool two_kernels = x.scalar_type() == at::kFloat || p.channels > kMostFusedChannels;
+  if (!two_kernels) check_none(op, "snaked", snaked, " where one kernel computes the unit (16 bits, C up to 192)");
+  DCX_CHECK(two_kernels || y_snaked == nullptr, op, ": x must be float32 or have more than ", kMostFusedChannels,
+            " channels, got ", x.scalar_type(), " ", shape_text(x));
+  if (snaked.has_value() && snaked->defined()) {
+    check_shape(op, "snaked", *snaked, x.sizes(), "as x", x);
+    DCX_CHECK(snaked->scalar_type() == x.scalar_type(), op, ": snaked must be ", x.scalar_type(), " as x is, got ",
+              snaked->scalar_type());
+    p.x_snaked = view_of(*snaked);
+  }
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.in_steps, x);
   const at::Tensor alpha1_values = small_vector(op, "alpha1", alpha1, p.channels, x);
@@ -182,8 +198,10 @@ at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, co
     return pack_residual_unit_cuda(weight1.to(x.scalar_type()), weight2.to(x.scalar_type()), 0);
   });
   at::Tensor y = output_signal(op, out, p.batch, p.channels, p.out_steps, x);
+  if (y_snaked != nullptr) *y_snaked = output_signal(op, std::nullopt, p.batch, p.channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
+  if (y_snaked != nullptr) p.y_snaked = y_snaked->mutable_data_ptr();
   p.weight1 = values.const_data_ptr();
   p.weight2 = static_cast<const char*>(p.weight1) +
               kResidualUnitTaps * pointwise_numel * static_cast<int64_t>(values.element_size());
@@ -210,6 +228,27 @@ at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, co
   return y;
 }
 
+at::Tensor residual_unit_cuda(const OptionalTensor& out, const at::Tensor& x, const at::Tensor& alpha1,
+                              const at::Tensor& weight1, const OptionalTensor& bias1, const at::Tensor& alpha2,
+                              const at::Tensor& weight2, const OptionalTensor& bias2, int64_t dilation,
+                              at::IntArrayRef padding, bool causal, const OptionalTensor& lengths,
+                              const OptionalTensor& packed, int64_t winograd, const OptionalTensor& out_alpha,
+                              const OptionalTensor& snaked) {
+  return run_unit_cuda("residual_unit", nullptr, out, x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation,
+                       padding, causal, lengths, packed, winograd, out_alpha, snaked);
+}
+
+std::tuple<at::Tensor, at::Tensor> residual_unit_pair_cuda(
+    const at::Tensor& x, const at::Tensor& alpha1, const at::Tensor& weight1, const OptionalTensor& bias1,
+    const at::Tensor& alpha2, const at::Tensor& weight2, const OptionalTensor& bias2, int64_t dilation,
+    at::IntArrayRef padding, bool causal, const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd,
+    const at::Tensor& out_alpha, const OptionalTensor& snaked) {
+  at::Tensor y_snaked;
+  at::Tensor y = run_unit_cuda("residual_unit_pair", &y_snaked, std::nullopt, x, alpha1, weight1, bias1, alpha2,
+                               weight2, bias2, dilation, padding, causal, lengths, packed, winograd, out_alpha, snaked);
+  return {y, y_snaked};
+}
+
 #endif  // DCX_WITH_CUDA
 
 }  // namespace
@@ -225,6 +264,7 @@ TORCH_LIBRARY_IMPL(dualcodec_ext, CPU, m) {
 TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
   m.impl("residual_unit", dcx::WithOut<&dcx::residual_unit_cuda>::functional);
   m.impl("residual_unit.out", dcx::WithOut<&dcx::residual_unit_cuda>::out);
+  m.impl("residual_unit_pair", dcx::residual_unit_pair_cuda);
   m.impl("pack_residual_unit", dcx::pack_residual_unit_cuda);
 }
 #endif

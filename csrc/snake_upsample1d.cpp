@@ -1,6 +1,7 @@
 #include <torch/library.h>
 
 #include <string_view>
+#include <tuple>
 
 #include "../kernels/snake_upsample1d/differences.h"
 #include "../kernels/snake_upsample1d/winograd.h"
@@ -205,11 +206,12 @@ at::Tensor pack_upsample1d_cuda(const at::Tensor& weight, int64_t stride, c10::s
 }
 
 // A stretch from a multiple of the stride on is another padding's whole output, with the same weights in every phase.
-at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, const at::Tensor& x,
-                                      const OptionalTensor& alpha, const at::Tensor& weight, const OptionalTensor& bias,
-                                      int64_t stride, c10::string_view mode, at::IntArrayRef padding,
-                                      const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd) {
-  const char* op = "snake_upsample1d";
+// y_snaked: gets y through out_alpha's Snake; null: nothing does.
+at::Tensor run_upsample_cuda(const char* op, at::Tensor* y_snaked, const OptionalTensor& out, int64_t first,
+                             const at::Tensor& x, const OptionalTensor& alpha, const at::Tensor& weight,
+                             const OptionalTensor& bias, int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                             const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd,
+                             const OptionalTensor& out_alpha) {
   check_direct(op, winograd);
   SnakeUpsample1dParams p = check_snake_upsample1d(x, weight, stride, mode, padding);
   check_cuda_dtype(op, "x", x);
@@ -217,6 +219,7 @@ at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, 
   const at::Tensor length_values = device_lengths(op, lengths, p.batch, p.in_steps, x);
   const at::Tensor alpha_values = small_vector(op, "alpha", alpha, p.in_channels, x);
   const at::Tensor bias_values = small_vector(op, "bias", bias, p.out_channels, x);
+  const at::Tensor out_alpha_values = small_vector(op, "out_alpha", out_alpha, p.out_channels, x);
   const at::Tensor values = cuda_packed_or(
       op, packed, p.phases.total_taps() * round_up(p.in_channels, kChannelUnit) * round_up(p.out_channels, kColumnUnit),
       x, [&] { return pack_upsample1d_cuda(weight.to(x.scalar_type()), stride, mode, padding, 0); });
@@ -227,8 +230,11 @@ at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, 
     p.out_steps = out->size(2);
   }
   at::Tensor y = output_signal(op, out, p.batch, p.out_channels, p.out_steps, x);
+  if (y_snaked != nullptr) *y_snaked = output_signal(op, std::nullopt, p.batch, p.out_channels, p.out_steps, x);
   if (y.numel() == 0) return y;
   p.y = view_of(y);
+  if (y_snaked != nullptr) p.y_snaked = y_snaked->mutable_data_ptr();
+  p.out_alpha = data_or_null<float>(out_alpha_values);
   p.weight = values.const_data_ptr();
   p.bias = data_or_null<float>(bias_values);
   p.alpha = data_or_null<float>(alpha_values);
@@ -236,8 +242,29 @@ at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, 
   const CudaContext context = cuda_context();
   ConvGemmPlan plan = plan_snake_upsample1d_cuda(context, p);
   start_plan(context, plan, x,
-             is_given(values, packed) && is_given(bias_values, bias) && is_given(alpha_values, alpha));
+             is_given(values, packed) && is_given(bias_values, bias) && is_given(alpha_values, alpha) &&
+                 is_given(out_alpha_values, out_alpha));
   return y;
+}
+
+at::Tensor snake_upsample1d_into_cuda(const OptionalTensor& out, int64_t first, const at::Tensor& x,
+                                      const OptionalTensor& alpha, const at::Tensor& weight, const OptionalTensor& bias,
+                                      int64_t stride, c10::string_view mode, at::IntArrayRef padding,
+                                      const OptionalTensor& lengths, const OptionalTensor& packed, int64_t winograd) {
+  return run_upsample_cuda("snake_upsample1d", nullptr, out, first, x, alpha, weight, bias, stride, mode, padding,
+                           lengths, packed, winograd, std::nullopt);
+}
+
+std::tuple<at::Tensor, at::Tensor> snake_upsample1d_pair_cuda(const at::Tensor& x, const OptionalTensor& alpha,
+                                                              const at::Tensor& weight, const OptionalTensor& bias,
+                                                              int64_t stride, c10::string_view mode,
+                                                              at::IntArrayRef padding, const OptionalTensor& lengths,
+                                                              const OptionalTensor& packed, int64_t winograd,
+                                                              const at::Tensor& out_alpha) {
+  at::Tensor y_snaked;
+  at::Tensor y = run_upsample_cuda("snake_upsample1d_pair", &y_snaked, std::nullopt, 0, x, alpha, weight, bias, stride,
+                                   mode, padding, lengths, packed, winograd, out_alpha);
+  return {y, y_snaked};
 }
 
 #endif  // DCX_WITH_CUDA
@@ -271,5 +298,6 @@ TORCH_LIBRARY_IMPL(dualcodec_ext, CUDA, m) {
   m.impl("pack_upsample1d", dcx::pack_upsample1d_cuda);
   m.impl("snake_upsample1d", dcx::upsample_all<&dcx::snake_upsample1d_into_cuda>);
   m.impl("snake_upsample1d.out", dcx::upsample_stretch<&dcx::snake_upsample1d_into_cuda>);
+  m.impl("snake_upsample1d_pair", dcx::snake_upsample1d_pair_cuda);
 }
 #endif

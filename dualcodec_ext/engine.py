@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,14 +38,34 @@ def _listed(lengths: Tensor | None) -> list[int] | None:
     return None if lengths is None else lengths.tolist()
 
 
+# Units of 16 bits and up to so many channels are one kernel on a GPU, which snakes rows where it keeps them.
+_FUSED_CHANNELS = 192
+
+
+def _has_pass(unit: ResidualUnitStep) -> bool:
+    """Whether a unit's first Snake is a pass of its own on a GPU."""
+    return unit.packed.element_size() == 2 and unit.tensors[1].shape[0] > _FUSED_CHANNELS
+
+
 def hand_snakes_on(steps: Sequence[Step]) -> list[Step]:
-    """Return steps that give the same on a GPU, where a unit's rows go through the next convolution's Snake as they
-    are written: there it would be a pass of its own. The last convolution, to one channel, snakes what it reads."""
+    """Return steps that give the same on a GPU, where rows go through the next layer's Snake as they are written:
+    there it would be a pass of its own.
+
+    A unit in front of a convolution or an upsampling writes them so alone. In front of a wide unit, which adds its
+    input as it is, a wide unit or an upsampling writes both. The last convolution, to one channel, snakes what it
+    reads, and so do narrow units and those in float32.
+    """
     made = list(steps)
-    for i, (step, behind) in enumerate(pairwise(steps)):
-        if not isinstance(step, ResidualUnitStep) or not isinstance(behind, ConvStep | UpsampleStep):
+    for i, behind in enumerate(steps[1:]):
+        step = made[i]
+        if isinstance(behind, ResidualUnitStep):
+            if isinstance(step, UpsampleStep) and _has_pass(behind):
+                made[i] = replace(step, out_alpha=behind.tensors[0])
+            elif isinstance(step, ResidualUnitStep) and _has_pass(step) and _has_pass(behind):
+                made[i] = replace(step, out_alpha=behind.tensors[0], hands_both=True)
+        elif not isinstance(step, ResidualUnitStep) or not isinstance(behind, ConvStep | UpsampleStep):
             continue
-        if behind.alpha is not None and (isinstance(behind, UpsampleStep) or behind.weight.shape[0] > 1):
+        elif behind.alpha is not None and (isinstance(behind, UpsampleStep) or behind.weight.shape[0] > 1):
             made[i] = replace(step, out_alpha=behind.alpha)
             made[i + 1] = replace(behind, alpha=None)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,17 @@ def vector_dtype(dtype: torch.dtype) -> torch.dtype:
 def weight_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Kernels keep weights in the activations' dtype; on the CPU float16 has no products of its own."""
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a step hands to the next one.
+
+    snaked: x through the first Snake of the residual unit behind, which then needs none; None: not worked out.
+    """
+
+    x: Tensor
+    snaked: Tensor | None = None
 
 
 @dataclass
@@ -138,6 +150,7 @@ class UpsampleStep:
     mode: str
     padding: tuple[int, int]
     winograd: int = 0
+    out_alpha: Tensor | None = None  # of the unit behind, which is handed both
 
     @classmethod
     def of(
@@ -169,18 +182,20 @@ class UpsampleStep:
         return 3 * self.stride if self.winograd == 4 else 1
 
     def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        return ops.snake_upsample1d(
-            x,
-            self.alpha,
-            self.weight,
-            self.bias,
-            stride=self.stride,
-            mode=self.mode,
-            padding=self.padding,
-            lengths=lengths,
-            packed=self.packed,
-            winograd=self.winograd,
-        )
+        return self.hand_on(Handed(x), lengths).x
+
+    def hand_on(self, given: Handed, lengths: Tensor | None) -> Handed:
+        tensors = (given.x, self.alpha, self.weight, self.bias)
+        options: dict[str, Any] = {
+            "stride": self.stride,
+            "mode": self.mode,
+            "padding": self.padding,
+            "lengths": lengths,
+        }
+        options |= {"packed": self.packed, "winograd": self.winograd}
+        if self.out_alpha is None:
+            return Handed(ops.snake_upsample1d(*tensors, **options))
+        return Handed(*ops.snake_upsample1d_pair(*tensors, **options, out_alpha=self.out_alpha))
 
     def into(self, out: Tensor, x: Tensor, first: int) -> None:
         """Compute the output steps of x from `first` on, as many as out has."""
@@ -197,7 +212,11 @@ class UpsampleStep:
 
 @dataclass
 class ResidualUnitStep:
-    """`ops.residual_unit` with its weights; the length stays."""
+    """`ops.residual_unit` with its weights; the length stays.
+
+    out_alpha: of the layer behind: the unit hands on what comes out of that layer's Snake; with hands_both, where that
+        layer is a unit too, also what goes into it.
+    """
 
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
     packed: Tensor
@@ -205,6 +224,7 @@ class ResidualUnitStep:
     causal: bool
     winograd: int = 0
     out_alpha: Tensor | None = None
+    hands_both: bool = False
 
     @classmethod
     def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype, form: Form = "direct") -> ResidualUnitStep:
@@ -238,16 +258,19 @@ class ResidualUnitStep:
         return unit_outputs(self.winograd) * self.dilation if self.winograd else 1
 
     def __call__(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        return ops.residual_unit(
-            x,
-            *self.tensors,
-            dilation=self.dilation,
-            causal=self.causal,
-            lengths=lengths,
-            packed=self.packed,
-            winograd=self.winograd,
-            out_alpha=self.out_alpha,
-        )
+        return self.hand_on(Handed(x), lengths).x
+
+    def hand_on(self, given: Handed, lengths: Tensor | None) -> Handed:
+        options: dict[str, Any] = {
+            "dilation": self.dilation,
+            "causal": self.causal,
+            "lengths": lengths,
+            "packed": self.packed,
+        }
+        options |= {"winograd": self.winograd, "out_alpha": self.out_alpha, "snaked": given.snaked}
+        if self.hands_both:
+            return Handed(*ops.residual_unit_pair(given.x, *self.tensors, **options))
+        return Handed(ops.residual_unit(given.x, *self.tensors, **options))
 
     def into(self, out: Tensor, x: Tensor) -> None:
         """Compute out from every row that it needs: nothing is padded."""
@@ -402,9 +425,14 @@ Step = ConvStep | UpsampleStep | ResidualUnitStep | ConvNeXtStep
 
 def run(steps: Sequence[Step], x: Tensor, lengths: Sequence[Tensor] | None) -> Tensor:
     """Run steps on x [B, C, T]; lengths: of what each step is given, or None: all T."""
+    handed = Handed(x)
     for i, step in enumerate(steps):
-        x = step(x, None if lengths is None else lengths[i])
-    return x
+        own = None if lengths is None else lengths[i]
+        if isinstance(step, UpsampleStep | ResidualUnitStep):
+            handed = step.hand_on(handed, own)
+        else:
+            handed = Handed(step(handed.x, own))
+    return handed.x
 
 
 def lengths_through(steps: Sequence[Step], lengths: Tensor) -> list[Tensor]:

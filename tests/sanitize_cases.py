@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import gpu
@@ -57,6 +58,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 assert SHAPES.keys() == MODULES.keys()
+PAIRS = ("residual_unit", "snake_upsample1d")
 
 
 def signal_calls(op: str, shape: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -67,6 +69,20 @@ def signal_calls(op: str, shape: dict[str, Any], dtype: torch.dtype) -> Iterator
     cut.lengths = torch.tensor([cut.x.shape[-1], 5], device=gpu.DEVICE)
     cut = in_dtype(cut, dtype)
     yield "channels-last, lengths", lambda: cut.call(cut.op)
+
+
+def pair_calls(op: str, shape: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A layer's form of two results; a unit reads a pair's second one too."""
+    case = in_dtype(BUILDERS[op](**shape).to(gpu.DEVICE), dtype)
+    if op == "residual_unit" and dtype != torch.float32 and case.x.shape[1] <= 192:
+        return
+    x = case.x.transpose(1, 2).contiguous().transpose(1, 2)
+    channels = case.ref(case.x[..., :40], **case.weights, **case.options).shape[1]
+    more: dict[str, Any] = {"out_alpha": torch.ones(channels, device=gpu.DEVICE)}
+    more["lengths"] = torch.tensor([x.shape[-1], 5], device=gpu.DEVICE)
+    if op == "residual_unit":
+        more["snaked"] = x
+    yield "a pair, lengths", lambda: getattr(dx.ops, f"{op}_pair")(x, **case.weights, **case.options, **more)
 
 
 def search_calls(shape: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -115,7 +131,8 @@ def main(wanted: list[str]) -> None:
                     for shape in SHAPES[op]:
                         with dx.backend(family):
                             calls = search_calls(shape, dtype) if op == "rvq_search" else signal_calls(op, shape, dtype)
-                            for how, call in calls:
+                            pairs = pair_calls(op, shape, dtype) if family == "cuda" and op in PAIRS else ()
+                            for how, call in chain(calls, pairs):
                                 print(f"{family} {op} {dtype} {shape} {how}", flush=True)
                                 call()
                                 gpu.synchronize()

@@ -30,10 +30,11 @@ class SimtCase(NamedTuple):
 def run_one(op: str, folder: Path, case: SimtCase, seed: int = 1) -> tuple[Tensor, set[str]]:
     """Returns y as [B, T', C], and the kernels that ran."""
     outputs, names = simt_cases.run(simt_cases.program(op), folder, [case.tensors], seed)
-    return _steps_first(outputs[0]["y"], case), names
+    return steps_first(outputs[0]["y"], case), names
 
 
-def _steps_first(y: Tensor, case: SimtCase) -> Tensor:
+def steps_first(y: Tensor, case: SimtCase) -> Tensor:
+    """An output as [B, T', C], however it lies."""
     if case.tensors.get("channels_first"):
         batch, steps, channels = y.shape
         return y.reshape(batch, channels, steps).transpose(1, 2)
@@ -258,7 +259,17 @@ def dwconv_case(
     return SimtCase(tensors, _rows(expected, dtype))
 
 
-__all__ = ["SimtCase", "channels_first", "conv_case", "dwconv_case", "run_one", "same_bits", "upsample_case", "worst"]
+__all__ = [
+    "SimtCase",
+    "channels_first",
+    "conv_case",
+    "dwconv_case",
+    "run_one",
+    "same_bits",
+    "steps_first",
+    "upsample_case",
+    "worst",
+]
 
 
 NO_ERROR = torch.iinfo(torch.int64).max

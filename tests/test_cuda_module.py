@@ -106,9 +106,10 @@ def test_every_architecture_is_there(usage: list[Usage]) -> None:
 
 
 OUTS = [f"{op}.out" for op in OPS if op != "rvq_search"]
+PAIRS = ("residual_unit_pair", "snake_upsample1d_pair")
 
 
-@pytest.mark.parametrize("op", [*OPS, *PACKERS, *OUTS, "stream_rows", "take_codes"])
+@pytest.mark.parametrize("op", [*OPS, *PACKERS, *OUTS, *PAIRS, "stream_rows", "take_codes"])
 def test_ops_are_registered_for_cuda(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dualcodec_ext::{op}", "CUDA")
 
@@ -133,9 +134,13 @@ def test_doctor_tells_of_the_cuda_code() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"causal_decoder": True, "causal_encoder": True}], ids=["centred", "causal"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"causal_decoder": True, "causal_encoder": True}, {"encoder_dim": 104, "latent_dim": 24, "decoder_dim": 448}],
+    ids=["centred", "causal", "wide units"],
+)
 def test_the_engine_fits_its_ops_fakes(
-    dtype: torch.dtype, changes: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packing, encode and decode on fake CUDA tensors: every argument's device, dtype and shape, without a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode

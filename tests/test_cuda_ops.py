@@ -369,6 +369,45 @@ def test_residual_unit_hands_a_snake_on(channels: int, dtype: torch.dtype) -> No
                 assert torch.equal(handed, ops.snake_conv1d(y, taps, None, alpha))
 
 
+@gpu_alone
+@pytest.mark.parametrize("channels", [200, 384, 768])
+@pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
+def test_pairs_have_the_bits_of_each(channels: int, dtype: torch.dtype) -> None:
+    """An upsampling and a unit, whose second result the unit behind takes for what its own first Snake makes."""
+    alpha = torch.linspace(0.2, 3, channels, device=DEVICE)
+    upsample = in_dtype(BUILDERS["snake_upsample1d"](256, channels, stride=2, steps=1000).to(DEVICE), dtype)
+    unit = in_dtype(BUILDERS["residual_unit"](channels, 5, dilation=3).to(DEVICE), dtype)
+    behind = {**unit.weights, "alpha1": alpha}
+    for steps in (8, 30, 1000):  # rows: few, a small tile's, many
+        x = upsample.x[:, :, :steps].transpose(1, 2).contiguous().transpose(1, 2)
+        for lengths in (None, torch.tensor([steps, steps // 2], device=DEVICE)):
+            y = ops.snake_upsample1d(x, **upsample.weights, **upsample.options, lengths=lengths)
+            pair = ops.snake_upsample1d_pair(
+                x, **upsample.weights, **upsample.options, lengths=lengths, out_alpha=alpha
+            )
+            options = {"dilation": 3, "lengths": None if lengths is None else 2 * lengths}
+            assert torch.equal(pair[0], y)
+            z = ops.residual_unit(y, **behind, **options)
+            assert torch.equal(ops.residual_unit(y, **behind, **options, snaked=pair[1]), z)
+            handed = ops.residual_unit(y, **behind, **options, out_alpha=alpha)
+            for snaked in (None, pair[1]):
+                again = ops.residual_unit_pair(y, **behind, **options, out_alpha=alpha, snaked=snaked)
+                assert torch.equal(again[0], z) and torch.equal(again[1], handed)
+
+
+@gpu_alone
+def test_a_unit_of_one_kernel_takes_no_pair() -> None:
+    made = in_dtype(BUILDERS["residual_unit"](96, 50).to(DEVICE), HALF)
+    with pytest.raises(ValueError, match=r"residual_unit: snaked must be None where one kernel .* got \[2, 96, 50\]"):
+        ops.residual_unit(made.x, **made.weights, snaked=made.x)
+    with pytest.raises(ValueError, match=r"residual_unit_pair: x must be float32 or have more than 192 channels, got"):
+        ops.residual_unit_pair(made.x, **made.weights, out_alpha=made.weights["alpha1"])
+    wide = in_dtype(BUILDERS["residual_unit"](200, 50).to(DEVICE), HALF)
+    for snaked, text in ((wide.x[..., 1:], r"must be as x = \[2, 200, 50\]"), (wide.x.float(), "must be BFloat16")):
+        with pytest.raises(ValueError, match=f"residual_unit: snaked {text}"):
+            ops.residual_unit(wide.x, **wide.weights, snaked=snaked)
+
+
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "lengths"])
 @pytest.mark.parametrize(("channels", "stride", "steps"), [(384, 6, 2_200), (192, 5, 10_300), (96, 4, 38_500)])
 def test_an_upsampling_of_many_rows_has_the_bits_of_few(channels: int, stride: int, steps: int, cut: bool) -> None:

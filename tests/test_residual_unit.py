@@ -13,6 +13,7 @@ from torch import Tensor
 import dualcodec_ext as dx
 from dualcodec_ext import ops, reference
 from dualcodec_ext.ops import packing
+from dualcodec_ext.reference.ops import snake
 
 
 def case(channels: int = 5, steps: int = 40, batch: int = 2, bias: bool = True, seed: int = 0, **options: Any) -> Case:
@@ -199,3 +200,36 @@ def test_snake_on_the_output_is_a_gpus() -> None:
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
     y.sum().backward()
     assert alpha.grad is not None and bool(alpha.grad.any())
+
+
+def test_a_pair_is_a_gpus() -> None:
+    """So is a signal that comes through the first Snake; plain PyTorch has both, and their gradients."""
+    made, alpha = case(), torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0])
+    snaked = snake(made.x, made.weights["alpha1"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"residual_unit: snaked must be None on the CPU, got \[2, 5, 40\]"):
+        ops.residual_unit(made.x, **made.weights, snaked=snaked)
+    with pytest.raises(ValueError, match="residual_unit_pair: x must be on a CUDA device, got cpu"):
+        ops.residual_unit_pair(made.x, **made.weights, out_alpha=alpha)
+    with pytest.raises(ValueError, match="residual_unit_pair: out_alpha must be a tensor, got NoneType"):
+        ops.residual_unit_pair(made.x, **made.weights, out_alpha=None)  # type: ignore[arg-type]
+    lengths = torch.tensor([40, 7])
+    with dx.backend("reference"):
+        plain = ops.residual_unit(made.x, **made.weights, lengths=lengths)
+        handed = ops.residual_unit(made.x, **made.weights, lengths=lengths, out_alpha=alpha)
+        snaked[1, :, 7:] = torch.nan
+        snaked.requires_grad_()
+        y, y_snaked = ops.residual_unit_pair(made.x, **made.weights, lengths=lengths, out_alpha=alpha, snaked=snaked)
+    assert torch.equal(y, plain) and torch.equal(y_snaked, handed)
+    (y + y_snaked).sum().backward()
+    assert snaked.grad is not None and snaked.grad[0].abs().min() > 0 and not snaked.grad[1, :, 7:].any()
+
+
+def test_a_pairs_fake() -> None:
+    """As of the op twice; the kernels are a GPU's."""
+    made = case(20)
+    for x in (made.x, made.x.transpose(1, 2).contiguous().transpose(1, 2)):
+        args = [t.to("meta") for t in (x, *made.weights.values())]  # type: ignore[union-attr]
+        args += [3, (20, 1), False, None, None, 0]
+        y = torch.ops.dualcodec_ext.residual_unit(*args)
+        for made_y in torch.ops.dualcodec_ext.residual_unit_pair(*args, args[1], x.to("meta")):
+            assert (made_y.shape, made_y.dtype, made_y.stride()) == (y.shape, y.dtype, y.stride())

@@ -144,6 +144,27 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "weights that stay, outputs past the clip's length": Mutant(
             RESIDENT, "kWhole || phase + half * down < at.counting", "true"
         ),
+        "a pair, the snaked rows are a row off": Mutant(
+            FINISH,
+            "reinterpret_cast<char*>(to) + p.snaked)",
+            "reinterpret_cast<char*>(to) + (p.snaked != 0 ? p.snaked + p.y.stride_t * int64_t{sizeof(T)} : 0))",
+        ),
+        "a pair, no plain rows": Mutant(FINISH, "      if (p.snaked != 0) store(p, out, counts, to);\n", ""),
+        "a pair, plain rows past the clip's length": Mutant(
+            FINISH, "if (p.snaked != 0) store(p, out, counts, to);", "if (p.snaked != 0) store(p, out, true, to);"
+        ),
+        "a pair, snaked rows past the clip's length": Mutant(
+            FINISH, "store(p, out, counts, snaked_of(p, to));", "store(p, out, true, snaked_of(p, to));"
+        ),
+        "a pair, few rows, no plain rows": Mutant(
+            FEW_FINISH, "        if (p.snaked != 0) store(p, counts ? out : 0, both, to);\n", ""
+        ),
+        "a pair, few rows, snaked rows past the clip's length": Mutant(
+            FEW_FINISH, "store(p, counts ? out : 0, both, snaked_of(p, to));", "store(p, out, both, snaked_of(p, to));"
+        ),
+        "a pair, few rows, Snake of what is not rounded": Mutant(
+            FEW_FINISH, "snake_as<T>(value_of<T>(words, 0),", "snake_as<T>(values[0],"
+        ),
         "weights that stay, out of bounds, shared memory: a buffer too few": Mutant(
             RESIDENT,
             "return kTogether * kUnitPanels * kPanelBytes + kGroups * kBuffers",
@@ -215,6 +236,12 @@ CASES: dict[str, list[SimtCase]] = {
     ],
     "snake_upsample1d": [
         upsample_case(96, 48, 4, "transposed", (2, 2), steps=270, batch=2, lengths=[270, 70], shared_bytes=227 << 10),
+        *(
+            upsample_case(
+                40, 24, 3, "transposed", (2, 1), steps=steps, batch=2, lengths=[steps, 4], shared_bytes=227 << 10
+            ).with_(out_alpha=torch.linspace(0.2, 3, 24))
+            for steps in (40, 9)
+        ),
     ],
     "causal_dwconv1d": [
         dwconv_case(301, steps=11, batch=2, dtype=F32),

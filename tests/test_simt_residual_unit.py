@@ -219,6 +219,53 @@ def test_snake_on_the_output(program: Path, tmp_path: Path, channels: int, steps
     torch.testing.assert_close(outputs[0]["y"], snaked.to(BF16), rtol=2**-7, atol=1e-5)
 
 
+# By the kernels that write the pair, and that read it.
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiles and a tail, lengths": (
+        "ConvWgmma<",
+        {"channels": 200, "steps": 150, "batch": 2, "lengths": [150, 131], "dilation": 9},
+    ),
+    "ranges in blocks of their own": (
+        "ConvWgmma<",
+        {"channels": 256, "steps": 70, "multiprocessors": IDLE, "dtype": F16},
+    ),
+    "clips that share a tile": (
+        "ConvWgmma<",
+        {"channels": 200, "steps": 9, "batch": 12, "lengths": [9, 0, 1, 5] * 3, "causal": True},
+    ),
+    "few rows, lengths": ("ConvFew<", {"channels": 200, "steps": 20, "batch": 3, "lengths": [20, 0, 7], "dilation": 3}),
+    "few rows, 384 channels": ("ConvFew<", {"channels": 384, "steps": 16, "causal": True, "dilation": 9, "dtype": F16}),
+    "without warpgroup products, lengths": (
+        "ConvGemm<",
+        {"channels": 200, "steps": 90, "batch": 2, "lengths": [90, 33], "dilation": 3, **WITHOUT},
+    ),
+    "without them, few rows": ("ConvGemm<", {"channels": 200, "steps": 5, "batch": 2, "dtype": F16, "capability": 75}),
+    "channels first": (
+        "ConvWgmma<",
+        {"channels": 200, "steps": 70, "batch": 2, "lengths": [70, 3], "channels_first": 1},
+    ),
+    "channels first, few rows": ("ConvFew<", {"channels": 200, "steps": 10, "lengths": [9], "channels_first": 1}),
+    "float32, lengths": ("ConvGemm<", {"channels": 40, "batch": 2, "lengths": [70, 65], "dtype": F32}),
+    "tf32": ("ConvGemm<", {"channels": 40, "dtype": F32, "allow_tf32": 1}),
+}
+
+
+@pytest.mark.parametrize("kernel, options", PAIRS.values(), ids=PAIRS.keys())
+def test_a_pair(program: Path, tmp_path: Path, kernel: str, options: dict[str, Any]) -> None:
+    """Both have the bits that each has alone, and the unit behind gives the same with the pair as with its x alone."""
+    tensors, _ = case(**options, out_alpha=True)
+    cases = [{**tensors, "pair": 1}, {**tensors, "out_alpha": None}, tensors]
+    (pair, plain, snaked), names = simt_cases.run(program, tmp_path, cases)
+    assert torch.equal(bits(pair["y"]), bits(plain["y"])) and torch.equal(bits(pair["y_snaked"]), bits(snaked["y"]))
+    assert not torch.equal(bits(pair["y"]), bits(pair["y_snaked"]))
+    behind = {**tensors, "x": pair["y"], "alpha1": tensors["out_alpha"], "out_alpha": None}
+    (alone,), _ = simt_cases.run(program, tmp_path, [behind])
+    (given,), reading = simt_cases.run(program, tmp_path, [{**behind, "snaked": pair["y_snaked"]}])
+    assert torch.equal(bits(given["y"]), bits(alone["y"])) and given["y"].isfinite().all()
+    assert any(kernel in name for name in names) and any(kernel in name for name in reading)
+    assert tensors.get("channels_first") or not any("ConvRows" in name for name in reading)
+
+
 def test_values_are_not_numbers(program: Path, tmp_path: Path) -> None:
     tensors, expected = case(steps=100, dilation=3)
     tensors["x"][0, 50] = torch.nan

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import simt_cases
 import torch
-from simt_inputs import run_one, same_bits, upsample_case, worst
+from simt_inputs import SimtCase, run_one, same_bits, steps_first, upsample_case, worst
+from simt_units import case as unit_case
 from tolerances import TOLERANCE
 
 from dualcodec_ext._stream_rows import later
+from dualcodec_ext.reference.ops import snake
 from dualcodec_ext.steps import UpsampleStep
 
 OP = "snake_upsample1d"
@@ -193,6 +195,61 @@ def test_weights_that_stay(channels: int, options: dict[str, Any], snake: bool, 
     assert same_bits(y, again)
     whole, names = run_one(OP, tmp_path, other)
     assert any("ConvWgmma" in name for name in names) and same_bits(y, whole)
+
+
+# By the kernels that write the pair. The unit behind has so many channels that two kernels compute it.
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiles and a tail, lengths": (
+        "ConvWgmma<",
+        {"shape": (64, 200, 2), "padding": (1, 1), "steps": 80, "batch": 2, "lengths": [80, 65]},
+    ),
+    "ranges": ("ConvWgmma<", {"shape": (1536, 200, 2), "padding": (1, 1), "steps": 70, "multiprocessors": 1000}),
+    "repeat, lengths": (
+        "ConvWgmma<",
+        {"shape": (64, 200, 3), "mode": "repeat", "padding": (5, 0), "steps": 50, "batch": 2, "lengths": [50, 7]},
+    ),
+    "few rows, lengths": (
+        "ConvFew<",
+        {"shape": (384, 200, 3), "padding": (2, 1), "steps": 9, "batch": 3, "lengths": [9, 0, 4]},
+    ),
+    "without warpgroup products, lengths": (
+        "ConvGemm<",
+        {"shape": (64, 200, 2), "padding": (1, 1), "steps": 80, "batch": 2, "lengths": [80, 65], "wgmma": 0},
+    ),
+    "channels first": ("ConvWgmma<", {"shape": (64, 200, 2), "padding": (1, 1), "steps": 70, "first": True}),
+    "odd columns, few rows": ("ConvFew<", {"shape": (40, 203, 3), "padding": (2, 1), "steps": 9, "lengths": [7]}),
+    "float32": ("ConvGemm<", {"shape": (48, 40, 4), "steps": 20, "dtype": F32}),
+}
+
+
+def pair_of(case: SimtCase, alpha: torch.Tensor, folder: Path, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both results, whose first one has the bits that it has alone."""
+    plain, _ = run_one(OP, folder, case)
+    (made,), names = simt_cases.run(simt_cases.program(OP), folder, [case.with_(out_alpha=alpha).tensors])
+    assert [name for name in names if kernel in name] and not any("ConvResident" in name for name in names)
+    y, snaked = steps_first(made["y"], case), steps_first(made["y_snaked"], case)
+    assert same_bits(y, plain) and not same_bits(y, snaked)
+    expected = snake(y.double().transpose(1, 2), alpha.double()).transpose(1, 2).to(y.dtype)
+    torch.testing.assert_close(snaked, expected, rtol=2**-7, atol=1e-5)
+    return y, snaked
+
+
+@pytest.mark.parametrize("kernel, options", PAIRS.values(), ids=PAIRS.keys())
+def test_a_pair(kernel: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A residual unit gives the same bits with both as with the first alone, which its own Snake goes through."""
+    case = made(**options, **({} if "wgmma" in options else {"shared_bytes": 227 << 10}))
+    alpha = torch.linspace(0.2, 3, options["shape"][1])
+    y, snaked = pair_of(case, alpha, tmp_path, kernel)
+    tensors, _ = unit_case(y.shape[2], y.shape[1], y.shape[0], dtype=y.dtype, dilation=3)
+    tensors |= {"x": y, "alpha1": alpha}
+    unit = simt_cases.program("residual_unit")
+    (alone, given), _ = simt_cases.run(unit, tmp_path, [tensors, {**tensors, "snaked": snaked}])
+    assert same_bits(alone["y"], given["y"]) and alone["y"].isfinite().all()
+
+
+def test_weights_that_stay_write_no_pair(tmp_path: Path) -> None:
+    _, options = RESIDENT["96 -> 48, S=4, lengths"]
+    pair_of(made(**options, shared_bytes=227 << 10), torch.linspace(0.2, 3, 48), tmp_path, "ConvWgmma<")
 
 
 def test_a_clip_is_as_alone(tmp_path: Path) -> None:

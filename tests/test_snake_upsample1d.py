@@ -12,8 +12,10 @@ import torch
 from opsuite import Case
 from torch import Tensor
 
+import dualcodec_ext as dx
 from dualcodec_ext import ops, reference
 from dualcodec_ext.ops import packing
+from dualcodec_ext.reference.ops import snake
 
 
 def case(
@@ -222,3 +224,23 @@ def test_nan_reaches_its_samples_alone() -> None:
 def test_without_snake(mode: str) -> None:
     made = case(mode=mode)
     suite.check(replace(made, weights={**made.weights, "alpha": None}))
+
+
+@pytest.mark.parametrize("mode", ["transposed", "repeat"])
+def test_a_pair_is_a_gpus(mode: str) -> None:
+    """Plain PyTorch has it; the fake is the op's, twice."""
+    made, alpha, lengths = case(mode=mode), torch.linspace(0.2, 3, 5), torch.tensor([20, 7])
+    with pytest.raises(ValueError, match="snake_upsample1d_pair: x must be on a CUDA device, got cpu"):
+        ops.snake_upsample1d_pair(made.x, **made.weights, **made.options, out_alpha=alpha)
+    with pytest.raises(ValueError, match="snake_upsample1d_pair: padding must be two integers"):
+        ops.snake_upsample1d_pair(made.x, **made.weights, out_alpha=alpha, padding=(1,))
+    with dx.backend("reference"):
+        plain = ops.snake_upsample1d(made.x, **made.weights, **made.options, lengths=lengths)
+        y, snaked = ops.snake_upsample1d_pair(made.x, **made.weights, **made.options, lengths=lengths, out_alpha=alpha)
+    assert torch.equal(y, plain) and torch.equal(snaked, snake(plain, alpha))
+    w = made.weights
+    args = [None if t is None else t.to("meta") for t in (made.x, w["alpha"], w["weight"], w["bias"])]
+    args += [*made.options.values(), None, None, 0]
+    y = torch.ops.dualcodec_ext.snake_upsample1d(*args)
+    for made_y in torch.ops.dualcodec_ext.snake_upsample1d_pair(*args, alpha.to("meta")):
+        assert (made_y.shape, made_y.dtype, made_y.stride()) == (y.shape, y.dtype, y.stride())

@@ -193,6 +193,16 @@ def kernels_for(op: str, like: Tensor, packed: Tensor | None = None, sized: Tens
     return torch.ops.dualcodec_ext_triton if name == "triton" else torch.ops.dualcodec_ext
 
 
+def kernels_for_pair(op: str, like: Tensor, packed: Tensor | None) -> Any:
+    """As `kernels_for`, for an op's form of two results: the compiled CUDA kernels and the reference have it."""
+    kernels = kernels_for(op, like, packed)
+    if kernels is torch.ops.dualcodec_ext_triton:
+        raise BackendError(f"backend 'triton' has no kernel for {op}_pair")
+    if kernels is not None and not like.is_cuda:
+        raise ValueError(f"{op}_pair: x must be on a CUDA device, got {like.device}")
+    return kernels
+
+
 def as_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """Return the tensors in one dtype, None as None: the kernels mix dtypes, plain PyTorch does not."""
     return [None if t is None else t.to(dtype) for t in tensors]

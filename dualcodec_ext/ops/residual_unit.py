@@ -8,7 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, conv_steps, empty_signal, kernels_for, register, register_out
+from ._common import (
+    as_dtype,
+    check_pair,
+    check_types,
+    conv_steps,
+    empty_signal,
+    kernels_for,
+    kernels_for_pair,
+    register,
+    register_out,
+)
 
 
 def residual_unit(
@@ -27,6 +37,7 @@ def residual_unit(
     packed: Tensor | None = None,
     winograd: int = 0,
     out_alpha: Tensor | None = None,
+    snaked: Tensor | None = None,
 ) -> Tensor:
     """Snake, dilated convolution (k=7), Snake, 1x1 convolution, plus the input, in cache-sized tiles.
 
@@ -49,6 +60,8 @@ def residual_unit(
             times. float32 and float64 on the CPU.
         out_alpha: [C]: the result goes through Snake too, behind its rounding; None: it does not. On CUDA and in plain
             PyTorch.
+        snaked: [B, C, T] in x's dtype, x through the first Snake, where the layer in front has handed that on: it is
+            read instead. On CUDA where two kernels compute the unit (float32, or C above 192), and in plain PyTorch.
 
     Returns:
         [B, C, T + left + right - 6d], dtype and layout of x. To output t is added x[t - left + (6d when causal,
@@ -67,23 +80,82 @@ def residual_unit(
     Source: kernels/residual_unit; defined by `reference.residual_unit_ref`.
     """
     needed = {"x": x, "alpha1": alpha1, "weight1": weight1, "alpha2": alpha2, "weight2": weight2}
-    optional = {"bias1": bias1, "bias2": bias2, "lengths": lengths, "out_alpha": out_alpha}
+    optional = {"bias1": bias1, "bias2": bias2, "lengths": lengths, "out_alpha": out_alpha, "snaked": snaked}
     check_types("residual_unit", needed, optional, dilation=dilation, winograd=winograd)
-    reach = 6 * dilation
-    if padding is None:
-        pair = [reach, 0] if causal else [reach // 2, reach // 2]
-    else:
-        pair = check_pair("residual_unit", padding)
+    tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
+    pair = _both_sides("residual_unit", padding, dilation, causal)
     kernels = kernels_for("residual_unit", x, packed)
     if kernels is None:
-        alpha1, weight1, bias1, alpha2, weight2, bias2, out_alpha = as_dtype(
-            x.dtype, alpha1, weight1, bias1, alpha2, weight2, bias2, out_alpha
+        *cast, out_alpha, snaked = as_dtype(x.dtype, *tensors, out_alpha, snaked)
+        return reference.residual_unit_ref(x, *cast, dilation, pair, causal, lengths, out_alpha, snaked)
+    return kernels.residual_unit(x, *tensors, dilation, pair, causal, lengths, packed, winograd, out_alpha, snaked)
+
+
+def residual_unit_pair(
+    x: Tensor,
+    alpha1: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    alpha2: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    out_alpha: Tensor,
+    dilation: int = 1,
+    padding: Sequence[int] | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+    winograd: int = 0,
+    snaked: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`residual_unit`, and the same through the first Snake of a unit behind: what that unit takes as x and `snaked`.
+
+    Args:
+        x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, padding, causal, lengths, packed, winograd, snaked:
+            as of `residual_unit`.
+        out_alpha: [C], of the unit behind.
+
+    Returns:
+        What `residual_unit` returns without `out_alpha`, and with it.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range, the CPU, or a unit that one kernel computes; one line.
+        RuntimeError: a gradient is needed.
+
+    Numerics: both have the bits that `residual_unit` gives each.
+
+    Source: kernels/residual_unit; defined by `reference.residual_unit_pair_ref`.
+    """
+    needed = {
+        "x": x,
+        "alpha1": alpha1,
+        "weight1": weight1,
+        "alpha2": alpha2,
+        "weight2": weight2,
+        "out_alpha": out_alpha,
+    }
+    optional = {"bias1": bias1, "bias2": bias2, "lengths": lengths, "snaked": snaked}
+    check_types("residual_unit_pair", needed, optional, dilation=dilation, winograd=winograd)
+    tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
+    pair = _both_sides("residual_unit_pair", padding, dilation, causal)
+    kernels = kernels_for_pair("residual_unit", x, packed)
+    if kernels is None:
+        *cast, out_alpha, snaked = as_dtype(x.dtype, *tensors, out_alpha, snaked)
+        return reference.residual_unit_pair_ref(
+            x, *cast, dilation, pair, causal, lengths, out_alpha=out_alpha, snaked=snaked
         )
-        tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
-        return reference.residual_unit_ref(x, *tensors, dilation, (pair[0], pair[1]), causal, lengths, out_alpha)
-    return kernels.residual_unit(
-        x, alpha1, weight1, bias1, alpha2, weight2, bias2, dilation, pair, causal, lengths, packed, winograd, out_alpha
+    y, y_snaked = kernels.residual_unit_pair(
+        x, *tensors, dilation, pair, causal, lengths, packed, winograd, out_alpha, snaked
     )
+    return y, y_snaked
+
+
+def _both_sides(op: str, padding: Sequence[int] | None, dilation: int, causal: bool) -> tuple[int, int]:
+    if padding is None:
+        return (6 * dilation, 0) if causal else (3 * dilation, 3 * dilation)
+    left, right = check_pair(op, padding)
+    return left, right
 
 
 def _fake(
@@ -101,13 +173,19 @@ def _fake(
     packed: Any,
     winograd: int = 0,
     out_alpha: Any = None,
+    snaked: Any = None,
 ) -> Tensor:
     return empty_signal(x, x.shape[1], conv_steps(x.shape[2], 7, 1, dilation, padding))
+
+
+def _fake_pair(*args: Any) -> tuple[Tensor, Tensor]:
+    return _fake(*args), _fake(*args)
 
 
 def _reference(x: Tensor, *args: Any) -> Tensor:
     return reference.residual_unit_ref(x, *args[:10], *args[12:])
 
 
-register("residual_unit", _fake, _reference, tensors=(0, 1, 2, 3, 4, 5, 6, 13), packed=11)
+register("residual_unit", _fake, _reference, tensors=(0, 1, 2, 3, 4, 5, 6, 13, 14), packed=11)
 register_out("residual_unit")
+register("residual_unit_pair", _fake_pair, None, tensors=())

@@ -8,7 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ._common import as_dtype, check_pair, check_types, empty_signal, kernels_for, register, register_out, steps_or_none
+from ._common import (
+    as_dtype,
+    check_pair,
+    check_types,
+    empty_signal,
+    kernels_for,
+    kernels_for_pair,
+    register,
+    register_out,
+    steps_or_none,
+)
 
 
 def snake_upsample1d(
@@ -67,6 +77,53 @@ def snake_upsample1d(
     return kernels.snake_upsample1d(x, alpha, weight, bias, stride, mode, pair, lengths, packed, winograd)
 
 
+def snake_upsample1d_pair(
+    x: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_alpha: Tensor,
+    stride: int = 2,
+    mode: str = "transposed",
+    padding: Sequence[int] = (0, 0),
+    lengths: Tensor | None = None,
+    packed: Tensor | None = None,
+    winograd: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`snake_upsample1d`, and the same through the first Snake of a `residual_unit` behind: its x and `snaked`.
+
+    Args:
+        x, alpha, weight, bias, stride, mode, padding, lengths, packed, winograd: as of `snake_upsample1d`.
+        out_alpha: [Cout], of the unit behind.
+
+    Returns:
+        What `snake_upsample1d` returns, and Snake of that, rounded again.
+
+    Raises:
+        ValueError: a wrong shape, dtype or range, or the CPU; one line.
+        RuntimeError: a gradient is needed.
+
+    Numerics: the bits of `snake_upsample1d`, and those that the unit's own Snake would give.
+
+    Source: kernels/snake_upsample1d; defined by `reference.snake_upsample1d_pair_ref`.
+    """
+    optional = {"alpha": alpha, "bias": bias, "lengths": lengths}
+    needed = {"x": x, "weight": weight, "out_alpha": out_alpha}
+    check_types("snake_upsample1d_pair", needed, optional, stride=stride, winograd=winograd)
+    left, right = check_pair("snake_upsample1d_pair", padding)
+    kernels = kernels_for_pair("snake_upsample1d", x, packed)
+    if kernels is None:
+        alpha, weight, bias, out_alpha = as_dtype(x.dtype, alpha, weight, bias, out_alpha)
+        return reference.snake_upsample1d_pair_ref(
+            x, alpha, weight, bias, stride, mode, (left, right), lengths, out_alpha=out_alpha
+        )
+    y, y_snaked = kernels.snake_upsample1d_pair(
+        x, alpha, weight, bias, stride, mode, (left, right), lengths, packed, winograd, out_alpha
+    )
+    return y, y_snaked
+
+
 def _fake(
     x: Tensor,
     alpha: Any,
@@ -89,5 +146,10 @@ def _reference(x: Tensor, *args: Any) -> Tensor:
     return reference.snake_upsample1d_ref(x, *args[:7])
 
 
+def _fake_pair(*args: Any) -> tuple[Tensor, Tensor]:
+    return _fake(*args[:-1]), _fake(*args[:-1])
+
+
 register("snake_upsample1d", _fake, _reference, tensors=(0, 1, 2, 3), packed=8)
 register_out("snake_upsample1d")
+register("snake_upsample1d_pair", _fake_pair, None, tensors=())

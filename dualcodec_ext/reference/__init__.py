@@ -17,10 +17,12 @@ from .layers import (
 from .model import DualCodec
 from .ops import (
     causal_dwconv1d_ref,
+    residual_unit_pair_ref,
     residual_unit_ref,
     rvq_lookup_ref,
     rvq_search_ref,
     snake_conv1d_ref,
+    snake_upsample1d_pair_ref,
     snake_upsample1d_ref,
 )
 from .quantize import ResidualVectorQuantize, VectorQuantize
@@ -43,9 +45,11 @@ __all__ = [
     "WNConv1d",
     "WNConvTranspose1d",
     "causal_dwconv1d_ref",
+    "residual_unit_pair_ref",
     "residual_unit_ref",
     "rvq_lookup_ref",
     "rvq_search_ref",
     "snake_conv1d_ref",
+    "snake_upsample1d_pair_ref",
     "snake_upsample1d_ref",
 ]

@@ -155,6 +155,23 @@ def snake_upsample1d_ref(
     return mask_past_lengths(y, out_lengths)
 
 
+def snake_upsample1d_pair_ref(
+    x: Tensor,  # [B, Cin, T]
+    alpha: Tensor | None,  # [Cin]
+    weight: Tensor,  # as of snake_upsample1d_ref
+    bias: Tensor | None = None,  # [Cout]
+    stride: int = 2,
+    mode: str = "transposed",
+    padding: Padding = (0, 0),
+    lengths: Tensor | None = None,
+    *,
+    out_alpha: Tensor,  # [Cout]
+) -> tuple[Tensor, Tensor]:
+    """Return what `snake_upsample1d_ref` returns, and Snake of it."""
+    y = snake_upsample1d_ref(x, alpha, weight, bias, stride, mode, padding, lengths)
+    return y, snake(y, out_alpha)
+
+
 def residual_unit_ref(
     x: Tensor,  # [B, C, T]
     alpha1: Tensor,  # [C]
@@ -168,9 +185,10 @@ def residual_unit_ref(
     causal: bool = False,
     lengths: Tensor | None = None,
     out_alpha: Tensor | None = None,  # [C]
+    snaked: Tensor | None = None,  # [B, C, T]
 ) -> Tensor:
     """Snake, dilated convolution (k=7), Snake, 1x1 convolution, plus the input sample that the output stands
-    for; with `out_alpha` Snake of that.
+    for; with `out_alpha` Snake of that. `snaked` stands for the first Snake of x.
 
     Returns:
         [B, C, T'] with T' = T + left + right - 6 dilation; padding None is (6d, 0) when causal, else (3d,
@@ -180,12 +198,35 @@ def residual_unit_ref(
     centre = reach if causal else reach // 2
     left, right = padding if padding is not None else (centre, reach - centre)
     x = mask_past_lengths(x, lengths)
-    y = conv1d(snake(x, alpha1), weight1, bias1, dilation=dilation, padding=(left, right))
+    snaked = snake(x, alpha1) if snaked is None else mask_past_lengths(snaked, lengths)
+    y = conv1d(snaked, weight1, bias1, dilation=dilation, padding=(left, right))
     y = conv1d(snake(y, alpha2), weight2, bias2)
     y = y + F.pad(x, (left, right))[..., centre : centre + y.shape[-1]]
     if out_alpha is not None:
         y = snake(y, out_alpha)
     return mask_past_lengths(y, _map_lengths(lengths, lambda n: n + left + right - reach))
+
+
+def residual_unit_pair_ref(
+    x: Tensor,  # [B, C, T]
+    alpha1: Tensor,  # this and what follows as of residual_unit_ref
+    weight1: Tensor,
+    bias1: Tensor | None,
+    alpha2: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    dilation: int = 1,
+    padding: Padding | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    *,
+    out_alpha: Tensor,  # [C]
+    snaked: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `residual_unit_ref` returns without `out_alpha`, and Snake of it."""
+    tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
+    y = residual_unit_ref(x, *tensors, dilation, padding, causal, lengths, snaked=snaked)
+    return y, snake(y, out_alpha)
 
 
 def nearest_rows(e: Tensor, codebook: Tensor, return_margin: bool = False) -> tuple[Tensor, Tensor | None]:

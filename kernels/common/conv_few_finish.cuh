@@ -124,17 +124,25 @@ struct FewFinish {
         values[0] += value_of<T>(words, 0);
         values[1] += value_of<T>(words, 1);
       }
+      const bool counts = (own.flags & kCounts << pass) != 0, both = (own.flags & kBoth) != 0;
+      uint32_t out = pack_pair<T>(values[0], values[1]);
       if (p.after_alpha != nullptr) {
-        values[0] = snake_as<T>(to_float(from_float<T>(values[0])), alpha.values[0], inverse.values[0]);
-        values[1] = snake_as<T>(to_float(from_float<T>(values[1])), alpha.values[1], inverse.values[1]);
+        if (p.snaked != 0) store(p, counts ? out : 0, both, to);
+        const Vector16<uint32_t> words{{out, 0, 0, 0}};
+        out = pack_pair<T>(snake_as<T>(value_of<T>(words, 0), alpha.values[0], inverse.values[0]),
+                           snake_as<T>(value_of<T>(words, 1), alpha.values[1], inverse.values[1]));
       }
-      const uint32_t out = (own.flags & kCounts << pass) != 0 ? pack_pair<T>(values[0], values[1]) : 0;
-      if (p.vector_store) {
-        *reinterpret_cast<uint32_t*>(to) = out;
-      } else {
-        to[0] = T{static_cast<uint16_t>(out)};
-        if ((own.flags & kBoth) != 0) to[p.y.stride_c] = T{static_cast<uint16_t>(out >> 16)};
-      }
+      store(p, counts ? out : 0, both, snaked_of(p, to));
+    }
+  }
+
+ private:
+  static DCX_DEVICE void store(const Params& p, uint32_t out, bool both, T* to) {
+    if (p.vector_store) {
+      *reinterpret_cast<uint32_t*>(to) = out;
+    } else {
+      to[0] = T{static_cast<uint16_t>(out)};
+      if (both) to[p.y.stride_c] = T{static_cast<uint16_t>(out >> 16)};
     }
   }
 };

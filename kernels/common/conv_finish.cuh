@@ -109,6 +109,12 @@ DCX_DEVICE bool gather_ranges(const ConvGemmParams& p, float (&total)[kSums], ui
   return true;
 }
 
+// Where the value of y at `to` goes once it has been through after_alpha's Snake.
+template <class T>
+DCX_DEVICE T* snaked_of(const ConvGemmParams& p, T* to) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(to) + p.snaked);
+}
+
 // What finishing does to a thread's 16 bytes of columns, the same in every row.
 template <class T>
 struct ConvColumns {
@@ -143,6 +149,31 @@ struct ConvColumns {
     return words;
   }
 
+  static DCX_DEVICE Words rounded(const float (&values)[kVector]) {
+    Words words;
+    DCX_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (sizeof(T) == 2)
+        words.values[w] = pack_pair<T>(values[2 * w], values[2 * w + 1]);
+      else
+        memcpy(&words.values[w], &values[w], sizeof(uint32_t));
+    }
+    return words;
+  }
+  DCX_DEVICE void store(const ConvGemmParams& p, Words words, bool counts, T* to) const {
+    DCX_UNROLL
+    for (int w = 0; w < 4; ++w) words.values[w] = counts ? words.values[w] : 0;
+    if (p.vector_store) {
+      *reinterpret_cast<Words*>(to) = words;
+    } else {
+      Vector16<T> values;
+      memcpy(&values, &words, sizeof(values));
+      DCX_UNROLL
+      for (int v = 0; v < kVector; ++v)
+        if (v < count) to[v * p.y.stride_c] = values.values[v];
+    }
+  }
+
   // counts: whether the row lies within the clip, else it becomes zeros; more: the residual, looked at where it adds.
   template <bool kActivates>
   DCX_DEVICE void finish(const ConvGemmParams& p, const float* sums, bool counts, bool adds, const Words& more,
@@ -166,28 +197,14 @@ struct ConvColumns {
       DCX_UNROLL
       for (int v = 0; v < kVector; ++v) values[v] += value_of<T>(more, v);
     }
+    Words out = rounded(values);
     if (p.after_alpha != nullptr) {
+      if (p.snaked != 0) store(p, out, counts, to);
       DCX_UNROLL
-      for (int v = 0; v < kVector; ++v)
-        values[v] = snake_as<T>(to_float(from_float<T>(values[v])), alpha[v], inverse[v]);
+      for (int v = 0; v < kVector; ++v) values[v] = snake_as<T>(value_of<T>(out, v), alpha[v], inverse[v]);
+      out = rounded(values);
     }
-    if (p.vector_store) {
-      Words out;
-      DCX_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        uint32_t word;
-        if constexpr (sizeof(T) == 2)
-          word = pack_pair<T>(values[2 * w], values[2 * w + 1]);
-        else
-          memcpy(&word, &values[w], sizeof(word));
-        out.values[w] = counts ? word : 0;
-      }
-      *reinterpret_cast<Words*>(to) = out;
-    } else {
-      DCX_UNROLL
-      for (int v = 0; v < kVector; ++v)
-        if (v < count) to[v * p.y.stride_c] = from_float<T>(counts ? values[v] : 0.0f);
-    }
+    store(p, out, counts, snaked_of(p, to));
   }
 };
 

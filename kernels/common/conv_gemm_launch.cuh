@@ -360,7 +360,7 @@ ConvGemmPlan plan_conv_gemm(const CudaContext& context, DType dtype, const ConvG
   const int64_t vector = 16 / element_size(dtype);
   const bool tf32 = dtype == DType::kF32 && context.allow_tf32 && context.capability >= 80;
   p.vectors = moves_in_vectors(p.x, p.in_channels, vector);
-  p.vector_store = moves_in_vectors(p.y, p.columns, vector);
+  p.vector_store = moves_in_vectors(p.y, p.columns, vector) && p.snaked % 16 == 0;
   p.vector_residual = moves_in_vectors(p.residual, p.columns, vector);
   if (context.wgmma && dtype != DType::kF32) {
     ConvGemmPlan hopper = plan;

@@ -16,6 +16,11 @@ inline Signal signal_of(const TensorView& view) {
   return Signal{view.data, view.stride_b, view.stride_t, view.stride_c};
 }
 
+// Bytes from one signal's memory to another's that lies alike; 0 where there is none.
+inline int64_t bytes_between(const void* from, const void* to) {
+  return to != nullptr ? reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from) : 0;
+}
+
 // Whether rows of so many channels move 16 bytes, `vector` values, at a time.
 inline bool moves_in_vectors(const Signal& s, int64_t channels, int64_t vector) {
   return s.stride_c == 1 && s.stride_t % vector == 0 && s.stride_b % vector == 0 && channels % vector == 0 &&
@@ -41,6 +46,7 @@ struct ConvGemmParams {
   const float* alpha;        // [in_channels], null: no Snake
   const float* out_alpha;    // [columns]: Snake on the output, before the residual; null: none
   const float* after_alpha;  // [columns], where out_alpha is null: Snake on what would be written; null: none
+  int64_t snaked;            // bytes from y, plain then, to what takes after_alpha's Snake of it; 0: y takes it
   const int64_t* lengths;    // [B], null: in_steps each
   float* partial;            // one tile's sums per block, where ranges run in blocks of their own
   uint32_t* counters;        // [tiles], zeros, and left so

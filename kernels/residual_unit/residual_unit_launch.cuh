@@ -86,15 +86,16 @@ inline int64_t residual_unit_hidden_of(const CudaContext& context, const Residua
   return plan_fused_if(context, p, nullptr) && !is_few(context, p) ? 0 : p.batch * p.out_steps * p.channels;
 }
 
-// tap_major: in the fused kernels' order.
+// tap_major: in the fused kernels' order. A signal that comes snaked is copied as it lies; the residual is x's.
 inline void plan_two_kernels(const CudaContext& context, const ResidualUnitParams& p, void* hidden, bool tap_major,
                              ResidualUnitPlan& plan) {
   ConvGemmParams first{};
-  first.x = signal_of(p.x);
+  const bool snaked = p.x_snaked.data != nullptr;
+  first.x = signal_of(snaked ? p.x_snaked : p.x);
   first.y = Signal{hidden, p.out_steps * p.channels, p.channels, 1};
   first.weight = p.weight1;
   first.bias = static_cast<const float*>(p.bias1);
-  first.alpha = static_cast<const float*>(p.alpha1);
+  first.alpha = snaked ? nullptr : static_cast<const float*>(p.alpha1);
   first.out_alpha = static_cast<const float*>(p.alpha2);
   first.lengths = p.lengths;
   first.batch = p.batch;
@@ -121,6 +122,7 @@ inline void plan_two_kernels(const CudaContext& context, const ResidualUnitParam
   second.bias = static_cast<const float*>(p.bias2);
   second.alpha = second.out_alpha = nullptr;
   second.after_alpha = static_cast<const float*>(p.out_alpha);
+  second.snaked = bytes_between(p.y.data, p.y_snaked);
   second.in_steps = p.out_steps;
   second.op_in_steps = p.in_steps;
   second.taps = second.dilation = 1;

@@ -17,7 +17,7 @@ bool with_unit_width(int64_t channels, const Visit& visit) {
   if (channels <= 64) return visit(Constant<64>{});
   if (channels <= 96) return visit(Constant<96>{});
   if (channels <= 128) return visit(Constant<128>{});
-  if (channels <= 192) return visit(Constant<192>{});
+  if (channels <= kMostFusedChannels) return visit(Constant<kMostFusedChannels>{});
   return false;
 }
 

@@ -7,7 +7,8 @@
 
 namespace dcx {
 
-// p.weight: [every phase's taps][round_up(Cin, 32)][round_up(Cout, 16)]; p.bias [Cout] or null, p.alpha [Cin].
+// p.weight: [every phase's taps][round_up(Cin, 32)][round_up(Cout, 16)]; p.bias [Cout] or null, p.alpha [Cin],
+// p.out_alpha [Cout].
 inline ConvGemmPlan plan_snake_upsample1d_of(const CudaContext& context, const SnakeUpsample1dParams& p) {
   ConvGemmParams g{};
   g.x = signal_of(p.x);
@@ -15,6 +16,8 @@ inline ConvGemmPlan plan_snake_upsample1d_of(const CudaContext& context, const S
   g.weight = p.weight;
   g.bias = static_cast<const float*>(p.bias);
   g.alpha = static_cast<const float*>(p.alpha);
+  g.after_alpha = static_cast<const float*>(p.out_alpha);
+  g.snaked = bytes_between(p.y.data, p.y_snaked);
   g.lengths = p.lengths;
   g.batch = p.batch;
   g.in_steps = p.in_steps;

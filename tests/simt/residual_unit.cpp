@@ -28,6 +28,8 @@ dcx::ResidualUnitParams params_of(Case& c) {
   p.out_alpha = c.data<float>("out_alpha");
   p.lengths = c.data<int64_t>("lengths");
   p.y = view_of(c.output("y", x.dtype, {p.batch, p.out_steps, p.channels}), c);
+  if (c.has("snaked")) p.x_snaked = view_of(c.at("snaked"), c);
+  if (c.number("pair", 0) != 0) p.y_snaked = c.output("y_snaked", x.dtype, {p.batch, p.out_steps, p.channels}).data;
   return p;
 }
 

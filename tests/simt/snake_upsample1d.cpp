@@ -22,5 +22,7 @@ void run_case(Case& c) {
   p.alpha = c.data<float>("alpha");
   p.lengths = c.data<int64_t>("lengths");
   p.y = view_of(c.output("y", x.dtype, {p.batch, p.out_steps, p.out_channels}), c);
+  p.out_alpha = c.data<float>("out_alpha");
+  if (p.out_alpha != nullptr) p.y_snaked = c.output("y_snaked", x.dtype, {p.batch, p.out_steps, p.out_channels}).data;
   if (p.batch > 0 && p.out_steps > 0) start(c, dcx::plan_snake_upsample1d_of(context_of(c), p));
 }
