@@ -223,7 +223,7 @@ def test_snake_on_the_output(program: Path, tmp_path: Path, channels: int, steps
 PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiles and a tail, lengths": (
         "ConvWgmma<",
-        {"channels": 200, "steps": 150, "batch": 2, "lengths": [150, 131], "dilation": 9},
+        {"channels": 200, "steps": 140, "lengths": [133], "dilation": 9},
     ),
     "ranges in blocks of their own": (
         "ConvWgmma<",
@@ -233,16 +233,20 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "ConvWgmma<",
         {"channels": 200, "steps": 9, "batch": 12, "lengths": [9, 0, 1, 5] * 3, "causal": True},
     ),
-    "few rows, lengths": ("ConvFew<", {"channels": 200, "steps": 20, "batch": 3, "lengths": [20, 0, 7], "dilation": 3}),
-    "few rows, 384 channels": ("ConvFew<", {"channels": 384, "steps": 16, "causal": True, "dilation": 9, "dtype": F16}),
+    "few rows, lengths": ("ConvFew<", {"channels": 200, "steps": 8, "batch": 3, "lengths": [8, 0, 7], "dilation": 3}),
+    "few rows in a fused unit's order": (
+        "ConvFew<",
+        {"channels": 96, "steps": 20, "lengths": [17], "multiprocessors": IDLE},
+    ),
+    "few rows, ranges": ("ConvFew<", {"channels": 256, "steps": 6, "causal": True, "dilation": 9, "dtype": F16}),
     "without warpgroup products, lengths": (
         "ConvGemm<",
-        {"channels": 200, "steps": 90, "batch": 2, "lengths": [90, 33], "dilation": 3, **WITHOUT},
+        {"channels": 200, "steps": 20, "batch": 2, "lengths": [20, 13], "dilation": 3, **WITHOUT},
     ),
     "without them, few rows": ("ConvGemm<", {"channels": 200, "steps": 5, "batch": 2, "dtype": F16, "capability": 75}),
     "channels first": (
         "ConvWgmma<",
-        {"channels": 200, "steps": 70, "batch": 2, "lengths": [70, 3], "channels_first": 1},
+        {"channels": 200, "steps": 70, "lengths": [66], "channels_first": 1},
     ),
     "channels first, few rows": ("ConvFew<", {"channels": 200, "steps": 10, "lengths": [9], "channels_first": 1}),
     "float32, lengths": ("ConvGemm<", {"channels": 40, "batch": 2, "lengths": [70, 65], "dtype": F32}),

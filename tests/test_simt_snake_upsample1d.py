@@ -203,7 +203,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "ConvWgmma<",
         {"shape": (64, 200, 2), "padding": (1, 1), "steps": 80, "batch": 2, "lengths": [80, 65]},
     ),
-    "ranges": ("ConvWgmma<", {"shape": (1536, 200, 2), "padding": (1, 1), "steps": 70, "multiprocessors": 1000}),
+    "ranges": ("ConvWgmma<", {"shape": (512, 200, 2), "padding": (1, 1), "steps": 70, "multiprocessors": 1000}),
     "repeat, lengths": (
         "ConvWgmma<",
         {"shape": (64, 200, 3), "mode": "repeat", "padding": (5, 0), "steps": 50, "batch": 2, "lengths": [50, 7]},
@@ -239,7 +239,7 @@ def test_a_pair(kernel: str, options: dict[str, Any], tmp_path: Path) -> None:
     """A residual unit gives the same bits with both as with the first alone, which its own Snake goes through."""
     case = made(**options, **({} if "wgmma" in options else {"shared_bytes": 227 << 10}))
     alpha = torch.linspace(0.2, 3, options["shape"][1])
-    y, snaked = pair_of(case, alpha, tmp_path, kernel)
+    y, snaked = (t[-1:, -70:].contiguous() for t in pair_of(case, alpha, tmp_path, kernel))
     tensors, _ = unit_case(y.shape[2], y.shape[1], y.shape[0], dtype=y.dtype, dilation=3)
     tensors |= {"x": y, "alpha1": alpha}
     unit = simt_cases.program("residual_unit")
