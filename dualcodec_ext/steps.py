@@ -36,10 +36,7 @@ def weight_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Handed:
-    """What a step hands to the next one.
-
-    snaked: x through the first Snake of the residual unit behind, which then needs none; None: not worked out.
-    """
+    """What a step hands to the next one; with `snaked`, x through that one's first Snake, it needs none of its own."""
 
     x: Tensor
     snaked: Tensor | None = None
@@ -186,13 +183,8 @@ class UpsampleStep:
 
     def hand_on(self, given: Handed, lengths: Tensor | None) -> Handed:
         tensors = (given.x, self.alpha, self.weight, self.bias)
-        options: dict[str, Any] = {
-            "stride": self.stride,
-            "mode": self.mode,
-            "padding": self.padding,
-            "lengths": lengths,
-        }
-        options |= {"packed": self.packed, "winograd": self.winograd}
+        options: dict[str, Any] = {"stride": self.stride, "mode": self.mode, "padding": self.padding}
+        options |= {"lengths": lengths, "packed": self.packed, "winograd": self.winograd}
         if self.out_alpha is None:
             return Handed(ops.snake_upsample1d(*tensors, **options))
         return Handed(*ops.snake_upsample1d_pair(*tensors, **options, out_alpha=self.out_alpha))
@@ -212,19 +204,15 @@ class UpsampleStep:
 
 @dataclass
 class ResidualUnitStep:
-    """`ops.residual_unit` with its weights; the length stays.
-
-    out_alpha: of the layer behind: the unit hands on what comes out of that layer's Snake; with hands_both, where that
-        layer is a unit too, also what goes into it.
-    """
+    """`ops.residual_unit` with its weights; the length stays."""
 
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
     packed: Tensor
     dilation: int
     causal: bool
     winograd: int = 0
-    out_alpha: Tensor | None = None
-    hands_both: bool = False
+    out_alpha: Tensor | None = None  # of the layer behind, which is handed what comes out of its Snake
+    hands_both: bool = False  # and, where it is a unit, what goes into it
 
     @classmethod
     def of(cls, unit: reference.ResidualUnit, dtype: torch.dtype, form: Form = "direct") -> ResidualUnitStep:
@@ -261,13 +249,9 @@ class ResidualUnitStep:
         return self.hand_on(Handed(x), lengths).x
 
     def hand_on(self, given: Handed, lengths: Tensor | None) -> Handed:
-        options: dict[str, Any] = {
-            "dilation": self.dilation,
-            "causal": self.causal,
-            "lengths": lengths,
-            "packed": self.packed,
-        }
-        options |= {"winograd": self.winograd, "out_alpha": self.out_alpha, "snaked": given.snaked}
+        options: dict[str, Any] = {"dilation": self.dilation, "causal": self.causal, "lengths": lengths}
+        options |= {"packed": self.packed, "winograd": self.winograd, "out_alpha": self.out_alpha}
+        options["snaked"] = given.snaked
         if self.hands_both:
             return Handed(*ops.residual_unit_pair(given.x, *self.tensors, **options))
         return Handed(ops.residual_unit(given.x, *self.tensors, **options))
@@ -394,18 +378,8 @@ class Quantizer:
 
         error [1] int64: becomes a code's place, if that is lower, where a code out of range would raise.
         """
-        torch.ops.dualcodec_ext.rvq_lookup.out(
-            codes,
-            self.codebooks,
-            self.out_weight,
-            self.out_bias,
-            addend,
-            lengths,
-            True,
-            self.packed,
-            error=error,
-            out=out,
-        )
+        tensors = (self.codebooks, self.out_weight, self.out_bias, addend, lengths)
+        torch.ops.dualcodec_ext.rvq_lookup.out(codes, *tensors, True, self.packed, error=error, out=out)
 
     def lookup(self, codes: Tensor, lengths: Tensor | None, addend: Tensor | None) -> Tensor:
         return ops.rvq_lookup(
