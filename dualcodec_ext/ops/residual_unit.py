@@ -86,8 +86,10 @@ def residual_unit(
     pair = _both_sides("residual_unit", padding, dilation, causal)
     kernels = kernels_for("residual_unit", x, packed)
     if kernels is None:
-        *cast, out_alpha, snaked = as_dtype(x.dtype, *tensors, out_alpha, snaked)
-        return reference.residual_unit_ref(x, *cast, dilation, pair, causal, lengths, out_alpha, snaked)
+        alpha1, weight1, bias1, alpha2, weight2, bias2 = as_dtype(x.dtype, *tensors)
+        out_alpha, snaked = as_dtype(x.dtype, out_alpha, snaked)
+        tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
+        return reference.residual_unit_ref(x, *tensors, dilation, pair, causal, lengths, out_alpha, snaked)
     return kernels.residual_unit(x, *tensors, dilation, pair, causal, lengths, packed, winograd, out_alpha, snaked)
 
 
@@ -141,9 +143,11 @@ def residual_unit_pair(
     pair = _both_sides("residual_unit_pair", padding, dilation, causal)
     kernels = kernels_for_pair("residual_unit", x, packed)
     if kernels is None:
-        *cast, out_alpha, snaked = as_dtype(x.dtype, *tensors, out_alpha, snaked)
+        alpha1, weight1, bias1, alpha2, weight2, bias2 = as_dtype(x.dtype, *tensors)
+        out_alpha, snaked = as_dtype(x.dtype, out_alpha, snaked)
+        tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
         return reference.residual_unit_pair_ref(
-            x, *cast, dilation, pair, causal, lengths, out_alpha=out_alpha, snaked=snaked
+            x, *tensors, dilation, pair, causal, lengths, out_alpha=out_alpha, snaked=snaked
         )
     y, y_snaked = kernels.residual_unit_pair(
         x, *tensors, dilation, pair, causal, lengths, packed, winograd, out_alpha, snaked
