@@ -32,6 +32,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         *({"channels": c, "steps": 330, "dilation": d} for c, d in ((48, 9), (96, 3), (192, 1))),
         {"channels": 192, "steps": 40, "dilation": 9},  # few rows
         {"channels": 384, "steps": 20, "dilation": 3, "causal": True},
+        {"channels": 384, "steps": 150, "dilation": 9},
         {"channels": 33, "steps": 20},
     ],
     "rvq_lookup": [{"channels": 1024, "frames": 9, "stages": 7, "entries": 4096}, {"channels": 33, "dim": 5}],
