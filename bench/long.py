@@ -22,6 +22,8 @@ from . import apart, machine
 from .workload import load_settings
 
 _POINTS = 400  # of a curve, in the file
+# A process that imports what every command does, waits until it has been looked at, and does nothing.
+_IDLE = "import sys, time, torch, dualcodec_ext; time.sleep(float(sys.argv[1])); print('{\"results\": []}')"
 _RATE_HZ = 24000
 
 
@@ -29,7 +31,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench long",
         description="Encode and decode recordings through the command line, each in a process of its own, and watch "
-        "its resident memory. Weights are random (tiny: its own), features log-mel: w2v-BERT's memory is apart.",
+        "its resident memory, and that of a process that imports torch and the package alone. Weights are random "
+        "(tiny: its own), features log-mel: w2v-BERT's memory is apart.",
     )
     parser.add_argument("--minutes", type=float, nargs="+", default=[180.0], help="lengths of the recordings (180)")
     parser.add_argument("--preset", default="12hz_v1")
@@ -101,6 +104,9 @@ def weight_bytes(settings: Mapping[str, Any], fast: bool) -> dict[str, int]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     weights = weight_bytes(args.settings, args.fast)
+    idle = watch([sys.executable, "-c", _IDLE, str(4 * args.interval)], args.interval)
+    base = {"elapsed_s": idle["elapsed_s"], "peak_bytes": idle["peak_bytes"]}
+    print(f"torch and the package alone: peak {base['peak_bytes'] / 2**20:.0f} MiB", flush=True)
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         model = "tiny"  # with the weights that the package brings
@@ -124,6 +130,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 printed = run.pop("printed")[0]
                 run["times_real_time"] = 60 * minutes / printed[f"{name}_s"]
                 run["beyond_weights_bytes"] = run["peak_bytes"] - sum(weights.values())
+                run["own_bytes"] = run["beyond_weights_bytes"] - base["peak_bytes"]
                 case[name] = run
                 print(told(args.name, minutes, name, run), flush=True)
             for path in (source, codes, wave):
@@ -135,16 +142,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "fast": args.fast,
         "threads": args.threads,
         "weight_bytes": weights,
+        "base": base,
         "cases": cases,
     }
 
 
 def told(model: str, minutes: float, name: str, run: Mapping[str, Any]) -> str:
     """One line of a run."""
-    peak, beyond = (run[key] / 2**20 for key in ("peak_bytes", "beyond_weights_bytes"))
+    peak, beyond, own = (run[key] / 2**20 for key in ("peak_bytes", "beyond_weights_bytes", "own_bytes"))
     return (
         f"{model} {name} {minutes:g} min: peak {peak:.0f} MiB, {beyond:.0f} MiB beyond the weights, "
-        f"{run['elapsed_s']:.0f} s, {run['times_real_time']:.1f}x real time"
+        f"{own:.0f} MiB beyond torch and the package too, {run['elapsed_s']:.0f} s, "
+        f"{run['times_real_time']:.1f}x real time"
     )
 
 
@@ -161,6 +170,7 @@ def draw(run: Mapping[str, Any], path: str) -> None:
             seconds, held = zip(*case[name]["seconds_and_bytes"], strict=True)
             whole = case[name]["elapsed_s"]
             panel.plot([100 * s / whole for s in seconds], [b / 2**20 for b in held], label=f"{case['minutes']:g} min")
+        panel.axhline(run["base"]["peak_bytes"] / 2**20, color="grey", linestyle="--", label="torch and the package")
         panel.axhline(sum(run["weight_bytes"].values()) / 2**20, color="grey", linestyle=":", label="weights")
         panel.set_title(f"{name}, {run['model']}")
         panel.set_xlabel("% of the run")

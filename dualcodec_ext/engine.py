@@ -9,7 +9,7 @@ On the CPU whole clips run in tiles (`tiles.py`), with the bits of whole tensors
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .forms import Form, form_for
-from .pieces import decode_pieces
+from .pieces import decode_pieces, encode_pieces
 from .reference.checks import naming_wrong_codes
 from .stages import stage_of
 from .steps import (
@@ -247,6 +247,19 @@ class Engine:
     def decode_pieces(self, semantic: Tensor, acoustic: Tensor | None, chunk_frames: int) -> Iterator[Tensor]:
         """Yield what `decode` gives of codes on the CPU, of any integer type, chunk_frames frames at a time."""
         yield from decode_pieces(self.tiles, semantic.cpu(), None if acoustic is None else acoustic.cpu(), chunk_frames)
+
+    def encode_pieces(
+        self, pieces: Iterable[tuple[Tensor, Tensor]], num_quantizers: int | None, chunk_frames: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield what `encode_clips` gives of audio and features on the CPU, as they come.
+
+        Args:
+            pieces: audio [B, 1, n] and features [B, semantic_dim, k], which joined are those of the clips.
+            num_quantizers: acoustic codebooks to use, 0: semantic codes alone, None: all.
+            chunk_frames: of the largest tile.
+        """
+        stages = self._acoustic_quantizer.codebooks.shape[0] if num_quantizers is None else num_quantizers
+        yield from encode_pieces(self.tiles, pieces, stages, chunk_frames)
 
     def decoder_groups(self) -> list[int]:
         """Return how many rows each of the decoder's steps computes as one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +364,14 @@ class DualCodec(reference.DualCodec):
             return super()._encode_long(audio, feat, num_quantizers, sample_lengths, frame_lengths, chunk_frames)
         taken = _as_engines_take(audio, feat, num_quantizers, sample_lengths, frame_lengths)
         return engine.encode_clips(*taken, chunk_frames)
+
+    def _encode_pieces(
+        self, pieces: Iterable[tuple[Tensor, Tensor]], num_quantizers: int | None, chunk_frames: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        engine = self._cpu_engine()
+        if engine is None:
+            return super()._encode_pieces(pieces, num_quantizers, chunk_frames)
+        return engine.encode_pieces(pieces, None if num_quantizers is None else num_quantizers - 1, chunk_frames)
 
 
 def _as_engines_take(

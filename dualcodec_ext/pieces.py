@@ -1,14 +1,14 @@
-"""Decode on the CPU piece by piece: what tiles give leaves as it comes, so that a clip's audio is never whole."""
+"""Encode and decode on the CPU piece by piece: what tiles give leaves as it comes, so that no clip is ever whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from .pipeline import Inlet
-from .tiles import Tiles
+from .tiles import EncodeTiles, Keep, Tiles
 
 _STEP_FRAMES = 128  # written at once: tiles gather what they need, and what leaves stays small
 
@@ -48,7 +48,7 @@ def decode_pieces(tiles: Tiles, semantic: Tensor, acoustic: Tensor | None, chunk
     if not batch * frames:
         return
     outlet = Pieces(batch, tiles.programs.dtype)
-    decoder = tiles.decoders.take(batch, min(frames, chunk_frames))
+    decoder = tiles.decoders.take(batch, min(frames, tiles.piece_frames(chunk_frames)))
     with torch.no_grad():
         decoder.start(outlet)
     sums = decoder.pipeline.nodes[len(tiles.programs.semantic_decoder)]  # what it holds has its acoustic codes
@@ -66,3 +66,58 @@ def decode_pieces(tiles: Tiles, semantic: Tensor, acoustic: Tensor | None, chunk
         if piece.numel():  # what comes first may wait for more codes
             yield piece
     tiles.decoders.give(decoder)
+
+
+class CodePieces:
+    """Codes as they come, semantic ones first: `taken` gives those of the frames that have all of theirs.
+
+    Args:
+        acoustic: whether there are acoustic codes.
+    """
+
+    def __init__(self, acoustic: bool) -> None:
+        self._kinds: tuple[list[Tensor], ...] = ([], []) if acoustic else ([],)
+
+    def keep(self, kind: int) -> Keep:
+        """Return what takes the semantic codes, 0, or the acoustic ones, 1."""
+
+        def keep(codes: Tensor, first: int) -> None:
+            self._kinds[kind].append(codes)
+
+        return keep
+
+    def taken(self) -> tuple[Tensor, Tensor | None] | None:
+        if not all(self._kinds):
+            return None
+        joined = [parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in self._kinds]
+        count = min(codes.shape[2] for codes in joined)
+        for parts, codes in zip(self._kinds, joined, strict=True):
+            parts[:] = [codes[:, :, count:]] if codes.shape[2] > count else []
+        found = [codes[:, :, :count] for codes in joined]
+        return found[0], found[1] if len(found) > 1 else None
+
+
+def encode_pieces(
+    tiles: Tiles, pieces: Iterable[tuple[Tensor, Tensor]], stages: int, chunk_frames: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield the codes of audio [B, 1, n] and features [B, C, k] as they come; stages: acoustic ones, 0 for none."""
+    encoder: EncodeTiles | None = None
+    codes = CodePieces(stages > 0)
+    for audio, features in pieces:
+        with torch.no_grad():
+            if encoder is None:
+                frames = tiles.piece_frames(chunk_frames)
+                encoder = tiles.encoders(stages > 0).take(features.shape[0], frames)
+                encoder.start(stages, (codes.keep(0), codes.keep(1)))
+            if stages:
+                encoder.audio.add(audio)
+            encoder.features.add(features)
+            encoder.advance()
+        if (found := codes.taken()) is not None:
+            yield found
+    if encoder is not None:
+        with torch.no_grad():
+            encoder.finish()
+        if (found := codes.taken()) is not None:
+            yield found
+        tiles.encoders(stages > 0).give(encoder)

@@ -8,6 +8,7 @@ it is cut.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,6 +108,32 @@ class Sink(Inlet):
 
     def received(self, count: int) -> None:
         self.end += count
+
+
+class Given:
+    """Rows [B, C, n] that come in parts, which are kept as they are until they have been taken."""
+
+    def __init__(self) -> None:
+        self._parts: deque[Tensor] = deque()
+        self._first = self.end = 0  # the first row of the parts that are left, and the rows that have come
+        self.closed = False
+
+    def add(self, part: Tensor) -> None:
+        self._parts.append(part)
+        self.end += part.shape[2]
+
+    def take(self, begin: int, target: Tensor) -> None:
+        """Write the rows from `begin` on, behind those of the call before, and zeros past the last one."""
+        at, count = 0, target.shape[2]
+        while at < count and self._parts:
+            part, skipped = self._parts[0], begin + at - self._first
+            rows = part[:, :, skipped : skipped + count - at]
+            target[:, :, at : at + rows.shape[2]].copy_(rows)
+            at += rows.shape[2]
+            if skipped + rows.shape[2] == part.shape[2]:
+                self._first += part.shape[2]
+                self._parts.popleft()
+        target[:, :, at:].zero_()
 
 
 class Buffer(Inlet):

@@ -6,21 +6,20 @@ small ones take few: their rows then stay in cache from one kernel to the next.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .pipeline import Buffer, Inlet, Node, Output, Pass, Pipeline, Sink
+from ._pool import KEPT_BYTES, Pool
+from .pipeline import Buffer, Given, Inlet, Node, Output, Pass, Pipeline, Sink
 from .stages import Scratch, Stage, UpsampleStage, stage_of
 from .steps import Quantizer, Step
 
-# Of idle workspaces, for each engine and kind of call. A 12hz_v1 decoder takes up to 59 MiB for clips of up to 128
-# frames and 95 MiB for longer ones, its encoders 48 and 88.
-KEPT_BYTES = 104 * 2**20
+# Of a workspace where all weights are light. tiny's encoder took no longer over two minutes than with 2048 frames, in
+# 20 MiB less; with 128 it took 3 to 11 % longer, in 7 MiB less (Zen 3, one thread).
+_LIGHT_FRAMES = 256
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,12 @@ class Sizes:
         return Pass(most, max(1, int(self.gather * most)) if heavy else 1)
 
 
+Keep = Callable[[Tensor, int], None]  # takes codes [B, q, n] and the frame that they begin at
+_ENDLESS = 1 << 60  # frames of clips that have not ended
+
+
 class SearchStage:
-    """Frames [B, C, n] in; codes go to their place in `codes`, the chosen rows' sum out where it is wanted.
+    """Frames [B, C, n] in; codes go to `keep`, the chosen rows' sum out where it is wanted.
 
     With `subtract` the frames that are searched are those minus the ones that it holds, which it lets go.
     """
@@ -61,8 +64,9 @@ class SearchStage:
     def __init__(self, quantizer: Quantizer, quantized: bool) -> None:
         self.quantizer, self.quantized = quantizer, quantized
         self.in_channels = self.out_channels = quantizer.out_weight.shape[1]
+        self.stages = 1  # that are searched
         self.frames = 0
-        self.codes: Tensor | None = None  # [B, q, F]
+        self.keep: Keep | None = None
         self.lengths: Sequence[int] | None = None
         self.subtract: Buffer | None = None
 
@@ -86,14 +90,14 @@ class SearchStage:
         return self.quantizer.packed.numel() * self.quantizer.packed.element_size()
 
     def run(self, x: Tensor, begin: int, out: Tensor, o: int) -> None:
-        assert self.codes is not None
+        assert self.keep is not None
         stop = o + x.shape[2]
         if self.subtract is not None:
             x = x - self.subtract.between(o, stop)
             self.subtract.first = stop
         lengths = within(self.lengths, o, stop)
-        codes, chosen = self.quantizer.search(x, lengths, self.codes.shape[1], self.quantized)
-        self.codes[:, :, o:stop] = codes
+        codes, chosen = self.quantizer.search(x, lengths, self.stages, self.quantized)
+        self.keep(codes, o)
         if chosen is not None:
             out.copy_(chosen)
 
@@ -128,6 +132,15 @@ def make_nodes(
 def within(lengths: Sequence[int] | None, begin: int, end: int) -> Tensor | None:
     """Return how many of the steps from begin to end each clip has, [B] int64."""
     return None if lengths is None else torch.tensor([min(max(n - begin, 0), end - begin) for n in lengths])
+
+
+def _into(codes: Tensor) -> Keep:
+    """Return what puts codes to their place among those of whole clips, [B, q, F]."""
+
+    def keep(found: Tensor, first: int) -> None:
+        codes[:, :, first : first + found.shape[2]] = found
+
+    return keep
 
 
 @dataclass(frozen=True)
@@ -204,7 +217,7 @@ class DecodeTiles:
 
 
 class EncodeTiles:
-    """The encoders and their memory: `run` encodes a group of clips.
+    """The encoders and their memory: `start`, add to `features` and `audio` and `advance`, `finish`.
 
     Args:
         programs: of the engine.
@@ -236,116 +249,83 @@ class EncodeTiles:
             return self._semantic.bytes()
         return self._semantic.bytes() + self._acoustic.bytes() + self._latent.bytes()
 
-    def run(
+    def start(
         self,
-        audio: Tensor | None,
-        features: Tensor,
-        semantic: Tensor,
-        acoustic: Tensor | None,
-        frame_lengths: Sequence[int] | None,
-        sample_lengths: Sequence[int] | None,
+        stages: int,
+        keep: tuple[Keep, Keep],
+        frame_lengths: Sequence[int] | None = None,
+        sample_lengths: Sequence[int] | None = None,
     ) -> None:
-        """Encode clips into codes that are there.
+        """Begin new clips, whose `features` and `audio` come next.
 
         Args:
-            audio: [B, 1, S]; samples past S, and past a clip's own length, count as zeros.
-            features: [B, semantic_dim, F].
-            semantic: [B, 1, F] int64, written here.
-            acoustic: [B, q, F] int64 or None, written here.
+            stages: acoustic codebooks to search.
+            keep: takes the semantic codes, and the acoustic ones.
             frame_lengths: the clips' own frames, where they differ.
             sample_lengths: the clips' own samples, where they differ.
         """
-        frames = features.shape[2]
+        self.features, self.audio = Given(), Given()
         search = self._search
-        search.frames, search.codes, search.lengths = frames, semantic, frame_lengths
-        if audio is None or acoustic is None:
+        search.frames, search.keep, search.lengths = _ENDLESS, keep[0], frame_lengths
+        if not self.acoustic:
             self._semantic.start(Sink(self.batch), frame_lengths)
-            self._feed_features(features, frames)
             return
         self._latent.restart(0, None)
         self._semantic.start(self._latent, frame_lengths)
         last = self._last
-        last.frames, last.codes, last.lengths, last.subtract = frames, acoustic, frame_lengths, self._latent
+        last.stages, last.subtract = stages, self._latent
+        last.frames, last.keep, last.lengths = _ENDLESS, keep[1], frame_lengths
         hop = self.programs.hop_samples
         whole = None if sample_lengths is None else [-(-n // hop) * hop for n in sample_lengths]
         self._acoustic.start(Sink(self.batch), whole)
         self._acoustic.inlet.lengths = sample_lengths
-        padded = -(-audio.shape[2] // hop) * hop
+
+    def advance(self) -> None:
+        """Encode as many frames as what was given suffices for."""
+        if not self.acoustic:
+            self._feed_features(self.features.end)
+            return
         place: tuple[int, ...] = ()
         while not self._acoustic.nodes[-1].finished:
             heard = self._acoustic.inlet.end
-            self._feed_features(features, min(frames, heard // hop + self._ahead))
-            self._feed_audio(audio, padded)
+            self._feed_features(min(self.features.end, heard // self.programs.hop_samples + self._ahead))
+            self._feed_audio()
             self._semantic.resume()
             self._acoustic.resume()
             reached = (self._semantic.inlet.end, heard, self._latent.end, self._acoustic.nodes[-1].emitted)
-            assert reached != place, f"neither features nor audio can go on, at {place}"
+            if reached == place:
+                return
             place = reached
 
-    def _feed_features(self, features: Tensor, until: int) -> None:
+    def finish(self) -> None:
+        """End the clips, and encode the rest. Samples past the last one count as zeros."""
+        self.features.closed = self.audio.closed = True
+        self._search.frames = self.features.end
+        if self.acoustic:
+            self._last.frames = self.features.end
+        self.advance()
+        last = self._acoustic if self.acoustic else self._semantic
+        assert last.nodes[-1].finished, f"neither features nor audio can go on, of {self.features.end} frames"
+
+    def _feed_features(self, until: int) -> None:
         """Write features up to frame `until` as far as there is space."""
-        inlet = self._semantic.inlet
+        inlet, features = self._semantic.inlet, self.features
         while (count := min(self._write_frames, inlet.space(), until - inlet.end)) > 0:
-            inlet.target(count).copy_(features[:, :, inlet.end : inlet.end + count])
+            features.take(inlet.end, inlet.target(count))
             self._semantic.write(count)
-        if inlet.end == features.shape[2] and not inlet.closed:
+        if features.closed and inlet.end == features.end and not inlet.closed:
             self._semantic.finish()
 
-    def _feed_audio(self, audio: Tensor, padded: int) -> None:
-        inlet = self._acoustic.inlet
-        begin = inlet.end
-        count = min(self._write_samples, inlet.space(), padded - begin)
+    def _feed_audio(self) -> None:
+        inlet, audio = self._acoustic.inlet, self.audio
+        hop = self.programs.hop_samples
+        end = -(-audio.end // hop) * hop if audio.closed else audio.end
+        count = min(self._write_samples, inlet.space(), end - inlet.end)
         if count > 0:
-            target = inlet.target(count)
-            given = min(max(audio.shape[2] - begin, 0), count)
-            target[:, :, :given].copy_(audio[:, :, begin : begin + given])
-            target[:, :, given:].zero_()
+            audio.take(inlet.end, inlet.target(count))
             self._acoustic.write(count)
-        if inlet.end == padded and not inlet.closed:
+        if audio.closed and inlet.end == end and not inlet.closed:
             self._acoustic.finish()
-
-
-class _Workspace(Protocol):
-    batch: int
-    frames: int
-
-    def bytes(self) -> int: ...
-
-
-Workspace = TypeVar("Workspace", bound=_Workspace)
-
-
-class Pool(Generic[Workspace]):
-    """Idle workspaces. A call takes one or makes one, and gives it back: calls on several threads never share one.
-
-    Args:
-        make: (batch, frames) to a workspace.
-        cap_bytes: memory of the idle ones; those given back longest ago go first.
-    """
-
-    def __init__(self, make: Callable[[int, int], Workspace], cap_bytes: int = KEPT_BYTES) -> None:
-        self._make, self._cap_bytes = make, cap_bytes
-        self._idle: list[Workspace] = []
-        self._lock = threading.Lock()
-
-    def held_bytes(self) -> int:
-        return sum(workspace.bytes() for workspace in self._idle)
-
-    def take(self, batch: int, frames: int) -> Workspace:
-        frames = min(1 << (frames - 1).bit_length(), 1 << 14)  # a few sizes; past the last one tiles are full
-        with self._lock:
-            fits = [w for w in self._idle if w.batch == batch and w.frames >= frames]
-            if fits:
-                best = min(fits, key=lambda w: w.frames)
-                self._idle.remove(best)
-                return best
-        return self._make(batch, frames)
-
-    def give(self, workspace: Workspace) -> None:
-        with self._lock:
-            self._idle.append(workspace)
-            while self._idle and self.held_bytes() > self._cap_bytes:
-                self._idle.pop(0)
 
 
 class Tiles:
@@ -363,6 +343,18 @@ class Tiles:
         self.decoders = Pool(lambda batch, frames: DecodeTiles(programs, self.sizes, batch, frames))
         self._semantic = Pool(lambda batch, frames: EncodeTiles(*heard, batch, frames, False), KEPT_BYTES // 4)
         self._encoders = Pool(lambda batch, frames: EncodeTiles(*heard, batch, frames, True))
+
+    def encoders(self, acoustic: bool) -> Pool[EncodeTiles]:
+        """Return the workspaces of encoders, for acoustic codes too or for semantic ones alone."""
+        return self._encoders if acoustic else self._semantic
+
+    def piece_frames(self, chunk: int) -> int:
+        """Return the frames of a workspace that clips go through piece by piece: `chunk`, or fewer where weights are
+        so light that few rows are worth reading them."""
+        programs = self.programs
+        steps = [*programs.semantic_encoder, *programs.semantic_decoder, *programs.acoustic_encoder, *programs.decoder]
+        heavy = max(stage_of(step).weight_bytes() for step in steps) > self.sizes.heavy_bytes
+        return chunk if heavy else min(chunk, _LIGHT_FRAMES)
 
     def held_bytes(self) -> int:
         """Return the memory of the idle workspaces."""
@@ -427,7 +419,7 @@ class Tiles:
         batch, _, frames = features.shape
         semantic = torch.zeros(batch, 1, frames, dtype=torch.int64)
         acoustic = None if audio is None else torch.zeros(batch, num_quantizers, frames, dtype=torch.int64)
-        pool = self._semantic if audio is None else self._encoders
+        pool = self.encoders(audio is not None)
         for group in self._groups(batch, frames):
             own = None if frame_lengths is None else list(frame_lengths[group])
             samples = None if sample_lengths is None else list(sample_lengths[group])
@@ -438,13 +430,11 @@ class Tiles:
                 own = samples = None
             if longest:
                 tiles = pool.take(group.stop - group.start, min(longest, chunk or longest))
-                tiles.run(
-                    heard,
-                    features[group, :, :longest],
-                    semantic[group, :, :longest],
-                    None if acoustic is None else acoustic[group, :, :longest],
-                    own,
-                    samples,
-                )
+                keep = _into(semantic[group]), _into(semantic if acoustic is None else acoustic[group])
+                tiles.start(num_quantizers, keep, own, samples)
+                tiles.features.add(features[group, :, :longest])
+                if heard is not None:
+                    tiles.audio.add(heard)
+                tiles.finish()
                 pool.give(tiles)
         return semantic, acoustic

@@ -24,11 +24,14 @@ def test_long(tmp_path: Path, capsys: Any) -> None:
     assert "narrow encode 0.05 min: peak" in printed and "narrow decode 0.05 min: peak" in printed
     document = json.loads(out.read_text())
     assert document["machine"]["cores"] and "commit" in document
+    base = document["base"]["peak_bytes"]
+    assert f"torch and the package alone: peak {base / 2**20:.0f} MiB" in printed and base > 50 * 2**20
     for name in ("encode", "decode"):
         case = document["cases"][0][name]
         held = [b for _, b in case["seconds_and_bytes"]]
         assert 0 < max(held) <= case["peak_bytes"] and len(held) > 5 and case["times_real_time"] > 0
         assert case["beyond_weights_bytes"] == case["peak_bytes"] - sum(document["weight_bytes"].values())
+        assert case["own_bytes"] == case["beyond_weights_bytes"] - base
     pytest.importorskip("matplotlib")
     long.draw(document, str(tmp_path / "long.png"))
     assert (tmp_path / "long.png").read_bytes().startswith(b"\x89PNG")

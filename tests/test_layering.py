@@ -36,7 +36,7 @@ LAYERS = (
         "testing",
         "windows",
     ),
-    ("ops",),
+    ("_pool", "ops"),
     ("forms", "steps"),
     ("stages",),
     ("pipeline",),

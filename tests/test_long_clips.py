@@ -96,6 +96,73 @@ def test_encode_in_any_chunks(name: str, frames: int, batch: int, quantizers: in
         assert equal(in_stretches, whole)
 
 
+def cut(whole: Tensor, at: list[int]) -> list[Tensor]:
+    return list(whole.tensor_split(sorted(at), -1))
+
+
+def joined(pieces: Any) -> tuple[Tensor, Tensor | None]:
+    kinds = list(zip(*pieces, strict=True))
+    assert all(c is None or c.shape[-1] == s.shape[-1] > 0 for s, c in zip(*kinds, strict=True))
+    return torch.cat(kinds[0], -1), None if kinds[1][0] is None else torch.cat(kinds[1], -1)
+
+
+@drawn
+@given(st.sampled_from(KINDS), st.integers(1, 60), st.integers(1, 2), st.integers(1, 4), st.integers(1, 70), st.data())
+def test_encode_of_any_pieces(name: str, frames: int, batch: int, quantizers: int, chunk: int, data: Any) -> None:
+    """Audio and features in any pieces, one ahead of the other or not at all."""
+    made = model(name)
+    missing = data.draw(st.integers(0, min(2, frames - 1)), "frames of features that are missing")
+    audio, features = speech(made, batch, frames, missing, data.draw(st.integers(0, made.dac.hop_length - 1)))
+    parts = data.draw(st.integers(1, 6))
+    places = [
+        data.draw(st.lists(st.integers(0, x.shape[-1]), min_size=parts - 1, max_size=parts - 1))
+        for x in (audio, features)
+    ]
+    pieces = list(zip(cut(audio, places[0]), cut(features, places[1]), strict=True))
+    wanted = made.encode(audio, quantizers, semantic_repr=features)
+    assert equal(joined(made.encode_pieces(pieces, quantizers, chunk)), wanted)
+    # What a GPU does: stretches with the frames around them that they need.
+    assert equal(joined(super(dx.DualCodec, made)._encode_pieces(pieces, min(quantizers, 4), chunk)), wanted)
+
+
+def test_pieces_of_codes_leave_early() -> None:
+    made = model("tiny")
+    audio, features = speech(made, 1, 60)
+    given = 0
+
+    def pieces() -> Any:
+        nonlocal given
+        for pair in zip(audio.split(10 * made.dac.hop_length, -1), features.split(10, -1), strict=True):
+            given += 10
+            yield pair
+
+    had = 0
+    for semantic, _ in made.encode_pieces(pieces(), chunk_frames=10):
+        had += semantic.shape[-1]
+        assert given - had < 20
+    assert had == 60
+    assert list(made.encode_pieces([])) == []
+
+
+def test_wrong_pieces_are_one_line() -> None:
+    made = model("tiny")
+    audio, features = speech(made, 2, 10)
+    one, none = made.encode_pieces, audio[..., :0]
+    for call, text in (
+        (lambda: one([(audio, features[:, 1:])]), r"semantic_repr must be \[B, \d+, F\] float, got \[2, \d+, 10\]"),
+        (lambda: one([(audio[:1], features)]), r"encode_pieces: audio_data must be \[2, 1, S\] float, got \[1, 1"),
+        (lambda: one([(audio, features), (none[:1], features[:1])]), "must be of the first one's 2 clips, got 1"),
+        (lambda: one([(audio, features[..., :7])]), "= 10 frames or up to 2 fewer, got 7"),
+        (lambda: one([(audio, features)], 0), "encode_pieces: num_quantizers must be at least 1, got 0"),
+        (lambda: one([(audio, features)], chunk_frames=0), "encode_pieces: chunk_frames must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=text) as error:
+            list(call())
+        assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="encode_pieces: the model must be in eval mode"):
+        testing.seeded_model(settings_of("tiny")).train().encode_pieces([(audio, features)])
+
+
 def test_the_reference_in_chunks() -> None:
     for name, chunk in zip(KINDS, [3, 30, 7, 12, 8, 9, 20, 15, 4, 11], strict=True):
         made = testing.seeded_model(settings_of(name)).double()
@@ -107,6 +174,9 @@ def test_the_reference_in_chunks() -> None:
         own = torch.tensor([audio.shape[-1], 100])
         wanted = made.encode(audio, semantic_repr=features, lengths=own)
         assert equal(made.encode(audio, semantic_repr=features, lengths=own, chunk_frames=chunk), wanted)
+        pieces = zip(audio.split(1000, -1), features.tensor_split(-(-audio.shape[-1] // 1000), -1), strict=True)
+        alone = made.encode(audio, semantic_repr=features)
+        assert equal(joined(made.encode_pieces(pieces, chunk_frames=chunk)), alone)
 
 
 @pytest.mark.parametrize("value, text", [(0, "must be at least 1, got 0"), (1.5, "must be an integer, got 1.5")])

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from bench.machine import peak_extra_bytes
 from dualcodec_ext import testing
+from dualcodec_ext._pool import KEPT_BYTES, Pool
 from dualcodec_ext.engine import Engine
 from dualcodec_ext.forms import Form
 from dualcodec_ext.pipeline import Node, Output
 from dualcodec_ext.stages import Stage, UnitStage, UpsampleStage
 from dualcodec_ext.steps import ResidualUnitStep, UpsampleStep
-from dualcodec_ext.tiles import KEPT_BYTES, DecodeTiles, Pool, Sizes
+from dualcodec_ext.tiles import DecodeTiles, Sizes
 
 # No deadline: a shared machine may take any time over one example, and a timing decides nothing.
 drawn = settings(max_examples=40, deadline=None, derandomize=True)
@@ -271,6 +272,14 @@ def test_what_an_engine_keeps() -> None:
     made.decode_clips(*codes(made, 2, 25), None)
     assert made.tiles.held_bytes() == held
     assert made.weight_bytes() == before
+
+
+def test_light_weights_go_through_small_workspaces() -> None:
+    made = engine("tiny")
+    made.set_tiles(None)
+    assert made.tiles.piece_frames(1500) < 1500 and made.tiles.piece_frames(5) == 5
+    made.set_tiles(Sizes(heavy_bytes=1))
+    assert made.tiles.piece_frames(1500) == 1500
 
 
 def test_threads_at_once() -> None:

@@ -66,76 +66,6 @@ class CodeSpool:
         return rows[:1], rows[1:] if self._codebooks > 1 else None
 
 
-class Held:
-    """Samples or frames [1, C, n] that come in pieces and are let go from the front."""
-
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-        self.first = self.end = 0
-
-    def add(self, part: Tensor) -> None:
-        self._parts.append(part)
-        self.end += part.shape[-1]
-
-    def between(self, begin: int, end: int) -> Tensor:
-        whole = torch.cat(self._parts, -1) if len(self._parts) > 1 else self._parts[0]
-        self._parts = [whole]
-        return whole[..., begin - self.first : end - self.first]
-
-    def drop(self, begin: int) -> None:
-        """Let go what lies before `begin`."""
-        if begin > self.first:
-            self._parts = [self.between(begin, self.end).clone()]
-            self.first = begin
-
-
-class ChunkedEncoder:
-    """Audio and features in, codes out, chunk by chunk, each with the frames around it that its layers reach.
-
-    Args:
-        codec: the model.
-        quantizers: codebooks to use, the semantic one among them; None for all.
-        chunk_frames: codes per chunk.
-    """
-
-    def __init__(self, codec: Codec, quantizers: int | None, chunk_frames: int) -> None:
-        self._codec, self._quantizers, self._chunk = codec, quantizers, chunk_frames
-        self._hop = codec.config.hop_length
-        self.audio, self.features = Held(), Held()
-        self.done = 0
-
-    def ready(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yields the codes of the chunks that what has come suffices for."""
-        there = min(self.audio.end // self._hop, self.features.end)
-        while self._needed(self.done + self._chunk)[1] <= there:
-            yield self._encode(self.done + self._chunk, there)
-
-    def finish(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yields the rest; there are as many frames of features as of audio."""
-        frames = self.features.end
-        while self.done < frames:
-            yield self._encode(min(frames, self.done + self._chunk), frames)
-
-    def _needed(self, end: int, frames: int = 1 << 60) -> tuple[int, int]:
-        return self._codec.model.encode_span_frames(self.done, end, frames, self._quantizers != 1)
-
-    def _encode(self, end: int, frames: int) -> tuple[Tensor, Tensor | None]:
-        first, last = self._needed(end, frames)
-        parameter = next(self._codec.model.parameters())
-        semantic, acoustic = self._codec.model.encode(
-            self.audio.between(first * self._hop, min(self.audio.end, last * self._hop)).to(parameter),
-            num_quantizers=self._quantizers,
-            sample_rate=self._codec.config.sample_rate,
-            semantic_repr=self.features.between(first, last).to(parameter),
-        )
-        own = slice(self.done - first, end - first)
-        self.done = end
-        first = self._needed(end + 1)[0]
-        self.audio.drop(min(first * self._hop, self.audio.end))
-        self.features.drop(min(first, self.features.end))
-        return semantic[..., own], None if acoustic is None else acoustic[..., own]
-
-
 @torch.no_grad()
 def encode_long(
     codec: Codec, reader: AudioReader, quantizers: int | None, chunk_frames: int, advance: Advance
@@ -147,45 +77,67 @@ def encode_long(
         reader: the recording.
         quantizers: codebooks to use, the semantic one among them; None for all.
         chunk_frames: codes that are computed at a time.
-        advance: told of the seconds that have been read.
+        advance: told of the seconds that have been encoded.
     Returns:
         As `Codec.encode`; its codes lie in a temporary file.
     Raises:
         DualCodecError: as `Codec.encode`, or what reading brings up.
     """
-    from dualcodec_ext._cli.codec import fitted, to_uint16
+    from dualcodec_ext._cli.codec import to_uint16
 
-    assert codec.features is not None
     config, rate_hz = codec.config, reader.sample_rate_hz
     spool = CodeSpool(1 + config.n_codebooks if quantizers is None else quantizers)
-    resampler = Resampler(rate_hz, config.sample_rate)
-    features = codec.features.stream()
-    encoder = ChunkedEncoder(codec, quantizers, chunk_frames)
+    given = _Given(codec, reader, advance)
+    for semantic, acoustic in codec.model.encode_pieces(given.pieces(), quantizers, chunk_frames):
+        spool.write(to_uint16(semantic), None if acoustic is None else to_uint16(acoustic))
+    return codec.code_file(*spool.codes(), reader.samples, rate_hz, given.repeated)
 
-    def take(samples: Samples) -> None:
+
+class _Given:
+    """What a recording gives the encoder.
+
+    Args:
+        codec: opened for encoding.
+        reader: the recording.
+        advance: told of the seconds that have been read.
+    """
+
+    def __init__(self, codec: Codec, reader: AudioReader, advance: Advance) -> None:
+        assert codec.features is not None
+        self._codec, self._reader, self._advance = codec, reader, advance
+        self._features = codec.features.stream()
+        self._parameter = next(codec.model.parameters())
+        self._samples = self._frames = 0
+        self._opening = torch.zeros(1, 1, 0)  # what a recording too short for features is
+        self.repeated = 0  # frames that repeat the last one, once all have come
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields audio [1, 1, n] and features [1, C, k]."""
+        from dualcodec_ext._cli.codec import fitted
+
+        codec, reader = self._codec, self._reader
+        hop, rate_hz = codec.config.hop_length, reader.sample_rate_hz
+        resampler = Resampler(rate_hz, codec.config.sample_rate)
+        for block in reader.blocks(_BLOCK_SAMPLES):
+            yield self._piece(resampler.write(block))
+            self._advance(len(block) / rate_hz)
+        yield self._piece(resampler.finish())
+        if not self._samples:  # too short for one sample at the model's rate
+            yield self._piece(np.zeros(1, np.float32))
+        rest = self._features.finish()
+        if not self._frames + rest.shape[-1]:
+            rest = codec.features_of_little(self._opening)
+        rest, self.repeated = fitted(rest, -(-self._samples // hop) - self._frames)
+        yield torch.zeros(1, 1, 0).to(self._parameter), rest.to(self._parameter)
+
+    def _piece(self, samples: Samples) -> tuple[Tensor, Tensor]:
         audio = torch.from_numpy(samples).reshape(1, 1, -1)
-        encoder.audio.add(audio)
-        encoder.features.add(features.write(audio))
-
-    def keep(pieces: Iterator[tuple[Tensor, Tensor | None]]) -> None:
-        for semantic, acoustic in pieces:
-            spool.write(to_uint16(semantic), None if acoustic is None else to_uint16(acoustic))
-
-    for block in reader.blocks(_BLOCK_SAMPLES):
-        take(resampler.write(block))
-        keep(encoder.ready())
-        advance(len(block) / rate_hz)
-    take(resampler.finish())
-    if not encoder.audio.end:  # too short for one sample at the model's rate
-        take(np.zeros(1, np.float32))
-    frames = -(-encoder.audio.end // config.hop_length)
-    rest = features.finish()
-    if not encoder.features.end + rest.shape[-1]:
-        rest = codec.features_of_little(encoder.audio.between(0, encoder.audio.end))
-    rest, repeated = fitted(rest, frames - encoder.features.end)
-    encoder.features.add(rest)
-    keep(encoder.finish())
-    return codec.code_file(*spool.codes(), reader.samples, rate_hz, repeated)
+        features = self._features.write(audio)
+        self._samples += audio.shape[-1]
+        self._frames += features.shape[-1]
+        if self._opening.shape[-1] < 2 * self._codec.config.hop_length:
+            self._opening = torch.cat([self._opening, audio], -1)
+        return audio.to(self._parameter), features.to(self._parameter)
 
 
 class _Exactly:

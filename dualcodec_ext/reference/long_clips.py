@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import spans
-from .checks import check_codes, check_count, naming_wrong_codes
+from .checks import check_codes, check_count, check_waves, naming_wrong_codes
 
 
 class LongClips:
@@ -19,7 +19,9 @@ class LongClips:
     settings: dict[str, Any]
     _encode: Any
     _decode: Any
+    _check_features: Any
     output_samples: Any
+    training: bool
 
     def _entries(self) -> tuple[int, int]:
         return self.settings["semantic_codebook_size"], self.settings["codebook_size"]
@@ -59,6 +61,62 @@ class LongClips:
         samples = None if heard is None else sample_lengths
         pieces = spans.encode_pieces(self._spans(), encode, heard, feat, samples, frame_lengths, chunk_frames)
         return spans.filled_codes(pieces, feat.shape[-1])
+
+    def _encode_pieces(
+        self, pieces: Iterable[tuple[Tensor, Tensor]], num_quantizers: int | None, chunk_frames: int
+    ) -> Iterator[spans.Codes]:
+        def encode(heard: Tensor | None, x: Tensor, samples: Tensor | None, frames: Tensor | None) -> spans.Codes:
+            return self._encode(heard, x, num_quantizers, samples, frames)
+
+        return spans.encode_given(self._spans(), encode, pieces, num_quantizers != 1, chunk_frames)
+
+    def encode_pieces(
+        self,
+        pieces: Iterable[tuple[Tensor, Tensor]],
+        num_quantizers: int | None = None,
+        chunk_frames: int = 750,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Turn speech into codes, piece by piece, in memory that does not grow with the clip.
+
+        Args:
+            pieces: audio [B, 1, n] and features [B, semantic_dim, k] as they come, n and k from 0; joined they are what
+                `encode` takes. One may run ahead of the other, and is kept until that has come.
+            num_quantizers: as for `encode`.
+            chunk_frames: frames that are encoded at a time, at most.
+
+        Returns:
+            An iterator over semantic codes [B, 1, n] and acoustic codes [B, q, n] or None, which joined are what
+            `encode` gives.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+            ValueError: as `encode`.
+        """
+        name = "DualCodec.encode_pieces"
+        if self.training:
+            raise RuntimeError(f"{name}: the model must be in eval mode, got training mode: call .eval()")
+        chunk_frames = check_count(f"{name}: chunk_frames", chunk_frames)
+        if num_quantizers is not None:
+            num_quantizers = min(check_count(f"{name}: num_quantizers", num_quantizers), 1 + self.dac.n_codebooks)
+        return self._encode_pieces(self._checked(name, pieces, num_quantizers != 1), num_quantizers, chunk_frames)
+
+    def _checked(
+        self, name: str, pieces: Iterable[tuple[Tensor, Tensor]], acoustic: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        samples = frames = 0
+        batch: int | None = None
+        for audio, features in pieces:
+            features = self._check_features(name, features)
+            batch = features.shape[0] if batch is None else batch
+            if features.shape[0] != batch:
+                raise ValueError(f"{name}: every piece must be of the first one's {batch} clips, got {len(features)}")
+            if acoustic:
+                check_waves(name, "audio_data", audio, batch)
+                samples += audio.shape[-1]
+            frames += features.shape[-1]
+            yield audio, features
+        if acoustic:
+            self.dac.check_framing(samples, frames)
 
     @torch.no_grad()
     def decode_pieces(

@@ -7,7 +7,7 @@ layer that computes rows in groups begins a group. What its cut edges spoil is d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,6 +197,87 @@ def encode_pieces(
         semantic, acoustic = (None if c is None else c[..., begin - first : end - first] for c in codes)
         assert semantic is not None
         yield semantic, acoustic
+
+
+class _Held:
+    """Samples or frames [B, C, n] that come in pieces and are let go from the front."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self.first = self.end = 0
+
+    def add(self, part: Tensor) -> None:
+        self._parts.append(part)
+        self.end += part.shape[-1]
+
+    def between(self, begin: int, end: int) -> Tensor:
+        whole = torch.cat(self._parts, -1) if len(self._parts) > 1 else self._parts[0]
+        self._parts = [whole]
+        return whole[..., begin - self.first : end - self.first]
+
+    def drop(self, begin: int) -> None:
+        """Let go what lies before `begin`."""
+        begin = min(begin, self.end)
+        if begin > self.first:
+            self._parts = [self.between(begin, self.end).clone()]
+            self.first = begin
+
+
+class _Chunks:
+    """Audio and features in, codes out, chunk by chunk, each with the frames around it that its layers reach."""
+
+    def __init__(self, codec: Codec, encode: Encode, acoustic: bool, chunk_frames: int) -> None:
+        self._codec, self._code, self._acoustic, self._chunk = codec, encode, acoustic, chunk_frames
+        self._audio, self._features = _Held(), _Held()
+        self._done = 0
+
+    def add(self, audio: Tensor, features: Tensor) -> None:
+        self._features.add(features)
+        if self._acoustic:
+            self._audio.add(audio)
+
+    def ready(self) -> Iterator[Codes]:
+        """Yield the codes of the chunks that what has come suffices for."""
+        there = self._features.end
+        if self._acoustic:
+            there = min(there, self._audio.end // self._codec.hop_samples)
+        while self._needed(self._done + self._chunk)[1] <= there:
+            yield self._encode(self._done + self._chunk, there, False)
+
+    def finish(self) -> Iterator[Codes]:
+        """Yield the rest."""
+        frames = self._features.end
+        while self._done < frames:
+            yield self._encode(min(frames, self._done + self._chunk), frames, True)
+
+    def _needed(self, end: int, frames: int = 1 << 60) -> tuple[int, int]:
+        return self._codec.frames_to_encode(self._done, end, frames, self._acoustic)
+
+    @torch.no_grad()
+    def _encode(self, end: int, frames: int, ended: bool) -> Codes:
+        hop = self._codec.hop_samples
+        first, last = self._needed(end, frames)
+        heard = None
+        if self._acoustic:  # the features may end before the audio, whose last frames are then heard all the same
+            heard = self._audio.between(first * hop, self._audio.end if ended and last == frames else last * hop)
+        semantic, acoustic = self._code(heard, self._features.between(first, last), None, None)
+        own = slice(self._done - first, end - first)
+        self._done = end
+        first = self._needed(end + 1)[0]
+        self._features.drop(first)
+        self._audio.drop(first * hop)
+        return semantic[..., own], None if acoustic is None else acoustic[..., own]
+
+
+def encode_given(
+    codec: Codec, encode: Encode, pieces: Iterable[tuple[Tensor, Tensor]], acoustic: bool, chunk_frames: int
+) -> Iterator[Codes]:
+    """Yield the codes of audio [B, 1, n] and features [B, semantic_dim, k] as they come, chunk_frames at a time."""
+    chunks = _Chunks(codec, encode, acoustic, chunk_frames)
+    for audio, features in pieces:
+        chunks.add(audio, features)
+        yield from chunks.ready()
+    yield from chunks.finish()
 
 
 def filled(pieces: Iterator[Tensor], length: int) -> Tensor:
