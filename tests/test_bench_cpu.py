@@ -187,6 +187,19 @@ def test_readme_holds_the_results_and_a_changed_number_shows(tmp_path: Path) -> 
     assert readme.main(["--check", "--readme", str(changed)]) == 1
 
 
+def test_lookahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "lookahead.json"
+    assert run.main(["lookahead", "--preset", "tiny", "--seconds", "0.1", "--json", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert document["machine"]["cores"] and "commit" in document and document["weights"] == "random"
+    assert document["cases"][0]["rows"] == [
+        {"lookahead": 0, "latency_s": 0.0, "error_db": None, "largest_error": 0.0}
+    ], "a causal decoder waits for nothing"
+    assert "| 0 | 0 | exact | 0 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["lookahead", "--preset", "13hz"])
+
+
 def test_every_run_is_a_command() -> None:
     for words in map(shlex.split, cpu_runs.RUNS.values()):
         if words[0] == "stream":
