@@ -1,6 +1,6 @@
-"""`python -m bench.readme`: the README's measured numbers, written from bench/results between two markers.
+"""`python -m bench.readme`: measured numbers of README and docs/streaming.md, from bench/results, between markers.
 
-`--check` writes nothing and exits with 1 where README and results differ.
+`--check` writes nothing and exits with 1 where a page and results differ.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 from .chart import label_of
 from .goals import GOALS
 from .gpu_kernels import CALLS
+from .lookahead import told as table_of_lookahead
 
 _ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
 SERVED = "<!-- served: python -m bench.readme -->", "<!-- end of served -->"
 GPU = "<!-- on a GPU: python -m bench.readme -->", "<!-- end of on a GPU -->"
+AHEAD = "<!-- look-ahead: python -m bench.readme -->", "<!-- end of look-ahead -->"
+LONG = "<!-- long: python -m bench.readme -->", "<!-- end of long -->"
 HEARD = "<!-- heard: python -m bench.readme -->", "<!-- end of heard -->"
 
 
@@ -204,6 +207,35 @@ def on_a_gpu(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([where, "", *_table(["call", "measured", "goal", "GPU", "commit"], rows)]) + "\n"
 
 
+def of_hours(run: Mapping[str, Any]) -> str:
+    """What `bench.long` found."""
+    machine, commit = run["machine"], (run["commit"] or "?")[:9]
+    weights, base = sum(run["weight_bytes"].values()), run["base"]["peak_bytes"]
+    rows = []
+    for name in ("encode", "decode"):
+        for case in run["cases"]:
+            facts = case[name]
+            sizes = (f"{facts[key] / 1e6:.0f} MB" for key in ("peak_bytes", "beyond_weights_bytes", "own_bytes"))
+            rows.append([name, f"{case['minutes']:g} min", *sizes])
+    titles = [run["model"], "recording", "peak of the process", "beyond the weights", "beyond torch and the package"]
+    where = (
+        f"{run['threads']} threads of an {machine['cpu']} ({machine['cores']} cores), torch {machine['torch']}, commit"
+        f" {commit}. The weights take {weights / 1e6:.0f} MB, packed ones among them; a process that imports torch and"
+        f" the package and does nothing takes {base / 1e6:.0f} MB (10^6 bytes)."
+    )
+    return "\n".join([where, "", *_table(titles, rows)]) + "\n"
+
+
+def ahead(run: Mapping[str, Any]) -> str:
+    """What `bench.lookahead` found."""
+    machine, commit = run["machine"], (run["commit"] or "?")[:9]
+    where = (
+        f"Of {run['seconds']:g} s in {run['dtype']}, {run['weights']} weights, on an {machine['cpu']}"
+        f" ({machine['cores']} cores), torch {machine['torch']}, commit {commit}:"
+    )
+    return "\n".join([where, "", *map(table_of_lookahead, run["cases"])])
+
+
 def replaced(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """A page with another text between its markers."""
     if page.count(begin) != 1 or page.count(end) != 1:
@@ -213,24 +245,36 @@ def replaced(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="The README's measured numbers.")
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="The pages' measured numbers.")
     parser.add_argument("--results", default=str(_ROOT / "bench" / "results"), help="folder of the runs")
     parser.add_argument("--readme", default=str(_ROOT / "README.md"))
+    parser.add_argument("--streaming", default=str(_ROOT / "docs" / "streaming.md"))
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where they differ")
     args = parser.parse_args(argv)
-    readme = Path(args.readme)
-    page = readme.read_text(encoding="utf-8")
-    wanted = replaced(page, section(load(Path(args.results))))
-    quality = json.loads((Path(args.results) / "quality_tiny.json").read_text(encoding="utf-8"))
-    wanted = replaced(wanted, heard(quality), *HEARD)
-    live = json.loads((Path(args.results) / "serve-tiny.json").read_text(encoding="utf-8"))
-    wanted = replaced(wanted, served(live), *SERVED)
-    kernels = json.loads((Path(args.results) / "gpu-kernels.json").read_text(encoding="utf-8"))
-    wanted = replaced(wanted, on_a_gpu(kernels), *GPU)
-    if args.check:
-        return 0 if page == wanted else 1
-    readme.write_text(wanted, encoding="utf-8")
-    return 0
+    results = Path(args.results)
+
+    def read(name: str) -> Any:
+        return json.loads((results / name).read_text(encoding="utf-8"))
+
+    parts = {
+        args.readme: [
+            (section(load(results)), (BEGIN, END)),
+            (heard(read("quality_tiny.json")), HEARD),
+            (served(read("serve-tiny.json")), SERVED),
+            (of_hours(read("long-tiny.json")), LONG),
+            (on_a_gpu(read("gpu-kernels.json")), GPU),
+        ],
+        args.streaming: [(ahead(read("lookahead-random.json")), AHEAD)],
+    }
+    differ = False
+    for path, texts in parts.items():
+        page = wanted = Path(path).read_text(encoding="utf-8")
+        for text, markers in texts:
+            wanted = replaced(wanted, text, *markers)
+        differ = differ or page != wanted
+        if not args.check:
+            Path(path).write_text(wanted, encoding="utf-8")
+    return 1 if args.check and differ else 0
 
 
 if __name__ == "__main__":

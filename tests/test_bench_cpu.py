@@ -187,6 +187,22 @@ def test_readme_holds_the_results_and_a_changed_number_shows(tmp_path: Path) -> 
     assert readme.main(["--check", "--readme", str(changed)]) == 1
 
 
+def test_the_page_on_streams_holds_the_results_and_a_changed_number_shows(tmp_path: Path) -> None:
+    page = (ROOT / "docs/streaming.md").read_text(encoding="utf-8")
+    assert page.count("| exact | 0 |") == 3, "of every preset that looks ahead"
+    changed = tmp_path / "streaming.md"
+    changed.write_text(page.replace("| exact | 0 |", "| exact | 1 |", 1), encoding="utf-8")
+    assert readme.main(["--check", "--streaming", str(changed)]) == 1
+    assert readme.main(["--streaming", str(changed), "--readme", str(written(tmp_path, "README.md"))]) == 0
+    assert changed.read_text(encoding="utf-8") == page
+
+
+def written(folder: Path, name: str) -> Path:
+    copy = folder / name
+    copy.write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    return copy
+
+
 def test_lookahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "lookahead.json"
     assert run.main(["lookahead", "--preset", "tiny", "--seconds", "0.1", "--json", str(out)]) == 0

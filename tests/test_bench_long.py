@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import long, machine, run, windows
+from bench import long, machine, readme, run, windows
 
 CONFIG = Path(long.__file__).with_name("narrow.json")
 
@@ -35,6 +35,17 @@ def test_long(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("matplotlib")
     long.draw(document, str(tmp_path / "long.png"))
     assert (tmp_path / "long.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_three_hours_stay_below_300_mb_beyond_the_weights_and_the_readme_says_so() -> None:
+    root = Path(readme.__file__).parents[1]
+    results = json.loads((root / "bench/results/long-tiny.json").read_text(encoding="utf-8"))
+    assert [case["minutes"] for case in results["cases"]] == [2, 20, 180] and results["model"] == "tiny"
+    for case in results["cases"]:
+        for name in ("encode", "decode"):
+            assert 0 < case[name]["own_bytes"] < case[name]["beyond_weights_bytes"] < 300e6, (name, case["minutes"])
+    page = (root / "README.md").read_text(encoding="utf-8")
+    assert readme.of_hours(results) in page, "run python -m bench.readme"
 
 
 def test_a_command_that_fails_is_no_result() -> None:
