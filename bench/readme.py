@@ -140,7 +140,9 @@ def heard(results: Mapping[str, Any]) -> str:
     lines += [
         f"Of {parity['codes']} codes of these clips {parity['equal']} are the float64 model's, given the same features;"
         f" the margins of {unclear} ({100 * unclear / parity['codes']:.2f} %) are so small that the rounding of a"
-        " float32 encoder might turn them."
+        f" float32 encoder might turn them. Of {parity['frames']} frames"
+        f" {parity['frames_below_margin_bound']} ({100 * parity['frames_below_margin_bound'] / parity['frames']:.1f} %)"
+        " hold such a code."
     ]
     return "\n".join(lines) + "\n"
 

@@ -57,6 +57,22 @@ def test_info_tells_use_and_entropy(results: dict[str, Any], capsys: pytest.Capt
     assert facts["bitrate_bps"] == 5050 and facts["frame_rate_hz"] == 50
 
 
+def test_frames_whose_margin_is_small_are_told(results: dict[str, Any]) -> None:
+    found = results["against_float64"]
+    assert found["equal"] == found["codes"] == 10 * found["frames"]
+    assert found["below_margin_bound"] / 10 <= found["frames_below_margin_bound"] <= found["below_margin_bound"]
+
+
+def test_parity_is_not_renewed_beside_other_weights_scores(
+    results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scores.json"
+    text = json.dumps(results | {"weights_sha256": "0"})
+    path.write_text(text)
+    assert quality.main(["--against-float64", "--output", str(path)]) == 1
+    assert "scores.json must be of the package's weights" in capsys.readouterr().out and path.read_text() == text
+
+
 def test_any_change_shows_in_the_digest(tmp_path: Path) -> None:
     path, tensors = tmp_path / "x.safetensors", {"a": torch.zeros(2, 3), "b": torch.zeros(5, dtype=torch.float16)}
 

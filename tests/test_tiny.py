@@ -178,6 +178,7 @@ def test_the_command_line_takes_it_by_default(tmp_path: Path, speech: Tensor, ca
     write_audio(source, speech[0, 0, :44321].numpy(), 22050)
     code, out, err = run(capsys, "roundtrip", source, target, "--codes", codes)
     assert code == 0 and "untrained" not in out + err and "tiny" in out
+    assert "model: tiny, the default, with the package's weights (--model takes another)" in err
     assert round(read_audio(target).samples.size * 22050 / 24000) == 44321
     assert read_codes(codes).model == "tiny" and read_codes(codes).features == "log-mel"
     assert run(capsys, "encode", source, "-o", tmp_path / "codes")[0] == 0
@@ -190,7 +191,7 @@ def test_the_command_line_takes_it_by_default(tmp_path: Path, speech: Tensor, ca
     assert len(facts["entropy_bits"]) == len(facts["codebook_use"]) == CODEBOOKS
     assert all(0 < bits <= 11 for bits in facts["entropy_bits"])
     code, out, _ = run(capsys, "info")
-    assert code == 0 and "fits models: tiny" in out and "bitrate bps: 5050" in out
+    assert code == 0 and "model: tiny, the default" in out and "fits models: tiny" in out and "bitrate bps: 5050" in out
 
 
 def test_plot(tmp_path: Path, speech: Tensor, capsys: Any) -> None:

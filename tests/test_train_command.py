@@ -20,6 +20,7 @@ import dualcodec_ext as dx
 from dualcodec_ext import backend, cli
 from dualcodec_ext._training.data import Voice
 from dualcodec_ext._training.forward import Forward
+from dualcodec_ext._training.recipe import Recipe
 from dualcodec_ext.errors import DualCodecError
 from dualcodec_ext.model import FEATURES
 from dualcodec_ext.training import Trainer, _voices, train
@@ -153,6 +154,11 @@ def test_the_reference_backend_wins_over_the_way() -> None:
     assert [Forward(model, way).way for way in ("auto", "ops", "channels_last")] == ["ops", "ops", "channels_last"]
     with backend("reference"):
         assert {Forward(model, way).way for way in ("auto", "ops", "channels_last")} == {"reference"}
+
+
+def test_the_recipes_forward_is_the_ops() -> None:
+    made = Recipe.load("tiny")
+    assert Forward(dx.DualCodec(**SMALL), made.way).way == "ops"
 
 
 def test_too_short_voices_are_named(voices: list[Voice], speech: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dualcodec_ext._cli.codec import Codec, CodecCache, open_codec
 from dualcodec_ext._cli.long import chunk_for, decode_long, decode_span, encode_long, write_pieces
-from dualcodec_ext._cli.options import ModelOptions
+from dualcodec_ext._cli.options import DEFAULT_MODEL, ModelOptions
 from dualcodec_ext._cli.outputs import (
     file_keys,
     files_of,
@@ -239,6 +239,8 @@ def _draw(recording: Any, source_rate_hz: int, target: Path, path: Path) -> None
 
 def _opened(options: ModelOptions, report: Report, quantizers: int | None) -> Codec:
     codec = open_codec(options, quantizers)
+    if options.model == DEFAULT_MODEL and options.weights is None:
+        report.note(f"model: {DEFAULT_MODEL}, the default, with the package's weights (--model takes another)")
     _tell_untrained(codec.untrained, report)
     return codec
 

@@ -33,11 +33,12 @@ def run_info(path: Path | None, as_json: bool) -> int:
     Raises:
         DualCodecError: none of the three, or damaged.
     """
+    default: dict[str, Any] = {}
     if path is None:
         from dualcodec_ext._cli.options import DEFAULT_MODEL
         from dualcodec_ext.hub import bundled_checkpoint
 
-        path = bundled_checkpoint(DEFAULT_MODEL)
+        path, default = bundled_checkpoint(DEFAULT_MODEL), {"model": f"{DEFAULT_MODEL}, the default"}
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -47,7 +48,7 @@ def run_info(path: Path | None, as_json: bool) -> int:
         raise DualCodecError(f"{path}: is an empty file")
     # A safetensors file opens with the length of its JSON header, 8 bytes.
     if start[8:9] == b"{":
-        facts = _safetensors_info(path)
+        facts = default | _safetensors_info(path)
     elif path.name.endswith(".safetensors"):
         raise DualCodecError(f"{path}: is not a safetensors file")
     else:
