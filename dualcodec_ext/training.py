@@ -20,9 +20,9 @@ from ._training.forward import Forward, Output, allow_recompiling, compile_snake
 from ._training.losses import SpectralLoss, discriminator_loss, feature_loss, generator_loss, waveform_loss
 from ._training.recipe import Recipe
 from ._training.scores import missing_scorers
-from ._training.state import State, take_over
+from ._training.state import NOTHING_TAKEN, State, Taken, take_over
 from .errors import DualCodecError
-from .model import FEATURES
+from .model import FEATURES, DualCodec
 from .semantic import CODEC_RATE_HZ, LogMelFeatures, W2vBertFeatures
 
 __all__ = ["Recipe", "Trainer", "train"]
@@ -41,11 +41,14 @@ class Trainer:
         voices: what it is trained on.
         device: where it runs.
         weights: to start from (`take_over`), with the log-mel front end's statistics if they hold them; None to start
-            from nothing.
+            from nothing. Parts and codebooks that they do not fit start as from nothing.
         front_end: gives features [B, C, F] of audio [B, 1, S]; None for the log-mel front end.
 
     Attributes:
         left: what of `weights` did not fit, one line each.
+
+    Raises:
+        DualCodecError: settings that do not go together, or weights that fit neither the encoder nor the decoder.
     """
 
     def __init__(
@@ -75,15 +78,18 @@ class Trainer:
         self.samples = recipe.segment_frames * config.hop_length
         self.batches = Batches(voices, recipe.batch, self.samples, recipe.seed, recipe.augment)
         self.spectral = SpectralLoss(config.sample_rate, recipe.windows, recipe.bands, recipe.highest_hz).to(device)
-        self.left: list[str] = []
-        self._statistics_given = False
+        self._taken, self._statistics_given = NOTHING_TAKEN, False
         if weights is not None:
-            weights, self.state.from_weights = dict(weights), True
+            weights = dict(weights)
             names = [FEATURES + name for name in ("mean", "variance")]
             if front_end is None and all(name in weights for name in names):
                 mel.set_statistics(*(weights.pop(name) for name in names))
                 self._statistics_given = True
-            self.left = take_over(self.state.model, weights)
+            self._taken = take_over(self.state.model, weights)
+            _check_taken(self._taken, self.state.model, len(weights))
+        self.left = self._taken.left
+        self._semantic_given, *self._acoustic_given = self._taken.stages(self.state.model)
+        self.state.from_weights = any(self._acoustic_given)
         self.forward = Forward(self.state.model, recipe.way, recipe.bypass)
         if recipe.workers > 1:
             torch.set_num_threads(1)
@@ -102,11 +108,14 @@ class Trainer:
             rows = rows * mel.variance.sqrt() + mel.mean
             mel.set_statistics(rows.mean(0), rows.var(0).clamp(min=1e-3))
 
-        if not self.state.from_weights:
-            start_scales(self.state.model, first[0].to(self.device))
-            start_semantic(self.state.model, self._pairs())
-            if self.recipe.start_steps == 0:
-                start_acoustic(self.state.model, self._pairs())
+        model = self.state.model
+        new = {part: not self._taken.part(model, f"dac.{part}.") for part in ("encoder", "decoder")}
+        if any(new.values()):
+            start_scales(model, first[0].to(self.device), **new)
+        if not self._semantic_given:
+            start_semantic(model, self._pairs())
+        if self._quantized() and not all(self._acoustic_given):
+            start_acoustic(model, self._pairs(), given=self._acoustic_given)
         self.state.average = {name: value.clone() for name, value in self.state.model.state_dict().items()}
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -174,7 +183,7 @@ class Trainer:
         return {**logged, "gradient_norm": float(norm), "restarted": restarted, "entries_in_use": min(used)}
 
     def _quantized(self) -> bool:
-        """Whether the acoustic latent goes through its codebooks; those of given weights do from the start."""
+        """Whether the acoustic latent goes through its codebooks; where weights brought some it does from the start."""
         return self.state.from_weights or self.state.step >= self.recipe.start_steps
 
     def _shard(self, audio: Tensor, features: Tensor, counts: Tensor) -> tuple[Output, dict[str, Tensor]]:
@@ -228,6 +237,15 @@ class Trainer:
         if len(items) == 1:
             return [call(items[0])]
         return list(self._pool.map(call, items))
+
+
+def _check_taken(taken: Taken, model: DualCodec, given: int) -> None:
+    if not any(taken.part(model, f"dac.{part}.") for part in ("encoder", "decoder")):
+        own = len(model.state_dict())
+        raise DualCodecError(
+            f"train: the weights must fit the encoder or the decoder of the recipe's model, got {given} tensors that"
+            f" set {len(taken.names)} of its {own}; the first that is lacking: {taken.left[0]}"
+        )
 
 
 def _one_thread() -> None:

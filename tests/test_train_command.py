@@ -96,6 +96,74 @@ def test_weights_bring_their_statistics(voices: list[Voice]) -> None:
     assert not fresh._quantized() and not torch.equal(fresh.state.features.mean, mean)
 
 
+def given_to(voices: list[Voice], **model: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Trainer]:
+    """The weights of a small model, and what a trainer on one with other settings starts from with them."""
+    torch.manual_seed(3)
+    given = dx.DualCodec(**SMALL).state_dict()
+    trainer = Trainer(recipe(model=SMALL | model, start_steps=2), voices, weights=given)
+    trainer.start()
+    return given, trainer.state.model.state_dict(), trainer
+
+
+def is_along_axes(found: dict[str, torch.Tensor], stage: int) -> bool:
+    name = f"dac.quantizer.quantizers.{stage}.out_proj.weight_"
+    axes = torch._weight_norm(found[f"{name}v"], found[f"{name}g"])[..., 0]
+    return torch.allclose(axes.t() @ axes, torch.eye(8), atol=1e-4)
+
+
+def test_codebooks_that_do_not_fit_start_as_from_nothing(voices: list[Voice]) -> None:
+    given, found, trainer = given_to(voices, codebook_size=64)
+    assert len(trainer.left) == 2 and all(line.endswith("[32, 8] there, [64, 8] needed") for line in trainer.left)
+    assert all(torch.equal(found[name], given[name]) for name in given if not name.startswith("dac.quantizer."))
+    before = found["dac.quantizer.quantizers.0.codebook.weight"].clone()
+    for step in range(3):
+        assert trainer._quantized() == (step == 2)
+        trainer.step()
+    assert not torch.equal(trainer.state.model.state_dict()["dac.quantizer.quantizers.0.codebook.weight"], before)
+
+    given, found, _ = given_to(voices, semantic_codebook_size=48)
+    book = "semantic_vq.quantizers.0.codebook.weight"
+    assert all(torch.equal(found[name], given[name]) for name in given if name != book)
+    torch.manual_seed(0)
+    raw = dx.DualCodec(**SMALL | {"semantic_codebook_size": 48}).state_dict()[book]
+    assert float(found[book].std()) < 0.8 * float(raw.std())  # no longer drawn: rows of what is searched for
+
+
+def test_codebooks_beyond_the_given_ones_are_started(voices: list[Voice]) -> None:
+    given, found, trainer = given_to(voices, n_codebooks=3)
+    assert trainer._quantized()  # as the given ones are
+    assert all(torch.equal(found[name], given[name]) for name in given)
+    assert [is_along_axes(found, stage) for stage in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_half_a_codec_is_taken_over(part: str, voices: list[Voice]) -> None:
+    """The other half is scaled as from nothing; codebooks stay, they are what the half that came knows."""
+    given, found, _ = given_to(voices, **({"encoder_dim": 6} if part == "decoder" else {"decoder_dim": 64}))
+    other = "encoder" if part == "decoder" else "decoder"
+    alphas = [value for name, value in found.items() if name.startswith(f"dac.{other}.") and name.endswith("alpha")]
+    assert len(alphas) > 10 and all(bool((alpha == 0.25).all()) for alpha in alphas)
+    assert all(torch.equal(found[name], given[name]) for name in given if not name.startswith(f"dac.{other}."))
+
+
+def test_weights_of_another_model_are_refused(
+    speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], voices: list[Voice]
+) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe().to_dict()))
+    options = ["--config", tmp_path / "recipe.json", "--data", speech, "--out", tmp_path / "out", "--init", "tiny"]
+    assert cli.main(["train", *map(str, options)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and told[0].startswith("train: ")  # how much speech there is
+    assert re.search(
+        r"train: the weights must fit the encoder or the decoder of the recipe's model, got \d+ tensors that set \d+ of"
+        r" its \d+; the first that is lacking: dac\.\S+: \[\d.*\] there, \[\d.*\] needed$",
+        told[1],
+    )
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DualCodecError, match=r"got 1 tensors that set 0 of its \d+; .*: not in the weights$"):
+        Trainer(recipe(), voices, weights={"layers.0": torch.zeros(2)})
+
+
 def test_a_run_is_not_written_over(speech: Path, tmp_path: Path) -> None:
     """A second run needs --resume or another folder; a resumed one says where it stands and what has changed."""
     out, told = tmp_path / "out", []  # type: tuple[Path, list[str]]

@@ -269,7 +269,7 @@ def test_init_turns_a_centred_model_into_a_causal_one(voices: list[Voice]) -> No
 def test_take_over_lists_what_is_left() -> None:
     model = dx.DualCodec(**SMALL)
     weights = {"dac.encoder.block.0.conv.bias": torch.zeros(3), "no.such": torch.zeros(1)}
-    left = take_over(model, weights)
+    left = take_over(model, weights).left
     assert "dac.encoder.block.0.conv.bias: [3] there, [4] needed" in left
     assert left[-1] == "no.such: has no place in the model"
     assert len(left) == len(model.state_dict()) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ def start_semantic(model: reference.DualCodec, batches: Pairs, rounds: int = 10)
 
 
 @torch.no_grad()
-def start_acoustic(model: reference.DualCodec, batches: Pairs, rounds: int = 10) -> None:
+def start_acoustic(
+    model: reference.DualCodec, batches: Pairs, rounds: int = 10, given: Sequence[bool] | None = None
+) -> None:
     """Set every acoustic stage by what it is given on some batches, stage after stage.
 
     Its projections become the principal axes of what is left, there and back, its codebook the k-means along them.
@@ -40,22 +42,26 @@ def start_acoustic(model: reference.DualCodec, batches: Pairs, rounds: int = 10)
         model: changed in place.
         batches: what to look at.
         rounds: of k-means.
+        given: which stages stay as they are; None: none.
     """
     rows = [_rows(model.dac._residual(audio, model._semantic(features)[0])) for audio, features in batches]
-    _start_stages(model.dac.quantizer.stages(), torch.cat(rows), rounds, axes=True)
+    _start_stages(model.dac.quantizer.stages(), torch.cat(rows), rounds, axes=True, given=given)
 
 
 def _rows(z: Tensor) -> Tensor:  # [B, C, F] -> [B F, C]
     return z.transpose(1, 2).reshape(-1, z.shape[1])
 
 
-def _start_stages(stages: list[VectorQuantize], rows: Tensor, rounds: int, axes: bool = False) -> None:
+def _start_stages(
+    stages: list[VectorQuantize], rows: Tensor, rounds: int, axes: bool = False, given: Sequence[bool] | None = None
+) -> None:
     residual = rows.t()[None]  # [1, C, N]
-    for stage in stages:
-        if axes:
-            _along_axes(stage, residual[0])
-        z_e = stage.in_proj(residual)
-        stage.codebook.weight.copy_(_k_means(z_e[0].t(), stage.codebook_size, rounds))
+    for stage, stays in zip(stages, given or [False] * len(stages), strict=True):
+        if not stays:
+            if axes:
+                _along_axes(stage, residual[0])
+            z_e = stage.in_proj(residual)
+            stage.codebook.weight.copy_(_k_means(z_e[0].t(), stage.codebook_size, rounds))
         residual = residual - stage(residual)[0]
 
 
@@ -150,7 +156,7 @@ class CodebookCare:
 
 
 @torch.no_grad()
-def start_scales(model: reference.DualCodec, audio: Tensor) -> None:
+def start_scales(model: reference.DualCodec, audio: Tensor, encoder: bool = True, decoder: bool = True) -> None:
     """Scale the acoustic path's layers so that its output deviates by one on some audio, by 0.1 where it is audio.
 
     PyTorch's own start shrinks a signal by 0.6 per layer: the encoder's latent would be a hundredth of the semantic
@@ -160,8 +166,11 @@ def start_scales(model: reference.DualCodec, audio: Tensor) -> None:
     Args:
         model: changed in place.
         audio: [B, 1, S].
+        encoder, decoder: which of the two; the other stays as it is.
     """
-    for module in model.dac.modules():
+    wanted = [(encoder, model.dac.encoder.block), (decoder, model.dac.decoder.model)]
+    trunks = [trunk for is_wanted, trunk in wanted if is_wanted]
+    for module in (module for trunk in trunks for module in trunk.modules()):
         if isinstance(module, Snake1d):
             module.alpha.fill_(_ALPHA)
         elif isinstance(module, ResidualUnit):
@@ -169,7 +178,7 @@ def start_scales(model: reference.DualCodec, audio: Tensor) -> None:
             last.weight_g.mul_(_BRANCH)
             last.bias.zero_()
     handles = []
-    for trunk in (model.dac.encoder.block, model.dac.decoder.model):
+    for trunk in trunks:
         for conv in _trunk(trunk):
             handles.append(conv.register_forward_hook(_scale_to_one))
     try:

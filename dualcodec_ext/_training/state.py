@@ -6,7 +6,7 @@ import io
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .._files import write_atomic
 from ..errors import DualCodecError
 from ..model import FEATURES, DualCodec
 from ..semantic import LogMelFeatures
-from .codebooks import CodebookCare
+from .codebooks import CodebookCare, stages_of
 from .discriminators import Discriminators
 from .muon import Muon
 from .recipe import Recipe
@@ -34,7 +34,7 @@ class State:
         torch.manual_seed(recipe.seed)
         config = recipe.model_config()
         self.recipe, self.device, self.step = recipe, device, 0
-        self.from_weights = False  # whether it began from a checkpoint's weights, codebooks included
+        self.from_weights = False  # whether acoustic codebooks began as a checkpoint's, and are used from the start
         self.model = DualCodec(**config.to_dict()).to(device).train()
         self.features = LogMelFeatures(config.semantic_downsample_factor).to(device)
         self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -163,14 +163,31 @@ class State:
         return path
 
 
-def take_over(model: reference.DualCodec, weights: dict[str, Tensor]) -> list[str]:
-    """Copy the weights whose name and shape the model has; names of centred layers also fit causal ones.
+class Taken(NamedTuple):
+    """What became of a checkpoint's weights."""
 
-    Returns:
-        The model's parameters that nothing was taken over for, and the weights that had no place.
-    """
+    names: frozenset[str]  # of the model's tensors that they set
+    left: list[str]  # a line per tensor that they did not, and per weight without a place
+
+    def part(self, model: reference.DualCodec, prefix: str) -> bool:
+        """Whether the part of a model whose tensors' names begin so was taken over: at least half of its tensors."""
+        own = [name for name in model.state_dict() if name.startswith(prefix)]
+        return 2 * sum(name in self.names for name in own) >= len(own)
+
+    def stages(self, model: reference.DualCodec) -> list[bool]:
+        """Whether each codebook was taken over, with both of its projections; the semantic one first."""
+        known = {id(stage): f"{name}." for name, stage in model.named_modules()}
+        names = [known[id(stage)] for stage in stages_of(model)]
+        return [all(own in self.names for own in model.state_dict() if own.startswith(name)) for name in names]
+
+
+NOTHING_TAKEN = Taken(frozenset(), [])
+
+
+def take_over(model: reference.DualCodec, weights: dict[str, Tensor]) -> Taken:
+    """Copy the weights whose name and shape the model has; names of centred layers also fit causal ones."""
     own = model.state_dict()
-    left, used = [], set()
+    left, used, names = [], set(), set()
     for name, value in own.items():
         # A causal layer wraps the convolution: `.conv.weight_v` there, `.weight_v` in a centred one.
         plain = name
@@ -185,4 +202,6 @@ def take_over(model: reference.DualCodec, weights: dict[str, Tensor]) -> list[st
             with torch.no_grad():
                 value.copy_(weights[plain])
             used.add(plain)
-    return left + [f"{name}: has no place in the model" for name in sorted(weights.keys() - used)]
+            names.add(name)
+    left += [f"{name}: has no place in the model" for name in sorted(weights.keys() - used)]
+    return Taken(frozenset(names), left)
