@@ -46,6 +46,14 @@ W2V_MODEL = SMALL | {"semantic_dim": 32}
         ({"losses": {"mel": "loud"}}, "losses: mel must be a number from 0, got 'loud'"),
         ({"voices": {"a": -1}}, "voices: a must be a number from 0, got -1"),
         ({"adversary": {"colour": 1}}, "adversary must be among periods, windows, width, learning_rate, got colour"),
+        ({"adversary": {"periods": "x"}}, "adversary: periods must be a list of numbers, got 'x'"),
+        ({"adversary": {"periods": [2, 0]}}, "each of adversary: periods must be an integer from 1 to 4800, got 0"),
+        ({"adversary": {"periods": [4801]}}, "each of adversary: periods must be an integer from 1 to 4800, got 4801"),
+        ({"adversary": {"windows": [0]}}, "each of adversary: windows must be an integer from 4, got 0"),
+        ({"adversary": {"periods": [], "windows": []}}, "adversary must have periods or windows, got neither"),
+        ({"adversary": {"width": "a"}}, "adversary: width must be an integer from 1, got 'a'"),
+        ({"adversary": {"width": 2.5}}, "adversary: width must be an integer from 1, got 2.5"),
+        ({"adversary": {"learning_rate": None}}, "adversary: learning_rate must be a number from 0, got None"),
         ({"adversary_from": -1}, "adversary_from must be an integer from 0, got -1"),
         ({"highest_hz": "all"}, "highest_hz must be a number from 0, got 'all'"),
         ({"augment": 1}, "augment must be true or false, got 1"),
@@ -56,6 +64,11 @@ W2V_MODEL = SMALL | {"semantic_dim": 32}
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DualCodecError, match=re.escape(f"recipe: {message}")):
         recipe(**changes)
+
+
+def test_one_kind_of_discriminator_is_enough() -> None:
+    assert recipe(adversary={"periods": []}).adversary == {"periods": []}
+    assert recipe(adversary={"windows": [], "periods": [4800]}).adversary["windows"] == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from ..errors import DualCodecError
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _LOSSES = {"mel": 15.0, "magnitude": 1.0, "waveform": 1.0, "commitment": 0.25, "codebook": 1.0}
 _ADVERSARY = {"adversarial": 1.0, "feature": 2.0}
-ADVERSARY_SETTINGS = ("periods", "windows", "width", "learning_rate")
 
 # What a setting must be: its type, the least value and the largest, None: none.
 _Range = tuple[type, float, float | None]
@@ -27,6 +26,8 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("ema_decay", "quantizer_dropout", "bypass"), (float, 0, 1)),
 }
 _LISTS: dict[str, _Range] = {"betas": (float, 0, 1), "windows": (int, 4, None), "bands": (int, 1, None)}
+_ADVERSARY_RANGES: dict[str, _Range] = {"width": (int, 1, None), "learning_rate": (float, 0, None)}
+_ADVERSARY_LISTS: dict[str, _Range] = {"periods": (int, 1, None), "windows": (int, 4, None)}
 
 
 def _check(name: str, value: object, kind: type, least: float, most: float | None) -> None:
@@ -35,6 +36,28 @@ def _check(name: str, value: object, kind: type, least: float, most: float | Non
         what = "an integer" if kind is int else "a number"
         limits = f"from {least:g}" + ("" if most is None else f" to {most:g}")
         raise DualCodecError(f"recipe: {name} must be {what} {limits}, got {value!r}")
+
+
+def _check_list(name: str, values: object, kind: type, least: float, most: float | None, empty: bool = False) -> None:
+    if not isinstance(values, (list, tuple)) or not (values or empty):
+        raise DualCodecError(f"recipe: {name} must be a list of numbers, got {values!r}")
+    for value in values:
+        _check(f"each of {name}", value, kind, least, most)
+
+
+def _check_adversary(settings: Mapping[str, object], samples: int) -> None:
+    known = [*_ADVERSARY_LISTS, *_ADVERSARY_RANGES]
+    for name, value in settings.items():
+        if name in _ADVERSARY_RANGES:
+            _check(f"adversary: {name}", value, *_ADVERSARY_RANGES[name])
+        elif name in _ADVERSARY_LISTS:
+            kind, least, most = _ADVERSARY_LISTS[name]
+            # A period fills up its last row with what a segment mirrors.
+            _check_list(f"adversary: {name}", value, kind, least, samples if name == "periods" else most, empty=True)
+        else:
+            raise DualCodecError(f"recipe: adversary must be among {', '.join(known)}, got {name}")
+    if not any(settings.get(name, True) for name in _ADVERSARY_LISTS):
+        raise DualCodecError("recipe: adversary must have periods or windows, got neither")
 
 
 @dataclass(frozen=True)
@@ -113,12 +136,8 @@ class Recipe:
         for name, (kind, least, most) in _RANGES.items():
             _check(name, getattr(self, name), kind, least, most)
         for name, (kind, least, most) in _LISTS.items():
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)) or not values:
-                raise DualCodecError(f"recipe: {name} must be a list of numbers, got {values!r}")
-            for value in values:
-                _check(f"each of {name}", value, kind, least, most)
-            object.__setattr__(self, name, tuple(values))
+            _check_list(name, getattr(self, name), kind, least, most)
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.betas) != 2:
             raise DualCodecError(f"recipe: betas must hold two numbers, got {len(self.betas)}")
         for name in ("losses", "voices", "adversary"):
@@ -127,9 +146,6 @@ class Recipe:
                 raise DualCodecError(f"recipe: {name} must be an object, got {settings!r}")
             for key, value in settings.items() if name != "adversary" else ():
                 _check(f"{name}: {key}", value, float, 0, None)
-        unknown = sorted(set(self.adversary) - set(ADVERSARY_SETTINGS))
-        if unknown:
-            raise DualCodecError(f"recipe: adversary must be among {', '.join(ADVERSARY_SETTINGS)}, got {unknown[0]}")
         for name in ("highest_hz", "adversary_from"):
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), float if name == "highest_hz" else int, 0, None)
@@ -153,7 +169,7 @@ class Recipe:
             raise DualCodecError(f"recipe: optimizer must be adamw or muon, got {self.optimizer!r}")
         if self.way not in WAYS:
             raise DualCodecError(f"recipe: way must be one of {', '.join(WAYS)}, got {self.way!r}")
-        self.model_config()
+        _check_adversary(self.adversary, self.segment_frames * self.model_config().hop_length)
 
     def model_config(self) -> DualCodecConfig:
         """Return the model's settings, with the recipe's quantizer_dropout."""
