@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ._files import reason, write_atomic
 from ._training.codebooks import start_acoustic, start_scales, start_semantic
-from ._training.data import Batches, Voice, hours, load_voices, stretches
+from ._training.data import Batches, Voice, hours, load_voices, long_enough, stretches
 from ._training.discriminators import Discriminators
 from ._training.forward import Forward, Output, allow_recompiling, compile_snake
 from ._training.losses import SpectralLoss, discriminator_loss, feature_loss, generator_loss, waveform_loss
+from ._training.plots import can_draw, draw_curves, draw_spectrograms
 from ._training.recipe import Recipe
-from ._training.scores import missing_scorers
+from ._training.scores import SHORTEST_S, missing_scorers
 from ._training.state import NOTHING_TAKEN, State, Taken, take_over
 from .errors import DualCodecError
 from .model import FEATURES, DualCodec
@@ -292,10 +293,15 @@ def train(
         raise DualCodecError(f"train: {out} holds a run: --resume goes on with it, another --out begins a new one")
     rate_hz = recipe.model_config().sample_rate
     voices, held_out = _voices(data, rate_hz, recipe)
+    held_out, brief = long_enough(held_out, int(SHORTEST_S * rate_hz))
+    if not held_out:
+        raise DualCodecError(f"train: a voice of the validation must last {SHORTEST_S} s to be scored, none does")
     tell(f"train: {hours(voices, rate_hz):.2f} h of {len(voices)} voices; validation: {hours(held_out, rate_hz):.2f} h")
     for start in recipe.voices:
         if not any(voice.name.startswith(start) for voice in voices):
             tell(f"recipe: voices: no speaker's name begins with {start}")
+    for name in brief:
+        tell(f"validation: {name} is left out: shorter than {SHORTEST_S} s")
     trainer = Trainer(recipe, voices, device, weights, _front_end(recipe, w2v, statistics, device))
     for name in trainer.batches.too_short:
         tell(f"train: {name} is left out: shorter than a segment")
@@ -304,6 +310,8 @@ def train(
     missing = missing_scorers()
     if missing:
         tell(f"validation goes without {' and '.join(missing)}: pip install 'dualcodec-ext[train]'")
+    if not can_draw():
+        tell("the run ends without pictures, matplotlib is missing: pip install 'dualcodec-ext[train]'")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -367,9 +375,9 @@ def validate(trainer: Trainer, voices: list[Voice]) -> dict[str, Any]:
 
 def finish(trainer: Trainer, voices: list[Voice], out: Path, log: Log) -> None:
     """Write the weights and, where matplotlib is there, the pictures of the run."""
-    from ._training.plots import draw_curves, draw_spectrograms
-
     trainer.state.export(out)
+    if not can_draw():
+        return
     config = trainer.recipe.model_config()
     clip = next(clip for _, clip in stretches(voices, 3 * config.sample_rate, 1)).to(trainer.device)
     draw_curves(log.lines(), out / "curves.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 from test_training import recipe
+from test_training_parts import with_files_of_at_most
 from torch import Tensor
 
 from dualcodec_ext import cli, training
@@ -20,6 +22,9 @@ from dualcodec_ext._cli import train as command
 from dualcodec_ext._cli.voice import vowels
 from dualcodec_ext._training import scores
 from dualcodec_ext._training.data import load_voices
+from dualcodec_ext._training.plots import draw_spectrograms
+from dualcodec_ext._training.scores import speech_scores
+from dualcodec_ext.errors import DualCodecError
 from dualcodec_ext.hub import BUNDLED
 from dualcodec_ext.training import Trainer, train
 
@@ -92,6 +97,54 @@ def test_a_run_ends_with_pictures(run: Any, name: str) -> None:
     pixels = image.imread(run.out / name)
     assert pixels.shape[0] > 300 and pixels.shape[1] > 600
     assert float((pixels[..., :3].min(-1) < 0.9).mean()) > 0.02  # something is drawn on it
+
+
+def test_without_matplotlib_the_run_says_so_first(
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(scores, "score", lambda model, features, clips: {"stoi_1": 0.5})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
+    train(recipe(steps=1, log_every=1, way="reference"), speech, tmp_path / "run", tell=told.append)
+    said = "the run ends without pictures, matplotlib is missing: pip install 'dualcodec-ext[train]'"
+    assert 0 < told.index(said) < told.index('step 1: {"stoi_1": 0.5}')
+    assert not list((tmp_path / "run").glob("*.png"))
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, wave = tmp_path / "a.png", torch.from_numpy(vowels("ai").samples)
+    draw_spectrograms(wave, wave, 24000, path)
+    before = path.read_bytes()
+    with pytest.raises(DualCodecError, match=r"cannot write .*a\.png: file too large"):
+        with_files_of_at_most(5000, lambda: draw_spectrograms(wave, -wave / 2, 24000, path))
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_voices_too_short_to_score_are_left_out(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    clips: list[Tensor] = []
+    monkeypatch.setattr(scores, "score", lambda model, features, heard: clips.extend(heard) or {"stoi_1": 0.5})
+    shutil.copytree(speech, tmp_path / "speech")
+    (tmp_path / "speech/validation/brief").mkdir()
+    soundfile.write(tmp_path / "speech/validation/brief/one.wav", vowels("a").samples[:2400], 24000)
+    settings = recipe(steps=1, way="reference")
+    train(settings, tmp_path / "speech", tmp_path / "run", tell=told.append)
+    assert "validation: brief is left out: shorter than 0.5 s" in told
+    assert clips and min(clip.shape[-1] for clip in clips) > 24000
+    shutil.rmtree(tmp_path / "speech/validation/maria")
+    with pytest.raises(DualCodecError, match=r"a voice of the validation must last 0\.5 s to be scored, none does"):
+        train(settings, tmp_path / "speech", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_clip_of_pauses_has_no_stoi() -> None:
+    pytest.importorskip("pystoi")
+    wave = torch.from_numpy(vowels("aeiou").samples[:24000].copy())
+    assert "stoi" in speech_scores(wave, wave, 24000)
+    wave[3000:] = 0
+    assert "stoi" not in speech_scores(wave, wave, 24000)
 
 
 def arguments(speech: Path, folder: Path, **changes: Any) -> list[str]:

@@ -128,6 +128,12 @@ def _vary(x: Tensor, rng: np.random.Generator) -> Tensor:  # [S] -> [S]
     return x * min(1.0, 0.99 / max(1e-9, float(x.abs().max())))
 
 
+def long_enough(voices: list[Voice], samples: int) -> tuple[list[Voice], list[str]]:
+    """Return the voices of at least so many samples, and the names of the others."""
+    kept = [voice for voice in voices if len(voice.samples) >= samples]
+    return kept, [voice.name for voice in voices if len(voice.samples) < samples]
+
+
 def stretches(voices: list[Voice], samples: int, most: int) -> Iterator[tuple[str, Tensor]]:
     """Cut evenly spaced stretches out of every voice: name and [1, 1, samples], `most` in all, of each voice one."""
     each = max(1, most // len(voices))

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._files import write_atomic
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed, which the other functions need."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> bool:
@@ -19,11 +27,11 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> bool:
         path: PNG to write.
 
     Returns:
-        Whether it was drawn: matplotlib may be missing, or nothing was logged.
+        Whether it was drawn: nothing may have been logged.
     """
     losses = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "validation" in line]
-    if importlib.util.find_spec("matplotlib") is None or not losses:
+    if not losses:
         return False
     from matplotlib.figure import Figure
 
@@ -43,22 +51,17 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> bool:
     right.set(xlabel="step", title="validation (name_codebooks)")
     if right.lines:
         right.legend()
-    figure.savefig(path, dpi=100)
+    _write(figure, path)
     return True
 
 
-def draw_spectrograms(before: Tensor, after: Tensor, rate_hz: int, path: Path) -> bool:
+def draw_spectrograms(before: Tensor, after: Tensor, rate_hz: int, path: Path) -> None:
     """Draw the spectrograms of a recording [S] and of what came back [S], one above the other.
 
     Args:
         rate_hz: of both.
-        path: PNG to write.
-
-    Returns:
-        Whether they were drawn: matplotlib may be missing.
+        path: picture to write, of the kind that its suffix names.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
@@ -72,5 +75,10 @@ def draw_spectrograms(before: Tensor, after: Tensor, rate_hz: int, path: Path) -
         panel.imshow(level_db.t().numpy(), origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=40)
         panel.set(title=title, ylabel="kHz")
     panels[-1].set(xlabel="s")
-    figure.savefig(path, dpi=100)
-    return True
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, format=path.suffix[1:].lower())
+    write_atomic(path, picture.getvalue())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..code_use import entropy_bits
 from ..semantic import resample
 
 _SCORE_RATE_HZ = 16000
+SHORTEST_S = 0.5  # STOI needs 0.4 s of speech, PESQ a quarter
 
 
 def missing_scorers() -> list[str]:
@@ -32,14 +34,18 @@ def speech_scores(clean: Tensor, decoded: Tensor, rate_hz: int) -> dict[str, flo
         rate_hz: of both.
 
     Returns:
-        stoi (the plain form) and pesq (wide band), both at 16 kHz; those whose package (pystoi, pesq) is installed.
+        stoi (the plain form) and pesq (wide band), both at 16 kHz; those whose package (pystoi, pesq) is installed,
+        and for which there is speech enough.
     """
     pair = [resample(x.to(torch.float32), rate_hz, _SCORE_RATE_HZ).numpy() for x in (clean.cpu(), decoded.cpu())]
     found: dict[str, float] = {}
     if importlib.util.find_spec("pystoi"):
         from pystoi import stoi
 
-        found["stoi"] = float(stoi(pair[0], pair[1], _SCORE_RATE_HZ, extended=False))
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeWarning):
+            # Too little is left without the pauses: what it gives then is no score.
+            warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)
+            found["stoi"] = float(stoi(pair[0], pair[1], _SCORE_RATE_HZ, extended=False))
     if importlib.util.find_spec("pesq"):
         from pesq import PesqError, pesq
 
