@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import dualcodec_ext as dx
-from dualcodec_ext import cli
+from dualcodec_ext import cli, training
 from dualcodec_ext._cli.voice import vowels
 from dualcodec_ext._training.codebooks import CodebookCare, stages_of, start_acoustic, start_semantic
 from dualcodec_ext._training.data import Batches, Voice, load_voices
@@ -195,6 +195,20 @@ def test_two_workers_give_the_curve_of_one(voices: list[Voice]) -> None:
         curves.append(run(trainer, 6))
     assert curves[1] == curves[2]
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+
+
+def test_the_shipped_recipe_repeats(voices: list[Voice], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "compile_snake", lambda: False)  # takes longer than the steps
+    small = recipe().to_dict()
+    changes = {name: small[name] for name in ("model", "segment_frames", "windows", "bands", "start_batches", "voices")}
+    settings = Recipe.load("tiny", changes | {"start_steps": 2, "way": "channels_last"})
+    assert (settings.way, settings.optimizer, settings.workers) == ("channels_last", "muon", 2)
+    curves = []
+    for _ in range(2):
+        trainer = Trainer(settings, voices)
+        trainer.start()
+        curves.append(run(trainer, 4))
+    assert curves[0] == curves[1] and len(set(curves[0])) == 4
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
