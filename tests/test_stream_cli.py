@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,15 @@ def test_what_is_given_up_is_told(stop: signal.Signals, live: bool, code: int, w
     assert [path.name for path in tmp_path.iterdir()] == ["in.raw"]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal: shells start what runs in the background with it turned off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_gives_up(capsys: Any) -> None:
     with FirstInterrupt() as interrupt:
         read, write = os.pipe()
