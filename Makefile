@@ -36,6 +36,7 @@ demo: $(VENV)/.built
 test: ctest pytest
 
 pytest: $(VENV)/.built $(VENV)/.test
+	$(BIN)/python tests/simt_cases.py
 	$(BIN)/python -m pytest -q
 
 ctest: $(CMAKE) $(VENV)/.torch
