@@ -63,9 +63,12 @@ def hand_snakes_on(steps: Sequence[Step]) -> list[Step]:
                 made[i] = replace(step, out_alpha=behind.tensors[0])
             elif isinstance(step, ResidualUnitStep) and _has_pass(step) and _has_pass(behind):
                 made[i] = replace(step, out_alpha=behind.tensors[0], hands_both=True)
-        elif not isinstance(step, ResidualUnitStep) or not isinstance(behind, ConvStep | UpsampleStep):
-            continue
-        elif behind.alpha is not None and (isinstance(behind, UpsampleStep) or behind.weight.shape[0] > 1):
+        elif (
+            isinstance(step, ResidualUnitStep)
+            and isinstance(behind, ConvStep | UpsampleStep)
+            and behind.alpha is not None
+            and (isinstance(behind, UpsampleStep) or behind.weight.shape[0] > 1)
+        ):
             made[i] = replace(step, out_alpha=behind.alpha)
             made[i + 1] = replace(behind, alpha=None)
     return made

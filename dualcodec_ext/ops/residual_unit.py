@@ -86,9 +86,7 @@ def residual_unit(
     pair = _both_sides("residual_unit", padding, dilation, causal)
     kernels = kernels_for("residual_unit", x, packed)
     if kernels is None:
-        alpha1, weight1, bias1, alpha2, weight2, bias2 = as_dtype(x.dtype, *tensors)
-        out_alpha, snaked = as_dtype(x.dtype, out_alpha, snaked)
-        tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
+        tensors, out_alpha, snaked = _as_x(x, tensors, out_alpha, snaked)
         return reference.residual_unit_ref(x, *tensors, dilation, pair, causal, lengths, out_alpha, snaked)
     return kernels.residual_unit(x, *tensors, dilation, pair, causal, lengths, packed, winograd, out_alpha, snaked)
 
@@ -143,9 +141,7 @@ def residual_unit_pair(
     pair = _both_sides("residual_unit_pair", padding, dilation, causal)
     kernels = kernels_for_pair("residual_unit", x, packed)
     if kernels is None:
-        alpha1, weight1, bias1, alpha2, weight2, bias2 = as_dtype(x.dtype, *tensors)
-        out_alpha, snaked = as_dtype(x.dtype, out_alpha, snaked)
-        tensors = (alpha1, weight1, bias1, alpha2, weight2, bias2)
+        tensors, out_alpha, snaked = _as_x(x, tensors, out_alpha, snaked)
         return reference.residual_unit_pair_ref(
             x, *tensors, dilation, pair, causal, lengths, out_alpha=out_alpha, snaked=snaked
         )
@@ -153,6 +149,15 @@ def residual_unit_pair(
         x, *tensors, dilation, pair, causal, lengths, packed, winograd, out_alpha, snaked
     )
     return y, y_snaked
+
+
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+
+
+def _as_x(x: Tensor, tensors: _Tensors, out_alpha: Any, snaked: Any) -> tuple[_Tensors, Any, Any]:
+    """Return a unit's tensors, and what stands beside them, in x's dtype."""
+    alpha1, weight1, bias1, alpha2, weight2, bias2 = as_dtype(x.dtype, *tensors)
+    return (alpha1, weight1, bias1, alpha2, weight2, bias2), *as_dtype(x.dtype, out_alpha, snaked)
 
 
 def _both_sides(op: str, padding: Sequence[int] | None, dilation: int, causal: bool) -> tuple[int, int]:
