@@ -144,6 +144,8 @@ SLIDING: dict[str, dict[str, Any]] = {
     "one row": {"channels": 48, "steps": 1, "batch": 3, "lengths": [1, 0, 1], "padding": (6, 0), "residual": True},
     "odd channels": {"channels": 37, "steps": 300, "bias": False},
     "no Snake, channels first": {"channels": 16, "steps": 150, "batch": 2, "alpha": False, "first": True},
+    "25hz_v1's last": {"channels": 96, "steps": 700, "activation": "tanh", "multiprocessors": 1},
+    "several tiles of a block": {"channels": 48, "steps": 2900, "lengths": [2500], "multiprocessors": 1},
     "many channels": {"channels": 256, "steps": 200, "padding": (0, 9), "multiprocessors": 1000},
     "nothing left": {"channels": 40, "steps": 4, "padding": (0, 0)},
 }
@@ -230,8 +232,10 @@ def test_few_outputs(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("options", SLIDING.values(), ids=SLIDING.keys())
 def test_one_output_of_seven_taps(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
-    kernel = "" if options["steps"] == 4 else "SlidingConv"
-    check({"columns": 1, **options}, kernel, tmp_path, dtype=dtype)
+    channels, kernel = options["channels"], "SlidingConv"
+    if dtype != F32:
+        kernel = f", {3 if channels <= 48 else 6}>" if channels <= 96 else "NarrowConv"
+    check({"columns": 1, **options}, "" if options["steps"] == 4 else kernel, tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)

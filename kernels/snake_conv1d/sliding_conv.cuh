@@ -9,15 +9,14 @@
 
 namespace dcx {
 
-template <class T>
 struct SlidingConv {
   using Params = ConvGemmParams;
   static constexpr int kThreads = 128;
   static constexpr int kMinBlocks = 2;
-  static constexpr bool kNeedsSm80 = DTypeOf<T>::value == DType::kBF16, kWaitsItself = true;
+  static constexpr bool kNeedsSm80 = false, kWaitsItself = true;
   static constexpr int kTaps = 7;
-  static constexpr int kChannels = Vector16<T>::kCount;
-  using Words = Vector16<uint32_t>;
+  using Four = Vector16<float>;
+  static constexpr int kChannels = Four::kCount;
 
   static DCX_HOST_DEVICE int groups(const Params& p) {
     return (static_cast<int>(p.channels) + kChannels - 1) / kChannels;
@@ -44,8 +43,8 @@ struct SlidingConv {
     if (stretch < side && q0 + stretch * outputs < out_steps)
       walk(p, layer, b, q0 + stretch * outputs, group * kChannels, partial + (group * side + stretch) * pitch(p));
     sync_threads();
-    T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + b * p.y.stride_b;
-    const T* residual = static_cast<const T*>(p.residual.data);
+    float* y = static_cast<float*>(const_cast<void*>(p.y.data)) + b * p.y.stride_b;
+    const float* residual = static_cast<const float*>(p.residual.data);
     DCX_NO_UNROLL
     for (int i = thread_index(); i < side * outputs; i += kThreads) {
       const int64_t q = q0 + i;
@@ -56,9 +55,9 @@ struct SlidingConv {
         float sum = 0.0f;
         for (int g = 0; g < count; ++g) sum += from[g * side * pitch(p)];
         value = finish_activation(sum + bias, p.activation);
-        if (residual != nullptr) value += to_float(residual[b * p.residual.stride_b + q * p.residual.stride_t]);
+        if (residual != nullptr) value += residual[b * p.residual.stride_b + q * p.residual.stride_t];
       }
-      y[q * p.y.stride_t] = from_float<T>(value);
+      y[q * p.y.stride_t] = value;
     }
   }
 
@@ -68,14 +67,14 @@ struct SlidingConv {
     float weights[kTaps][kChannels], alpha[kChannels], inverse[kChannels];
 
     DCX_DEVICE Layer(const Params& p, int channel) {
-      const T* packed = static_cast<const T*>(p.weight);
+      const float* packed = static_cast<const float*>(p.weight);
       DCX_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         alpha[c] = p.alpha != nullptr && channel + c < p.channels ? p.alpha[channel + c] : 1.0f;
         inverse[c] = snake_inverse(alpha[c]);
         DCX_UNROLL
         for (int j = 0; j < kTaps; ++j)  // zero past the last channel
-          weights[j][c] = to_float(packed[(j * p.channels_padded + channel + c) * p.columns_padded]);
+          weights[j][c] = packed[(j * p.channels_padded + channel + c) * p.columns_padded];
       }
     }
   };
@@ -88,28 +87,27 @@ struct SlidingConv {
     const int rows = static_cast<int>(p.segment) + kTaps - 1;
     const int begin = static_cast<int>(minimum(maximum(-first, int64_t{0}), int64_t{rows}));
     const int end = static_cast<int>(minimum(maximum(steps - first, int64_t{0}), int64_t{rows}));
-    const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride_b + first * p.x.stride_t + channel * p.x.stride_c;
+    const float* x =
+        static_cast<const float*>(p.x.data) + b * p.x.stride_b + first * p.x.stride_t + channel * p.x.stride_c;
     const int there = static_cast<int>(minimum(int64_t{kChannels}, p.channels - channel));
     float running[kTaps];  // running[r % kTaps]: of the output whose first row is r
     // The rows from r0 on, of which begin..end are there.
-    const auto load = [&](Words(&row)[kTaps], int r0) {
+    const auto load = [&](Four(&row)[kTaps], int r0) {
       if (p.vectors && r0 >= begin && r0 + kTaps <= end) {
         DCX_UNROLL
-        for (int k = 0; k < kTaps; ++k) row[k] = *reinterpret_cast<const Words*>(x + k * p.x.stride_t);
+        for (int k = 0; k < kTaps; ++k) row[k] = *reinterpret_cast<const Four*>(x + k * p.x.stride_t);
       } else {
         DCX_UNROLL
         for (int k = 0; k < kTaps; ++k) {
           const bool valid = r0 + k >= begin && r0 + k < end;
-          Vector16<T> values;
           DCX_UNROLL
           for (int c = 0; c < kChannels; ++c)
-            values.values[c] = valid && c < there ? x[k * p.x.stride_t + c * p.x.stride_c] : T{};
-          memcpy(&row[k], &values, sizeof(values));
+            row[k].values[c] = valid && c < there ? x[k * p.x.stride_t + c * p.x.stride_c] : 0.0f;
         }
       }
       x += kTaps * p.x.stride_t;
     };
-    Words row[kTaps], next[kTaps];  // the next rows are on their way while these are multiplied
+    Four row[kTaps], next[kTaps];  // the next rows are on their way while these are multiplied
     load(row, 0);
     DCX_NO_UNROLL
     for (int r0 = 0; r0 < rows; r0 += kTaps) {
@@ -119,8 +117,8 @@ struct SlidingConv {
         running[k] = 0.0f;
         DCX_UNROLL
         for (int c = 0; c < kChannels; ++c) {
-          float value = value_of<T>(row[k], c);
-          if (snakes) value = snake_as<T>(value, layer.alpha[c], layer.inverse[c]);
+          float value = row[k].values[c];
+          if (snakes) value = snake(value, layer.alpha[c], layer.inverse[c]);
           DCX_UNROLL
           for (int j = 0; j < kTaps; ++j) {
             float& sum = running[(k - j + kTaps) % kTaps];
@@ -135,15 +133,16 @@ struct SlidingConv {
   }
 };
 
-// Whether the layer is one for SlidingConv: whatever its memory looks like, since NarrowConv adds in another order.
-inline bool slides(const ConvGemmParams& p) {
-  return p.columns == 1 && p.taps == 7 && p.row_scale == 1 && p.row_step == 1 && p.dilation == 1 && p.channels <= 256;
+// Whether the layer is one for this or tap_columns_conv.cuh: whatever its memory looks like, since NarrowConv adds in
+// another order.
+inline bool slides(const ConvGemmParams& p, int64_t most_channels) {
+  return p.columns == 1 && p.taps == 7 && p.row_scale == 1 && p.row_step == 1 && p.dilation == 1 &&
+         p.channels <= most_channels;
 }
 
 // Long stretches read fewer rows twice, short ones fill the device.
-template <class T>
-void plan_sliding(const CudaContext& context, ConvGemmPlan& plan) {
-  using K = SlidingConv<T>;
+inline void plan_sliding(const CudaContext& context, ConvGemmPlan& plan) {
+  using K = SlidingConv;
   ConvGemmParams& p = plan.params;
   p.vectors = moves_in_vectors(p.x, p.channels, K::kChannels);
   for (const int passes : {10, 5, 3, 2}) {  // of kTaps rows

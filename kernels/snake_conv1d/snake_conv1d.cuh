@@ -1,13 +1,15 @@
 // y = act(bias + conv(snake(x))) + residual on a GPU: conv_gemm.cuh, but for convolutions of at most four outputs,
-// whose columns would fill a sixteenth of a tensor-core tile: sliding_conv.cuh for layers shaped as the decoder's last,
-// spread_conv.cuh for those shaped as the encoder's first; else a thread owns one output step, a block 128 neighbouring
-// ones, whose snaked rows stand in shared memory as floats, 32 channels at a time. float32 sums.
+// whose columns would fill a sixteenth of a tensor-core tile: for layers shaped as the decoder's last sliding_conv.cuh
+// (float32) and tap_columns_conv.cuh (16-bit), spread_conv.cuh for those shaped as the encoder's first; else a thread
+// owns one output step, a block 128 neighbouring ones, whose snaked rows stand in shared memory as floats, 32 channels
+// at a time. float32 sums.
 #pragma once
 #include "../common/conv_gemm.cuh"
 #include "../common/conv_geometry.h"
 #include "params.h"
 #include "sliding_conv.cuh"
 #include "spread_conv.cuh"
+#include "tap_columns_conv.cuh"
 
 namespace dcx {
 
@@ -89,8 +91,13 @@ template <class T>
 bool plan_narrow(const CudaContext& context, ConvGemmPlan& plan) {
   using K = NarrowConv<T>;
   ConvGemmParams& p = plan.params;
-  if (slides(p)) {
-    plan_sliding<T>(context, plan);
+  if (slides(p, sizeof(T) == 4 ? 256 : 96)) {
+    if constexpr (sizeof(T) == 4)
+      plan_sliding(context, plan);
+    else if (p.channels <= 48)
+      plan_tap_columns<T, 3>(context, plan);
+    else
+      plan_tap_columns<T, 6>(context, plan);
     return plan.smem_bytes <= context.shared_bytes;
   }
   p.row_tiles = ceil_div(p.rows, int64_t{K::kThreads});
