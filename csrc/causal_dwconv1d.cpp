@@ -98,6 +98,8 @@ at::Tensor causal_dwconv1d_cuda(const OptionalTensor& out, const at::Tensor& x, 
   p.ln_weight = data_or_null<float>(norm_weight);
   p.ln_bias = data_or_null<float>(norm_bias);
   p.lengths = data_or_null<int64_t>(length_values);
+  p.weights_stand = weight_values.is_alias_of(weight) && is_given(bias_values, bias) &&
+                    is_given(norm_weight, ln_weight) && is_given(norm_bias, ln_bias);
   launch_causal_dwconv1d_cuda(cuda_context(), p);
   return y;
 }

@@ -29,6 +29,7 @@ TAKE = "take_codes/take_codes.cuh"
 FINISH, WGMMA, FEW = "common/conv_finish.cuh", "common/conv_wgmma.cuh", "common/conv_few.cuh"
 FEW_FINISH, RESIDENT = "common/conv_few_finish.cuh", "common/conv_resident.cuh"
 NARROW, SLIDING = "snake_conv1d/snake_conv1d.cuh", "snake_conv1d/sliding_conv.cuh"
+TAPS = "snake_conv1d/tap_columns_conv.cuh"
 F32, BF16 = torch.float32, torch.bfloat16
 
 MUTANTS: dict[str, dict[str, Mutant]] = {
@@ -63,12 +64,21 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "atomic_count(p.counters + block_x(), static_cast<uint32_t>(p.ranges - 1))",
             "atomic_add(p.counters + block_x(), 1)",
         ),
-        "one output, missing barrier": Mutant(SLIDING, "    sync_threads();\n", ""),
-        "one output, wrong tap": Mutant(SLIDING, "(k - j + kTaps) % kTaps", "(k + j) % kTaps"),
-        "one output, a row past the clip's end": Mutant(SLIDING, "r0 + kTaps <= end", "r0 < end"),
-        "one output, dropped tail: the last group of channels": Mutant(SLIDING, "g < count; ++g", "g < count - 1; ++g"),
-        "one output, out of bounds, shared memory: no place for the last stretch": Mutant(
-            SLIDING, "stretches(p) * pitch(p) * static_cast", "(stretches(p) - 1) * pitch(p) * static_cast"
+        "one output of float32, missing barrier": Mutant(SLIDING, "    sync_threads();\n", ""),
+        "one output of float32, wrong tap": Mutant(SLIDING, "(k - j + kTaps) % kTaps", "(k + j) % kTaps"),
+        "one output, missing barrier: taps are added early": Mutant(
+            TAPS, "b, q0, products);\n      sync_threads();", "b, q0, products);"
+        ),
+        "one output, missing barrier: the next tile's products come early": Mutant(
+            TAPS, "out_steps, products);\n      sync_threads();", "out_steps, products);"
+        ),
+        "one output, wrong tap": Mutant(TAPS, "products[j * (pitch(p) + 1) + i]", "products[j * pitch(p) + i]"),
+        "one output, a row past the clip's end": Mutant(TAPS, "first + kTiles * 16 <= end", "first < end"),
+        "one output, dropped tail: the last channels": Mutant(
+            TAPS, "there = c < p.channels;", "there = c + 4 < p.channels;"
+        ),
+        "one output, out of bounds, shared memory: no place for the last tap": Mutant(
+            TAPS, "int64_t{kTaps} * pitch(p)", "int64_t{kTaps - 1} * pitch(p)"
         ),
         "warpgroups, missing barrier": Mutant(WGMMA, "      fence_async();\n      sync_threads();\n", ""),
         "warpgroups, missing cp.async wait": Mutant(WGMMA, "cp_async_wait<kAhead - 1>();", "cp_async_wait<8>();"),
@@ -232,7 +242,8 @@ CASES: dict[str, list[SimtCase]] = {
         conv_case(2120, 16, taps=1, steps=2, wgmma=1),
         conv_case(40, 24, taps=3, steps=20, dtype=F32),
         conv_case(40, 2, taps=3, steps=20),
-        conv_case(48, 1, steps=200, batch=2, lengths=[200, 101], multiprocessors=1000),
+        conv_case(48, 1, steps=200, batch=2, lengths=[200, 101], multiprocessors=1000, dtype=F32),
+        conv_case(48, 1, steps=1300, batch=2, lengths=[1300, 1101], multiprocessors=1),
     ],
     "snake_upsample1d": [
         upsample_case(96, 48, 4, "transposed", (2, 2), steps=270, batch=2, lengths=[270, 70], shared_bytes=227 << 10),

@@ -212,17 +212,20 @@ struct Dwconv {
     float* weights = statistics + kStatistics;
     const int64_t b = block_x() / p.row_tiles, begin = block_x() % p.row_tiles * p.tile_rows;
     const int64_t end = minimum(begin + p.tile_rows, op.out_steps);
-    fetch_ahead(p);
-    grid_wait();
-    const int64_t in_valid =
-        op.lengths != nullptr ? maximum(int64_t{0}, minimum(op.lengths[b], op.in_steps)) : op.in_steps;
-    const int64_t out_valid =
-        op.lengths != nullptr ? conv_output_steps(in_valid, op.taps, 1, 1, op.pad_left, op.pad_right) : op.out_steps;
     const bool norm = op.ln_weight != nullptr;
+    if (!op.weights_stand) {
+      fetch_ahead(p);
+      grid_wait();
+    }
     if (p.resident) copy_weights(p, 0, op.channels * op.taps, weights);
     // Of the few rows of a streamed frame every way to memory counts: these are gone beside the others.
     const Pair<float> early_bias = kRows == 1 ? vector_at(op.bias, own(p, 0)) : Pair<float>{};
     const Norm early_norm = kRows == 1 && norm ? norm_at(p, own(p, 0)) : Norm{};
+    if (op.weights_stand) grid_wait();
+    const int64_t in_valid =
+        op.lengths != nullptr ? maximum(int64_t{0}, minimum(op.lengths[b], op.in_steps)) : op.in_steps;
+    const int64_t out_valid =
+        op.lengths != nullptr ? conv_output_steps(in_valid, op.taps, 1, 1, op.pad_left, op.pad_right) : op.out_steps;
 
     DCX_NO_UNROLL
     for (int64_t t0 = begin; t0 < end; t0 += kRows) {

@@ -18,6 +18,7 @@ struct CausalDwconv1dParams {
   const int64_t* lengths;  // [B], null: T each; CUDA: on the device
   int64_t batch, channels, in_steps, out_steps;
   int64_t taps, pad_left, pad_right;
+  bool weights_stand;  // CUDA: nothing that may still run in front of the kernel writes them or the vectors
 };
 
 void launch_causal_dwconv1d_cpu(const CausalDwconv1dParams& params);

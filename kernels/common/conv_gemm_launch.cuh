@@ -32,7 +32,7 @@ struct WgmmaKernels {
   using Slim = ConvWgmma<T, 2, 48, 5, false, 2>;
   using Half = ConvWgmma<T, 2, 64, 5, false, 2>;
   using Small = ConvWgmma<T, 1, 64, 8, true, 3>;
-  using Frame = ConvWgmma<T, 1, 32, 12, false, 1>;  // nearly all weights on their way before the kernel in front ends
+  using Frame = ConvWgmma<T, 1, 32, 12, false, 1>;  // nearly all weights come before the kernel in front ends
 };
 // In front of those where an upsampling has many rows; by its channels.
 template <class T>
@@ -330,8 +330,9 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   if (computed(64) == least && fills(64) && fit_wgmma<typename Kernels::Half>(context, plan)) return true;
   if (computed(48) == least && fills(48) && fit_wgmma<typename Kernels::Slim>(context, plan)) return true;
   if (fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
-  const bool frame = p.batch * p.rows <= 64 && run_tiles(p, 64) * 2 <= context.multiprocessors;
-  if (frame && fit_wgmma<typename Kernels::Frame>(context, plan)) return true;
+  // Narrow tiles where all of them are on the device at once.
+  const bool at_once = ceil_div(p.batch * p.rows, int64_t{64}) * run_tiles(p, 32) <= context.multiprocessors;
+  if (at_once && fit_wgmma<typename Kernels::Frame>(context, plan)) return true;
   return fit_wgmma<typename Kernels::Small>(context, plan);
 }
 
