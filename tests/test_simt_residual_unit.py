@@ -32,9 +32,10 @@ GROUPS_LONG = [
     (96, 96, 2, 194, 1),
     (128, 128, 2, 194, 1),
 ]
-GROUPS_LONG += [(192, 192, 3, 190, 1), (192, 192, 2, 200, 2)]
+GROUPS_LONG += [(192, 192, 3, 190, 1)]
 TEAMS = [(96, 96, 2, 700, 1)]
-GROUPS_SHORT = [(channels, columns, 1, 67, 4) for channels, columns, _ in SHORT]
+GROUPS_SHORT = [(channels, columns, 1, 67, 4) for channels, columns, _ in SHORT if columns < 192]
+HALVES = [(192, 192, 2, 200, 2), (192, 192, 1, 67, 4)]
 
 
 def kernel(dtype: torch.dtype, columns: int, rows: int) -> str:
@@ -61,7 +62,13 @@ def program() -> Path:
 def test_every_kernel_has_a_case() -> None:
     files = ("residual_unit_launch.cuh", "residual_unit_groups.cuh")
     text = "".join((ROOT / "kernels/residual_unit" / file).read_text() for file in files)
-    for name, tiles in ("FusedUnit", SHORT + WIDE), ("WgmmaUnit", GROUPS_SHORT + GROUPS_LONG), ("WgmmaTeams", TEAMS):
+    kernels = {
+        "FusedUnit": SHORT + WIDE,
+        "WgmmaUnit": GROUPS_SHORT + GROUPS_LONG,
+        "WgmmaTeams": TEAMS,
+        "WgmmaHalves": HALVES,
+    }
+    for name, tiles in kernels.items():
         shipped = {(int(columns), int(rows)) for columns, rows in re.findall(rf"{name}<T, (\d+), (\d+)", text)}
         assert shipped == {tile[1:3] for tile in tiles}
 
@@ -87,7 +94,7 @@ def test_short(program: Path, tmp_path: Path, dtype: torch.dtype, channels: int,
 
 
 @pytest.mark.parametrize(
-    "channels, columns, groups, steps, multiprocessors", GROUPS_LONG + TEAMS + GROUPS_SHORT, ids=str
+    "channels, columns, groups, steps, multiprocessors", GROUPS_LONG + TEAMS + HALVES + GROUPS_SHORT, ids=str
 )
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_groups_kernels(
@@ -104,7 +111,8 @@ def test_groups_kernels(
     dilation, causal = (9, False) if (dtype == BF16) == (groups > 1) else (3, True)
     options = case(channels, steps, dilation=dilation, causal=causal, dtype=dtype, multiprocessors=multiprocessors)
     names = check_groups(program, tmp_path, *options)
-    name = "WgmmaTeams" if (channels, columns, groups, steps, multiprocessors) in TEAMS else "WgmmaUnit"
+    tile = (channels, columns, groups, steps, multiprocessors)
+    name = "WgmmaTeams" if tile in TEAMS else "WgmmaHalves" if tile in HALVES else "WgmmaUnit"
     assert len(names) == 1 and names.pop().startswith(f"dcx::{name}{group_kernel(dtype, columns, groups)}")
 
 

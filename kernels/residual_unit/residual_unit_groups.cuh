@@ -1,5 +1,6 @@
 // residual_unit's kernels on Hopper's warpgroup products, and which of them runs.
 #pragma once
+#include "residual_unit_halves.cuh"
 #include "residual_unit_plan.cuh"
 #include "residual_unit_teams.cuh"
 #include "residual_unit_wgmma.cuh"
@@ -35,7 +36,7 @@ struct WgmmaUnits<T, 128> {
 template <class T>
 struct WgmmaUnits<T, 192> {
   using All =
-      UnitKernels<WgmmaUnit<T, 192, 3, 64, 5, 1>, WgmmaUnit<T, 192, 2, 64, 6, 1>, WgmmaUnit<T, 192, 1, 64, 7, 1>>;
+      UnitKernels<WgmmaUnit<T, 192, 3, 64, 5, 1>, WgmmaHalves<T, 192, 2, 4>, WgmmaHalves<T, 192, 1, 6>>;
 };
 
 // Blocks take tile after tile, as many as find room at once.

@@ -101,7 +101,7 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
           Parts::template multiply<kDeep, false>(sums, moved(first, tap * dilation * kPanelRowBytes), panel_bytes,
                                                  shift, 0, weights_of(smem, tap));
         wgmma_commit();
-        Parts::template load_residual<0, kColumns>(p, at, old);
+        Parts::template load_residual<kColumns>(p, at, 0, old);
         wgmma_wait<0>();
         settle(sums);
       }
@@ -116,7 +116,7 @@ struct WgmmaTeams : WgmmaParts<T, kColumns, kGroups, 2> {
         wgmma_commit();
         wgmma_wait<0>();
         settle(sums);
-        Parts::template finish<0, kColumns>(p, at, sums, pairs, old);
+        Parts::template finish<kColumns>(p, at, 0, sums, pairs, old);
       } else {
         Parts::clear_rows(p, at, own);
       }

@@ -174,7 +174,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
         }
       }
       uint32_t old[2][kHead / 8];
-      if constexpr (kEarly) Parts::template load_residual<0, kHead>(p, at, old);
+      if constexpr (kEarly) Parts::template load_residual<kHead>(p, at, 0, old);
       wgmma_wait<0>();
       settle(sums);
       sync_threads();  // the rows' memory is free
@@ -198,7 +198,7 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
       wgmma_wait<0>();
       settle(head);
       if constexpr (kEarly)
-        Parts::template finish<0, kHead>(p, at, head, pairs, old);
+        Parts::template finish<kHead>(p, at, 0, head, pairs, old);
       else
         Parts::template finish_late<0, kHead>(p, at, head, pairs);
       if constexpr (kTail > 0) {
@@ -210,10 +210,10 @@ struct WgmmaUnit : WgmmaParts<T, kColumns, kGroups, 1> {
               tail, hidden, chunk * kStepDeep, moved(weights, last_stage(chunk) * kStageBytes + kHead * kStep * 2));
         wgmma_commit();
         uint32_t more[2][kTail / 8];
-        Parts::template load_residual<kHead, kTail>(p, at, more);
+        Parts::template load_residual<kTail>(p, at, kHead, more);
         wgmma_wait<0>();
         settle(tail);
-        Parts::template finish<kHead, kTail>(p, at, tail, pairs, more);
+        Parts::template finish<kTail>(p, at, kHead, tail, pairs, more);
       }
     }
     cp_async_wait<0>();

@@ -128,32 +128,43 @@ struct WgmmaParts {
   // cells stand side by side, and then the others, so that neighbouring threads read neighbours.
   static DCX_DEVICE int place_of_alpha(int c) { return c % 8 / 4 * (kColumns / 2) + c / 8 * 4 + c % 4; }
 
-  // Snake on the cells that this thread has copied, in place.
-  static DCX_DEVICE void snake_rows(const Own& own, int count, const float* vectors, unsigned char* rows) {
-    if (!own.active) return;
+  // The alphas of a cell's channels and their inverses.
+  struct Alpha {
     float alpha[kVector], inverse[kVector];
+  };
+  static DCX_DEVICE Alpha load_alpha(const float* vectors, int channel) {
+    Alpha of;
     DCX_UNROLL
     for (int i = 0; i < kVector; i += 4) {
-      const float* at = vectors + place_of_alpha(own.vector * kVector + i);
+      const float* at = vectors + place_of_alpha(channel + i);
       const auto a = *reinterpret_cast<const Vector16<float>*>(at);
       const auto b = *reinterpret_cast<const Vector16<float>*>(at + kColumns);
       DCX_UNROLL
       for (int j = 0; j < 4; ++j) {
-        alpha[i + j] = a.values[j];
-        inverse[i + j] = b.values[j];
+        of.alpha[i + j] = a.values[j];
+        of.inverse[i + j] = b.values[j];
       }
     }
-    for (int row = own.row; row < count; row += kRowsAtOnce) {
-      unsigned char* at = rows + own.at(row);
-      auto words = *reinterpret_cast<const Vector16<uint32_t>*>(at);
-      DCX_UNROLL
-      for (int i = 0; i < kVector; i += 2) {
-        const Pair<float> x = unpack_pair<T>(words.values[i / 2]);
-        words.values[i / 2] =
-            pack_pair<T>(snake_as<T>(x.low, alpha[i], inverse[i]), snake_as<T>(x.high, alpha[i + 1], inverse[i + 1]));
-      }
-      *reinterpret_cast<Vector16<uint32_t>*>(at) = words;
+    return of;
+  }
+
+  // Snake on a cell, in place.
+  static DCX_DEVICE void snake_cell(const Alpha& of, unsigned char* at) {
+    auto words = *reinterpret_cast<const Vector16<uint32_t>*>(at);
+    DCX_UNROLL
+    for (int i = 0; i < kVector; i += 2) {
+      const Pair<float> x = unpack_pair<T>(words.values[i / 2]);
+      words.values[i / 2] = pack_pair<T>(snake_as<T>(x.low, of.alpha[i], of.inverse[i]),
+                                         snake_as<T>(x.high, of.alpha[i + 1], of.inverse[i + 1]));
     }
+    *reinterpret_cast<Vector16<uint32_t>*>(at) = words;
+  }
+
+  // The same on all cells that this thread has copied.
+  static DCX_DEVICE void snake_rows(const Own& own, int count, const float* vectors, unsigned char* rows) {
+    if (!own.active) return;
+    const Alpha of = load_alpha(vectors, own.vector * kVector);
+    for (int row = own.row; row < count; row += kRowsAtOnce) snake_cell(of, rows + own.at(row));
   }
 
   // Where the 1x1 has the two channels of a word, in words.
@@ -235,7 +246,13 @@ struct WgmmaParts {
     }
   }
 
-  // + bias1, Snake and rounding; the sums of 16 columns become an operand of the 1x1.
+  // + bias1, Snake and rounding of two columns' sums; low: bias1 and alpha2, each of both.
+  static DCX_DEVICE uint32_t hidden_word(const float* sum, const Vector16<float>& low, const Pair<float>& inverse) {
+    return pack_pair<T>(snake_as<T>(sum[0] + low.values[0], low.values[2], inverse.low),
+                        snake_as<T>(sum[1] + low.values[1], low.values[3], inverse.high));
+  }
+
+  // The same of all; the sums of 16 columns become an operand of the 1x1.
   static DCX_DEVICE void hide(const float (&sums)[kColumns / 2], const float* pairs, uint32_t (&hidden)[kDeep][4]) {
     const float* own = pairs + thread_index() % 4 * 8;
     DCX_UNROLL
@@ -245,12 +262,8 @@ struct WgmmaParts {
       const auto low = *reinterpret_cast<const Vector16<float>*>(own + n * 32);
       const auto inverse = *reinterpret_cast<const Pair<float>*>(own + n * 32 + 4);
       DCX_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float* sum = sums + n * 4 + half * 2;
-        hidden[n / 2][n % 2 * 2 + half] =
-            pack_pair<T>(snake_as<T>(sum[0] + low.values[0], low.values[2], inverse.low),
-                         snake_as<T>(sum[1] + low.values[1], low.values[3], inverse.high));
-      }
+      for (int half = 0; half < 2; ++half)
+        hidden[n / 2][n % 2 * 2 + half] = hidden_word(sums + n * 4 + half * 2, low, inverse);
     }
   }
 
@@ -260,19 +273,19 @@ struct WgmmaParts {
     uint32_t values[2];
   };
 
-  // Calls move(word, channel, Vector16 or Half16) for this thread's channels of kCount columns from kFirst on; `word`
+  // Calls move(word, channel, Vector16 or Half16) for this thread's channels of kCount columns from `first` on; `word`
   // counts its words of a row.
-  template <int kFirst, int kCount, class Move>
-  static DCX_DEVICE void own_channels(const Move& move) {
+  template <int kCount, class Move>
+  static DCX_DEVICE void own_channels(int first, const Move& move) {
     const int quarter = thread_index() % 4;
     DCX_UNROLL
-    for (int i = 0; i < kCount / 32; ++i) move(i * 4, kFirst + i * 32 + quarter * 8, Vector16<uint32_t>{});
-    if constexpr (kCount % 32 != 0) move(kCount / 32 * 4, kFirst + kCount / 32 * 32 + quarter * 4, Half16{});
+    for (int i = 0; i < kCount / 32; ++i) move(i * 4, first + i * 32 + quarter * 8, Vector16<uint32_t>{});
+    if constexpr (kCount % 32 != 0) move(kCount / 32 * 4, first + kCount / 32 * 32 + quarter * 4, Half16{});
   }
 
   // x where the residual is, of this thread's two rows, zeros outside [0, in_valid).
-  template <int kFirst, int kCount>
-  static DCX_DEVICE void load_residual(const Params& p, const Where& at, uint32_t (&words)[2][kCount / 8]) {
+  template <int kCount>
+  static DCX_DEVICE void load_residual(const Params& p, const Where& at, int first, uint32_t (&words)[2][kCount / 8]) {
     const int channels = static_cast<int>(p.channels);
     const int t = at.begin + own_row() + static_cast<int>(p.residual_shift);
     const T* x = static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b + t * p.x.stride_t;
@@ -280,7 +293,7 @@ struct WgmmaParts {
     for (int half = 0; half < 2; ++half) {
       const bool valid = static_cast<unsigned>(t + half * 8) < static_cast<unsigned>(at.in_valid);
       const T* from = x + half * 8 * p.x.stride_t;
-      own_channels<kFirst, kCount>([&](int word, int channel, auto values) {
+      own_channels<kCount>(first, [&](int word, int channel, auto values) {
         if (valid && channel < channels) values = *reinterpret_cast<const decltype(values)*>(from + channel);
         DCX_UNROLL
         for (int i = 0; i < static_cast<int>(sizeof(values) / 4); ++i) words[half][word + i] = values.values[i];
@@ -288,16 +301,16 @@ struct WgmmaParts {
     }
   }
 
-  // y of this thread's two rows, + bias2 + the residual, and Snake where there is one: kCount columns from kFirst on,
+  // y of this thread's two rows, + bias2 + the residual, and Snake where there is one: kCount columns from `first` on,
   // zeros from out_valid on.
-  template <int kFirst, int kCount>
-  static DCX_DEVICE void finish(const Params& p, const Where& at, const float* sums, const float* pairs,
+  template <int kCount>
+  static DCX_DEVICE void finish(const Params& p, const Where& at, int first, const float* sums, const float* pairs,
                                 const uint32_t (&words)[2][kCount / 8]) {
-    const float* own = pairs + kFirst * 4 + thread_index() % 4 * 8 + 6;
-    const float* out = pairs + 4 * kColumns + kFirst * 2 + thread_index() % 4 * 4;
+    const float* own = pairs + first * 4 + thread_index() % 4 * 8 + 6;
+    const float* out = pairs + 4 * kColumns + first * 2 + thread_index() % 4 * 4;
     const int t = at.begin + own_row(), channels = static_cast<int>(p.channels);
     T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + at.clip * p.y.stride_b + t * p.y.stride_t;
-    own_channels<kFirst, kCount>([&](int word, int channel, auto values) {
+    own_channels<kCount>(first, [&](int word, int channel, auto values) {
       constexpr int kWords = static_cast<int>(sizeof(values) / 4);
       Pair<float> bias[kWords];
       DCX_UNROLL
@@ -332,8 +345,8 @@ struct WgmmaParts {
   static DCX_DEVICE void finish_late(const Params& p, const Where& at, const float* sums, const float* pairs) {
     constexpr int kPart = kCount < 64 ? kCount : 64;
     uint32_t words[2][kPart / 8];
-    load_residual<kFirst, kPart>(p, at, words);
-    finish<kFirst, kPart>(p, at, sums, pairs, words);
+    load_residual<kPart>(p, at, kFirst, words);
+    finish<kPart>(p, at, kFirst, sums, pairs, words);
     if constexpr (kCount > kPart) {
       sync_warp();  // or the next part's loads come forward
       finish_late<kFirst + kPart, kCount - kPart>(p, at, sums + kPart / 2, pairs);
