@@ -84,7 +84,43 @@ GROUPS_PLANTED = {
     "teams: a wrong half of a panel": ("shift = team * kHalf", "shift = 0"),
     "teams: a wrong tap": ("shift, 0, weights_of(smem, tap)", "shift, 0, weights_of(smem, tap - 1)"),
     "teams: no rows for the tile behind": ("      fetch(next);\n", "      cp_async_commit();\n"),
-    "another channel's Snake on the output": ("+ kFirst * 2 + thread_index() % 4 * 4", "+ kFirst * 2"),
+    "another channel's Snake on the output": ("+ first * 2 + thread_index() % 4 * 4", "+ first * 2"),
+}
+
+# The same of the kernel whose warpgroups share 64 steps.
+HALVES_PLANTED = {
+    "no barrier before a step": ("        sync_threads();\n        wgmma_fence();\n", "        wgmma_fence();\n"),
+    "no barrier between hidden values and the 1x1": (
+        "        sync_threads();\n        wgmma_fence();\n",
+        "        if (step <= kTaps * kChunks) sync_threads();\n        wgmma_fence();\n",
+    ),
+    "no wait for a stage's products": ("        wgmma_wait<1>();\n", ""),
+    "no wait for a stage's weights": ("cp_async_wait<kStages - 3>()", "cp_async_wait<kStages>()"),
+    "no wait for the sums": ("      wgmma_wait<0>();\n      settle(sums);\n", ""),
+    "no wait for the 1x1": ("      wgmma_wait<0>();\n      settle(out);\n", ""),
+    "no wait for the first rows": ("    cp_async_wait<kStages - 4>();\n", ""),
+    "no wait for the next rows": ("cp_async_wait<kChunks - 1>()", "cp_async_wait<kStages>()"),
+    "no wait for the rows behind an empty tile": (
+        "        cp_async_wait<0>();\n        continue;",
+        "        continue;",
+    ),
+    "no barrier before the next rows": ("      settle(sums);\n", "      settle(sums);\n      fetch(turn);\n"),
+    "no rows for the tile behind": ("          if (panel == 0) fetch(turn);", ""),
+    "no weights for the tile behind": ("if (turn.there(p)) load_weights(p, own, ahead - kSteps, to);", ""),
+    "a panel without Snake": ("if (step < kChunks) snake_rows(", "if (step + 1 < kChunks) snake_rows("),
+    "a wrong half of a stage's panel": ("(2 - half) * kStepPanel + half * kHalfRow", "(2 - half) * kStepPanel"),
+    "a wrong half of the hidden values": ("((half * 4 + n) ^ row % 8)", "(n ^ row % 8)"),
+    "another half's vectors": ("(panel * 8 + half * 4) * 32", "(panel * 8) * 32"),
+    "another half's residual": ("p, at, panel * 64 + half * 32, words", "p, at, panel * 64, words"),
+    "a wrong tap": ("tap = moved(tap, dilation * kPanelRowBytes)", "tap = moved(tap, kPanelRowBytes)"),
+    "the 1x1's columns out of order": ("(panel < 2 ? panel : half) * 4 + lane % 4", "panel * 4 % 8 + lane % 4"),
+    "a read outside x": (
+        "const bool there = static_cast<unsigned>(begin + row) < static_cast<unsigned>(at.in_valid);",
+        "const bool there = begin + row >= 0;",
+    ),
+    "weights past their end": ("column && within + k < deep;", "column;"),
+    "an empty tile's rows left": ("first += kPanelColumns)", "first += 2 * kPanelColumns)"),
+    "a tile too small": ("kWeightBytes + kHiddenBytes + kPanels", "kWeightBytes + kHiddenBytes - 1024 + kPanels"),
 }
 
 
@@ -109,6 +145,12 @@ def groups_planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("groups_planted")
     files = ("wgmma_parts.cuh", "residual_unit_wgmma.cuh", "residual_unit_teams.cuh")
     return build_planted("residual_unit_groups", files, GROUPS_PLANTED, folder)
+
+
+@pytest.fixture(scope="module")
+def halves_planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("halves_planted")
+    return build_planted("residual_unit_halves", ("residual_unit_halves.cuh",), HALVES_PLANTED, folder)
 
 
 def seen(program: Path, folder: Path, *cases: tuple[dict[str, Any], Tensor]) -> bool:
@@ -146,3 +188,19 @@ def test_groups_planted(groups_planted: dict[str, Path], tmp_path: Path, name: s
 
 def test_nothing_planted_in_groups(groups_planted: dict[str, Path], tmp_path: Path) -> None:
     assert not seen(groups_planted["none"], tmp_path, *group_cases())
+
+
+def halves_cases() -> list[tuple[dict[str, Any], Tensor]]:
+    return [
+        case(192, 67, dilation=3, out_alpha=True),
+        case(136, 130, 3, dilation=3, lengths=[130, 0, 70], multiprocessors=1),
+    ]
+
+
+@pytest.mark.parametrize("name", HALVES_PLANTED)
+def test_halves_planted(halves_planted: dict[str, Path], tmp_path: Path, name: str) -> None:
+    assert seen(halves_planted[name], tmp_path, *halves_cases())
+
+
+def test_nothing_planted_in_halves(halves_planted: dict[str, Path], tmp_path: Path) -> None:
+    assert not seen(halves_planted["none"], tmp_path, *halves_cases())

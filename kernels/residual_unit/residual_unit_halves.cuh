@@ -28,7 +28,7 @@ struct WgmmaHalves : WgmmaParts<T, kColumns, kGroups, 1> {
   static constexpr int kHiddenPanel = kTileRows * kPanelRowBytes, kHiddenBytes = kPanels * kHiddenPanel;
   static constexpr int kRowsAtOnce = kThreads / 8;  // a thread moves the same cell of every panel
   static_assert(kColumns == 192, "a half has a panel and a half");
-  static_assert(kStages >= 3 && kSteps % kStages == 0, "a step's stage is the same in every tile");
+  static_assert(kStages >= 4 && kSteps % kStages == 0, "a step's stage is the same in every tile");
   static_assert(kStep % kRowsAtOnce == 0, "all threads copy weights");
 
   static int64_t smem_bytes(int64_t dilation) {
@@ -58,12 +58,14 @@ struct WgmmaHalves : WgmmaParts<T, kColumns, kGroups, 1> {
     const T* weight = static_cast<const T*>(p.weight);
     to += own.place;
     if (wide == kColumns && deep == kColumns) {
-      const T* from = weight + (step * kStep + own.row) * kColumns;
+      const int column = column_of(0, own.cell);
+      const T* from = weight + ((step * kStep + own.row) * kColumns + column);
       DCX_UNROLL
       for (int panel = 0; panel < kPanels; ++panel) {
+        const T* part = from + (column_of(panel, own.cell) - column);
         DCX_UNROLL
         for (int k = 0; k < kStep; k += kRowsAtOnce)
-          cp_async16(to + panel * kStepPanel + k * kPanelRowBytes, from + column_of(panel, own.cell) + k * kColumns, true);
+          cp_async16(to + panel * kStepPanel + k * kPanelRowBytes, part + k * kColumns, true);
       }
       return;
     }
@@ -156,6 +158,13 @@ struct WgmmaHalves : WgmmaParts<T, kColumns, kGroups, 1> {
     }
   }
 
+  // x where the residual is, of this thread's two rows.
+  static DCX_DEVICE void load_residual(const Params& p, const Where& at, int half, uint32_t (&words)[kPanels][2][4]) {
+    DCX_UNROLL
+    for (int panel = 0; panel < kPanels; ++panel)
+      Parts::template load_residual<32>(p, at, panel * 64 + half * 32, words[panel]);
+  }
+
   // Zeros: a tile of y past out_valid.
   static DCX_DEVICE void clear_rows(const Params& p, const Where& at, const Cells& own) {
     T* to = static_cast<T*>(const_cast<void*>(p.y.data)) + at.clip * p.y.stride_b +
@@ -187,18 +196,21 @@ struct WgmmaHalves : WgmmaParts<T, kColumns, kGroups, 1> {
       if (of.begin < of.out_valid)
         load_rows(p, of, own, of.begin - static_cast<int>(p.pad_left), count, panel_bytes, rows);
     };
-    if (!p.weights_stand) grid_wait();
-    Parts::load_vectors(p, vectors, kThreads);
-    DCX_NO_UNROLL
-    for (int step = 0; step < kStages - 2; ++step) {
+    const auto start = [&](int step) {
       load_weights(p, own, step, smem + step * kStageBytes);
       cp_async_commit();
-    }
+    };
+    if (!p.weights_stand) grid_wait();
+    DCX_NO_UNROLL
+    for (int step = 0; step < 2; ++step) start(step);
+    Parts::load_vectors(p, vectors, kThreads);
     if (p.weights_stand) grid_wait();
     Turn turn = Parts::first_turn(p, 0);
     fetch(turn);
     cp_async_commit();
-    cp_async_wait<0>();
+    DCX_NO_UNROLL
+    for (int step = 2; step < kStages - 2; ++step) start(step);
+    cp_async_wait<kStages - 4>();
     sync_threads();  // the vectors
 
     DCX_NO_UNROLL
@@ -214,7 +226,7 @@ struct WgmmaHalves : WgmmaParts<T, kColumns, kGroups, 1> {
       }
       // A step of the ring: its weights and all that threads wrote before are everyone's, then its products go out, and
       // the stage of the step before the last, whose products are done, is filled; `more` is copied with it.
-      const auto stream = [&](int step, int stage, float(&to_sums)[kHalf / 2], Panel a, const auto& more) {
+      const auto stream = [&](int step, int stage, float (&to_sums)[kHalf / 2], Panel a, const auto& more) {
         cp_async_wait<kStages - 3>();
         fence_async();
         sync_threads();
@@ -237,30 +249,30 @@ struct WgmmaHalves : WgmmaParts<T, kColumns, kGroups, 1> {
       cp_async_wait<kChunks - 1>();  // the rows, which came with the 1x1's first step
       float sums[kHalf / 2] = {};
       Panel tap = first;
-      int stage = 0;
+      int panel = 0, stage = 0;
       DCX_NO_UNROLL
       for (int step = 0; step < kTaps * kChunks; ++step) {
-        const int panel = step % kChunks;
         if (step < kChunks) snake_rows(own, count, panel, vectors, rows + panel * panel_bytes);
         stream(step, stage, sums, moved(tap, panel * panel_bytes), [] {});
-        if (panel + 1 == kChunks) tap = moved(tap, dilation * kPanelRowBytes);
+        if (++panel == kChunks) {
+          panel = 0;
+          tap = moved(tap, dilation * kPanelRowBytes);
+        }
         stage = stage + 1 == kStages ? 0 : stage + 1;
       }
       wgmma_wait<0>();
       settle(sums);
       float out[kHalf / 2] = {};
+      uint32_t old[kPanels][2][4];
       DCX_UNROLL
       for (int panel = 0; panel < kChunks; ++panel) {
         constexpr int kFirst = kTaps * kChunks;
         hide(sums + panel * 16, panel, half, pairs, hidden);
+        if (panel + 1 == kChunks) load_residual(p, at, half, old);
         stream(kFirst + panel, (kFirst + panel) % kStages, out, moved(first_hidden, panel * kHiddenPanel), [&] {
           if (panel == 0) fetch(turn);  // all threads have seen the rows' last products done
         });
       }
-      uint32_t old[kPanels][2][4];
-      DCX_UNROLL
-      for (int panel = 0; panel < kPanels; ++panel)
-        Parts::template load_residual<32>(p, at, panel * 64 + half * 32, old[panel]);
       wgmma_wait<0>();
       settle(out);
       DCX_UNROLL

@@ -37,7 +37,7 @@ dcx::ResidualUnitParams params_of(Case& c) {
 
 #if defined(DCX_GROUP_KERNELS)  // quick to compile
 
-// By channels a kernel whose weights stay, one whose weights stream, teams, and halves.
+// By channels a kernel whose weights stay, one whose weights stream, and teams.
 void run_case(Case& c) {
   const dcx::ResidualUnitParams p = params_of(c);
   dcx::ResidualUnitPlan plan = dcx::prepare_fused(p);
@@ -45,10 +45,21 @@ void run_case(Case& c) {
     dcx::plan_tiles<dcx::WgmmaUnit<dcx::bf16, 48, 1, 48, 0, 3>>(context_of(c), p, plan);
   else if (p.channels == 72)
     dcx::plan_tiles<dcx::WgmmaTeams<dcx::bf16, 96, 1>>(context_of(c), p, plan);
-  else if (p.channels > 128)
-    dcx::plan_tiles<dcx::WgmmaHalves<dcx::bf16, 192, 1, 6>>(context_of(c), p, plan);
   else
     dcx::plan_tiles<dcx::WgmmaUnit<dcx::bf16, 96, 1, 48, 5, 2>>(context_of(c), p, plan);
+  plan.start(context_of(c), plan);
+}
+
+#elif defined(DCX_HALVES)
+
+// By channels a ring whose steps wait for a tile's rows before its end, and one that leaves them for the next tile.
+void run_case(Case& c) {
+  const dcx::ResidualUnitParams p = params_of(c);
+  dcx::ResidualUnitPlan plan = dcx::prepare_fused(p);
+  if (p.channels == 192)
+    dcx::plan_tiles<dcx::WgmmaHalves<dcx::bf16, 192, 1, 4>>(context_of(c), p, plan);
+  else
+    dcx::plan_tiles<dcx::WgmmaHalves<dcx::bf16, 192, 1, 6>>(context_of(c), p, plan);
   plan.start(context_of(c), plan);
 }
 

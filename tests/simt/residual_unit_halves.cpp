@@ -1,0 +1,2 @@
+#define DCX_HALVES
+#include "residual_unit.cpp"
