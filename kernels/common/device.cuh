@@ -196,6 +196,18 @@ DCX_DEVICE void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], float b0, fl
 #endif
 }
 
+// d[16 x 8] = a[16 x 16] b[16 x 8], a's bytes signed and b's unsigned, exact. With g = lane / 4 and t = 4 (lane % 4): a
+// holds row g, then g + 8, at columns t to t + 3; b rows t to t + 3 at column g; d as above.
+DCX_DEVICE void mma_16x8x16_bytes(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // the launcher takes another kernel there
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0));
+#endif
+}
+
 // A kernel may be started before the one in front of it in the stream has ended (launch.cuh). grid_wait waits for that
 // end, and for its stores; until then a kernel may read nothing but what was there long before, and write nothing.
 DCX_DEVICE void grid_wait() {
@@ -230,8 +242,11 @@ DCX_DEVICE void hold(T*& p) {
 }
 DCX_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DCX_DEVICE float approximate_sine(float x) { return __sinf(x); }
+DCX_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DCX_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 DCX_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+// The number of the lowest bit that is set; there is one.
+DCX_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 DCX_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 // Two neighbours in one word, the first in the low half.

@@ -7,18 +7,10 @@
 #pragma once
 #include <math.h>
 
-#include "../common/launch.cuh"
-#include "params.h"
-#include "rvq_device.cuh"
-#include "rvq_project_in.cuh"
+#include "rvq_search_coarse.cuh"
+#include "rvq_search_parts.cuh"
 
 namespace dcx {
-
-struct RvqSearchLaunch {
-  RvqSearchParams p;
-  int slots;  // groups of four columns that the input projection takes at once; a property of the layer
-  int depth;  // passes of a codebook in shared memory: 1, 2 or 4
-};
 
 template <int kDim, int kFrames, bool kMargin, int kBlockThreads>
 struct RvqSearch {
@@ -72,35 +64,11 @@ struct RvqSearch {
   static DCX_DEVICE int dim_of(const RvqSearchParams& p) { return kDim > 0 ? kDim : static_cast<int>(p.layout.dim); }
   static DCX_DEVICE const float* packed_of(const RvqSearchParams& p) { return static_cast<const float*>(p.packed); }
 
-  // The query of each frame. A square may overflow where e itself is finite: then e is scaled by its largest coordinate
-  // first. A frame whose e is not finite is broken from here on.
+  // The query of each frame. One whose e is not finite is broken from here on.
   static DCX_DEVICE void normalise(const RvqSearchParams& p, const Shared& s, int64_t stage) {
     const int f = thread_index(), dim = dim_of(p);
     if (f >= kFrames) return;
-    const float* e = s.code + stage * dim * kFrames + f;
-    float* query = s.query + f * dim;
-    float square = 0.0f;
-    for (int d = 0; d < dim; ++d) square = fused_multiply_add(e[d * kFrames], e[d * kFrames], square);
-    const float norm = sqrtf(square);
-    if (norm < infinity()) {
-      const float scale = -2.0f / maximum(norm, 1e-12f);
-      for (int d = 0; d < dim; ++d) query[d] = e[d * kFrames] * scale;
-      return;
-    }
-    float largest = 0.0f;
-    bool finite = true;
-    for (int d = 0; d < dim; ++d) {
-      const float size = fabsf(e[d * kFrames]);
-      finite = finite && size < infinity();
-      largest = fmaxf(largest, size);
-    }
-    if (!finite) s.tile->broken[f] = 1;
-    float scaled = 0.0f;
-    for (int d = 0; d < dim; ++d) {
-      query[d] = finite ? e[d * kFrames] / largest : 0.0f;
-      scaled = fused_multiply_add(query[d], query[d], scaled);
-    }
-    for (int d = 0; d < dim; ++d) query[d] = finite ? -2.0f * query[d] / sqrtf(scaled) : 0.0f;
+    if (!make_query<kDim, kFrames>(s.query + f * dim, s.code + stage * dim * kFrames + f, dim)) s.tile->broken[f] = 1;
   }
 
   struct Best {
@@ -329,30 +297,14 @@ struct RvqSearch {
       take_off(p, s, stage);
       sync_threads();
     }
-    if (p.quantized.data == nullptr) return;
-    DCX_NO_UNROLL
-    for (int64_t first = 0; first < p.layout.channels; first += kThreads) {
-      const int count = static_cast<int>(minimum(int64_t{kThreads}, p.layout.channels - first));
-      if (thread_index() < count) {
-        float sums[kFrames];
-        project_out<kDim>(sums, packed_of(p), p.layout, p.used, s.code, first + thread_index());
-        store_frames(s.work + thread_index() * kPitch, sums);
-      }
-      sync_threads();
-      store_columns<kFrames, kThreads>(p.quantized, TensorView{}, *s.tile, s.work, first, count);
-      sync_threads();
-    }
+    write_sum<kDim, kFrames, kThreads>(p, *s.tile, s.code, s.work);
   }
 };
 
 // Launches where the tile fits into shared memory; false where it does not.
 template <class K>
 bool start_rvq_search_as(const CudaContext& context, const RvqSearchParams& p, int64_t tiles) {
-  // As many threads share a column in every block, so that the sums have the same tree.
-  constexpr int kTimes = K::kThreads / 256;
-  RvqSearchLaunch launched{p, kTimes, 4};
-  const int64_t groups = ceil_div(p.layout.stages * p.layout.dim, 4);
-  while (launched.slots < groups * kTimes && launched.slots < K::ProjectIn::kMostSlots * kTimes) launched.slots *= 2;
+  RvqSearchLaunch launched{p, slots_of<K>(p), 4};
   // Two blocks share a multiprocessor where there are more of them than multiprocessors; 1 KB is the system's.
   const int64_t room = tiles > context.multiprocessors ? context.shared_bytes / 2 - 1024 : context.shared_bytes;
   while (launched.depth > 1 && K::smem_bytes(p, launched.depth) > room) launched.depth /= 2;
@@ -379,7 +331,9 @@ inline void start_rvq_search_of(const CudaContext& context, const RvqSearchParam
   const bool few = 4 * frames <= context.multiprocessors, some = frames <= 2 * context.multiprocessors;
   bool started = false;
   if (p.layout.dim == 8) {
-    started = (!few && !some && start_rvq_search<8, 16>(context, p)) || (!few && start_rvq_search<8, 4>(context, p)) ||
+    const bool coarse = !few && !some && p.margin == nullptr && context.capability >= 80;
+    started = (coarse && start_rvq_search_coarse(context, p)) ||
+              (!few && !some && start_rvq_search<8, 16>(context, p)) || (!few && start_rvq_search<8, 4>(context, p)) ||
               start_rvq_search<8, 1>(context, p);
   } else {
     started = (!few && start_rvq_search<0, 4>(context, p)) || start_rvq_search<0, 1>(context, p);

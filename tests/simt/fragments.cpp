@@ -84,4 +84,25 @@ void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
   simt::multiply_fragments(mine, false);
 }
 
+void mma_16x8x16_bytes(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  struct Bytes {
+    int32_t* d;
+    uint32_t a[2], b;
+  };
+  Bytes mine{d, {a[0], a[1]}, b};
+  simt::warp_together("mma.bytes", &mine, [](void* const(&all)[32]) {
+    const auto of = [&](int lane) { return static_cast<const Bytes*>(all[lane]); };
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        int32_t sum = 0;
+        for (int k = 0; k < 16; ++k) {
+          const uint32_t row = of(lane / 4 * 4 + k / 4)->a[i / 2] >> (8 * (k % 4));
+          const uint32_t column = of((2 * (lane % 4) + i % 2) * 4 + k / 4)->b >> (8 * (k % 4));
+          sum += static_cast<int8_t>(row) * static_cast<int32_t>(column & 255);
+        }
+        of(lane)->d[i] = sum;
+      }
+  });
+}
+
 }  // namespace dcx

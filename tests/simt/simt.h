@@ -168,6 +168,7 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
   simt::multiply_fragments(mine, true);
 }
 void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], float b0, float b1);
+void mma_16x8x16_bytes(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b);
 
 struct Panel {
   const unsigned char* start;
@@ -205,6 +206,11 @@ template <class T>
 inline void hold(T*&) {}
 inline float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 inline float approximate_sine(float x) { return sinf(x); }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
 inline uint64_t bits_of(double x) {
   uint64_t bits;
   memcpy(&bits, &x, 8);
@@ -212,6 +218,10 @@ inline uint64_t bits_of(double x) {
 }
 inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+inline int lowest_bit(uint32_t bits) {
+  if (bits == 0) simt::fail("lowest_bit: none is set");
+  return __builtin_ctz(bits);
 }
 template <class T>
 inline uint32_t pack_pair(float low, float high) {
