@@ -1,7 +1,8 @@
 // The projection of a tile's frames for all stages, rvq_search's first step: code[column] = sum over channels of
-// W[channel][column] z[channel] + bias[column]. A thread owns four columns of every frame and each splits-th channel of
-// a chunk of z in shared memory; chains of at most kChain products in float32, then a tree over the threads that share
-// columns. How many share them follows from the layer alone, and so do the bits.
+// W[channel][column] z[channel] + bias[column]. A thread owns four columns of a part of the frames and each splits-th
+// channel of a chunk of z in shared memory; chains of at most kChain products in float32, then a tree over the threads
+// that share columns. How many share them follows from the layer alone, and so do the bits: 256 threads take a part,
+// all the frames where a block has no more threads.
 #pragma once
 #include "params.h"
 #include "rvq_device.cuh"
@@ -14,12 +15,17 @@ struct RvqProjectIn {
   using Four = Vector16<float>;
   static constexpr int kChunk = 512;     // channels of z in shared memory
   static constexpr int kChain = 128;     // channels that one accumulator sums
-  static constexpr int kMostSlots = 64;  // of 256 threads, more of more; at least 4 threads share a column
+  static constexpr int kMostSlots = 64;  // at least 4 threads share a column
   static constexpr int kPitch = kFramePitch<kFrames>;
-  static_assert(kChunk % (kThreads / kMostSlots) == 0 && kChain * (kThreads / kMostSlots) % kChunk == 0,
+  static constexpr int kPartThreads = 256;
+  static constexpr int kOwn = kFrames / (kThreads / kPartThreads);  // frames of a part
+  static_assert(kChunk % (kPartThreads / kMostSlots) == 0 && kChain * (kPartThreads / kMostSlots) % kChunk == 0,
                 "sums end with a chunk");
 
-  static int64_t smem_bytes() { return maximum(int64_t{kChunk} * kPitch * 4, int64_t{kThreads / 2} * kFrames * 16); }
+  static constexpr int64_t smem_bytes() {
+    constexpr int64_t z = int64_t{kChunk} * kPitch * 4, sums = int64_t{kThreads / 2} * kOwn * 16;
+    return z > sums ? z : sums;
+  }
 
   // kChunk channels of every frame from channel c0 on, zeros past the last; lanes run along what lies side by side.
   template <class T>
@@ -56,22 +62,22 @@ struct RvqProjectIn {
   }
 
   // Adds up the sums of the threads that share a slot, as a tree, into those of split 0.
-  static DCX_DEVICE void add_splits(float (&sums)[4 * kFrames], int slot, int split, int slots, int splits,
+  static DCX_DEVICE void add_splits(float (&sums)[4 * kOwn], int slot, int split, int slots, int splits,
                                     Four* partial) {
     for (int half = splits / 2; half >= 1; half /= 2) {
       sync_threads();
       if (split >= half && split < 2 * half) {
         Four* own = partial + (split - half) * slots + slot;
         DCX_UNROLL
-        for (int i = 0; i < kFrames; ++i)
-          own[i * (kThreads / 2)] = Four{{sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]}};
+        for (int i = 0; i < kOwn; ++i)
+          own[i * (kPartThreads / 2)] = Four{{sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]}};
       }
       sync_threads();
       if (split < half) {
         const Four* other = partial + split * slots + slot;
         DCX_UNROLL
-        for (int i = 0; i < kFrames; ++i) {
-          const Four four = other[i * (kThreads / 2)];
+        for (int i = 0; i < kOwn; ++i) {
+          const Four four = other[i * (kPartThreads / 2)];
           DCX_UNROLL
           for (int k = 0; k < 4; ++k) sums[4 * i + k] += four.values[k];
         }
@@ -85,8 +91,10 @@ struct RvqProjectIn {
                              float* code) {
     const RvqLayout& layout = p.layout;
     const float* packed = static_cast<const float*>(p.packed);
-    const int splits = kThreads / slots;
-    const int slot = thread_index() % slots, split = thread_index() / slots;
+    const int part = kOwn < kFrames ? thread_index() / kPartThreads : 0;
+    const int splits = kPartThreads / slots, slot = thread_index() % slots;
+    const int split = (thread_index() - part * kPartThreads) / slots;
+    Four* partial = reinterpret_cast<Four*>(work) + part * (kPartThreads / 2 * kOwn);
     const int64_t columns = layout.stages * layout.dim, groups = ceil_div(p.used * layout.dim, 4);
     const int64_t block = int64_t{kChain} * splits;  // channels that are summed before they are added to code
     for (int64_t group = slot; group - slot < groups; group += slots) {
@@ -95,24 +103,23 @@ struct RvqProjectIn {
       const int64_t panel = panel_of(columns, column), begin = panel_begin(columns, panel);
       const int64_t width = panel_begin(columns, panel + 1) - begin;
       const float* weight = packed + layout.in_panels() + begin * layout.channels + (column - begin);
-      float sums[4 * kFrames];  // [4 columns][kFrames]
+      float sums[4 * kOwn];  // [4 columns][kOwn]
       DCX_NO_UNROLL
       for (int64_t c0 = 0; c0 < layout.channels; c0 += kChunk) {
         if (c0 % block == 0) {
           DCX_UNROLL
-          for (int i = 0; i < 4 * kFrames; ++i) sums[i] = 0.0f;
+          for (int i = 0; i < 4 * kOwn; ++i) sums[i] = 0.0f;
         }
         sync_threads();
         load_chunk(p, tile, c0, work);
         sync_threads();
         const int count = static_cast<int>(minimum(int64_t{kChunk}, layout.channels - c0));
         const auto add = [&](const Four& w, int c) {
-          float z[kFrames];
-          load_frames(z, work + c * kPitch);
+          float z[kOwn];
+          load_frames(z, work + c * kPitch + part * kOwn);
           DCX_UNROLL
           for (int k = 0; k < 4; ++k) DCX_UNROLL
-          for (int f = 0; f < kFrames; ++f)
-            sums[k * kFrames + f] = fused_multiply_add(w.values[k], z[f], sums[k * kFrames + f]);
+          for (int f = 0; f < kOwn; ++f) sums[k * kOwn + f] = fused_multiply_add(w.values[k], z[f], sums[k * kOwn + f]);
         };
         if (mine) {
           constexpr int kAhead = 4;
@@ -131,13 +138,13 @@ struct RvqProjectIn {
         }
         const bool last = c0 + kChunk >= layout.channels;
         if (!last && (c0 + kChunk) % block != 0) continue;
-        add_splits(sums, slot, split, slots, splits, reinterpret_cast<Four*>(work));
+        add_splits(sums, slot, split, slots, splits, partial);
         if (split != 0 || !mine) continue;
         DCX_UNROLL
-        for (int i = 0; i < 4 * kFrames; ++i) {
-          float* cell = code + column * kFrames + i;
+        for (int i = 0; i < 4 * kOwn; ++i) {
+          float* cell = code + (column + i / kOwn) * kFrames + part * kOwn + i % kOwn;
           float value = c0 < block ? sums[i] : *cell + sums[i];
-          if (last) value += packed[layout.in_bias() + column + i / kFrames];
+          if (last) value += packed[layout.in_bias() + column + i / kOwn];
           *cell = value;
         }
       }

@@ -64,13 +64,11 @@ DCX_DEVICE void write_sum(const RvqSearchParams& p, const FrameTile<kFrames>& ti
   }
 }
 
-// RvqSearchLaunch::slots. As many threads share a column in blocks of every size, so that the sums have the same tree.
 template <class K>
 int slots_of(const RvqSearchParams& p) {
-  constexpr int kTimes = K::kThreads / 256;
   const int64_t groups = ceil_div(p.layout.stages * p.layout.dim, 4);
-  int slots = kTimes;
-  while (slots < groups * kTimes && slots < K::ProjectIn::kMostSlots * kTimes) slots *= 2;
+  int slots = 1;
+  while (slots < groups && slots < K::ProjectIn::kMostSlots) slots *= 2;
   return slots;
 }
 
