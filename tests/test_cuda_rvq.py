@@ -71,6 +71,25 @@ def test_rvq_search_batches_and_cuts_have_the_same_bits(family: str) -> None:
     assert torch.equal(torch.cat(parts, -1), whole[1])
 
 
+# On an H100: few more than two frames to a multiprocessor, nearly a tile of 16 to each, two tiles to each.
+@pytest.mark.parametrize("frames", [290, 2000, 4500])
+@pytest.mark.parametrize("shape", search.CODEC.values(), ids=search.CODEC.keys())
+@by_family
+def test_rvq_search_of_many_frames(family: str, shape: dict[str, Any], frames: int) -> None:
+    q = search.make(**{**shape, "frames": frames}).to(DEVICE)
+    with dx.backend(family):
+        packed = packing.pack_rvq(**q.weights)
+        report = search.check(q)
+        assert report.excused <= max(1, report.total // 100)
+        # Without margins another kernel may search.
+        codes, total, margins = q.search(packed=packed, return_quantized=True, return_margin=True)
+        plain, plain_total, _ = q.search(packed=packed, return_quantized=True)
+        assert margins is not None and torch.equal(plain, codes) and torch.equal(plain_total, total)
+        if family == "cuda":
+            few = torch.cat([q.search(z, packed=packed)[0] for z in q.z[..., :290].split(58, dim=-1)], -1)
+            assert torch.equal(few, codes[..., :290])
+
+
 @gpu_alone
 @by_family
 def test_rvq_search_stores_no_distance_matrix(family: str) -> None:

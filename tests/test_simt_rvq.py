@@ -23,6 +23,7 @@ Result = dict[str, Tensor]
 
 # Multiprocessors of the GPU that a case pretends to have: they choose the frames in a tile.
 FEW_FRAMES = {"multiprocessors": 10_000}
+TILE_EACH = {"multiprocessors": 5}  # for 11 to 80 frames: blocks of twice the threads
 SOME_FRAMES = {"multiprocessors": 30}  # for 8 to 60 frames
 
 
@@ -176,8 +177,10 @@ def test_search_bits_depend_neither_on_the_tile_nor_on_the_batch_nor_on_the_orde
     )
     for other in (some, few, tight, tightest):
         assert same(other, whole)
-    two_blocks, one_wide = search(q.case(sums=1), q.case(sums=1, multiprocessors=5))  # of twice the threads
-    assert same(two_blocks, one_wide) and torch.equal(one_wide["codes"], whole["codes"])
+    without = {k: v for k, v in whole.items() if k != "margin"}
+    for seed in (1, 2, 3):
+        for got in search(q.case(sums=1), q.case(sums=1, **TILE_EACH), q.case(sums=1, capability=75), seed=seed):
+            assert same(got, without)
     for seed in (2, 3):
         assert same(search(q.case(**options), seed=seed)[0], whole)
     alone, part = search(q.case(q.z[2:3], **options), q.case(q.z[1:2, :, 4:6], **options))
@@ -187,9 +190,13 @@ def test_search_bits_depend_neither_on_the_tile_nor_on_the_batch_nor_on_the_orde
 
 def test_search_prefixes_of_stages(search: Run) -> None:
     q = quantizer(stages=5, frames=5)
-    whole, two, one = search(
-        q.case(margins=1), q.case(margins=1, sums=1, used=2), q.case(margins=1, used=1, **FEW_FRAMES)
+    whole, two, one, coarse = search(
+        q.case(margins=1),
+        q.case(margins=1, sums=1, used=2),
+        q.case(margins=1, used=1, **FEW_FRAMES),
+        q.case(sums=1, used=2),
     )
+    assert same(coarse, {k: two[k] for k in coarse})
     for used, got in ((2, two), (1, one)):
         assert torch.equal(got["codes"], whole["codes"][:, :used])
         assert torch.equal(got["margin"], whole["margin"][:, :used])
@@ -210,8 +217,15 @@ def test_search_ties_go_to_the_lowest_index(dim: int, search: Run) -> None:
     for period in (2, 37, 1024):
         q = tied(dim, period)
         once = Quantizer(q.z, {**q.weights, "codebooks": q.weights["codebooks"][:, :period]})
-        got, few, expected = search(q.case(margins=1), q.case(q.z[..., :2], margins=1, **FEW_FRAMES), once.case())
+        got, few, expected, plain, wide = search(
+            q.case(margins=1),
+            q.case(q.z[..., :2], margins=1, **FEW_FRAMES),
+            once.case(margins=1),
+            q.case(),
+            q.case(**TILE_EACH),
+        )
         assert torch.equal(got["codes"], expected["codes"]) and not got["margin"].any()
+        assert torch.equal(plain["codes"], expected["codes"]) and torch.equal(wide["codes"], expected["codes"])
         assert torch.equal(few["codes"], expected["codes"][..., :2]) and not few["margin"].any()
 
 
@@ -221,8 +235,8 @@ def test_search_zeros_choose_the_row_of_the_smallest_square(dim: int, search: Ru
     q.weights["in_weight"].zero_()
     q.weights["in_bias"].zero_()
     q.weights["codebooks"][0, [613, 205]] = 0
-    (got,) = search(q.case(margins=1))
-    assert (got["codes"] == 205).all() and not got["margin"].any()
+    got, plain = search(q.case(margins=1), q.case())
+    assert (got["codes"] == 205).all() and not got["margin"].any() and torch.equal(plain["codes"], got["codes"])
 
 
 @pytest.mark.parametrize("dim", [8, 5])
@@ -231,7 +245,8 @@ def test_search_frames_that_are_not_finite(value: float, dim: int, search: Run) 
     q = quantizer(dim=dim, frames=18)
     z = q.z.clone()
     z[0, 3, [0, 17]] = value
-    clean, got = search(q.case(sums=1, margins=1), q.case(z, sums=1, margins=1))
+    clean, got, plain = search(q.case(sums=1, margins=1), q.case(z, sums=1, margins=1), q.case(z, sums=1))
+    assert same(plain, {k: got[k] for k in plain})
     for name in got:
         assert torch.equal(got[name][..., 1:17], clean[name][..., 1:17])
     broken = {k: v[..., [0, 17]] for k, v in got.items()}
@@ -252,10 +267,44 @@ def test_search_lengths(dim: int, search: Run) -> None:
     given = torch.tensor([4, 0, 99, -5])  # the device's lengths are not read back: the kernel clamps them
     lengths = given.clamp(0, 11)
     z = testing.poison_past_lengths(q.z, lengths)
-    whole, got = search(q.case(sums=1, margins=1), q.case(z, sums=1, margins=1, lengths=given))
+    whole, got, plain = search(
+        q.case(sums=1, margins=1), q.case(z, sums=1, margins=1, lengths=given), q.case(z, sums=1, lengths=given)
+    )
+    assert same(plain, {k: got[k] for k in plain})
     for i, n in enumerate(lengths.tolist()):
         for name in got:
             assert torch.equal(got[name][i, :, :n], whole[name][i, :, :n]) and not got[name][i, :, n:].any()
+
+
+def clustered(spread: float, entries: int = 1000, **shape: int) -> Quantizer:
+    """Rows in 20 clusters: many rows are nearly as near as the nearest one."""
+    q = quantizer(entries=entries, **shape)
+    books = q.weights["codebooks"]
+    q.weights["codebooks"] = books[:, torch.arange(entries) % 20] + spread * books
+    return q
+
+
+@pytest.mark.parametrize("spread", [0.1, 1e-2, 1e-6, 0.0])
+def test_search_of_rows_that_bytes_do_not_tell_apart(spread: float, search: Run) -> None:
+    q = clustered(spread, frames=20, stages=2)
+    whole, coarse, wide = search(q.case(margins=1), q.case(), q.case(**TILE_EACH))
+    assert torch.equal(coarse["codes"], whole["codes"]) and torch.equal(wide["codes"], whole["codes"])
+
+
+@pytest.mark.parametrize(
+    "row", [torch.zeros(8), torch.full((8,), torch.nan), torch.full((8,), 1e-20)], ids=["zero", "NaN", "short"]
+)
+def test_search_of_a_stage_that_bytes_may_not_be_used_for(row: Tensor, search: Run) -> None:
+    q = quantizer(frames=18, entries=600)
+    q.weights["codebooks"][1, 77] = row
+    whole, coarse, wide = search(q.case(margins=1), q.case(), q.case(**TILE_EACH))
+    assert torch.equal(coarse["codes"], whole["codes"]) and torch.equal(wide["codes"], whole["codes"])
+
+
+def test_search_of_more_stages_than_lanes_have_columns(search: Run) -> None:
+    q = quantizer(frames=18, stages=12, entries=40)
+    whole, coarse = search(q.case(margins=1, sums=1), q.case(sums=1, **TILE_EACH))
+    assert same(coarse, {k: whole[k] for k in coarse})
 
 
 def test_search_needs_shared_memory_for_its_code_space(search: Run) -> None:
@@ -375,6 +424,6 @@ def test_lookup_lengths(frames: int, lookup: Run) -> None:
 def test_every_kernel_has_run(ran: set[str], request: pytest.FixtureRequest) -> None:
     if len(request.session.items) < 20:
         pytest.skip("the other tests of this file were left out")
-    search = {f"dcx::RvqSearch<8, {f}, {m}, 256>" for f in (16, 4, 1) for m in ("true", "false")}
-    search |= {f"dcx::RvqSearch<0, {f}, true, 256>" for f in (4, 1)} | {"dcx::RvqSearch<8, 16, false, 512>"}
+    search = {f"dcx::RvqSearch<8, {f}, {m}>" for f in (16, 4, 1) for m in ("true", "false")}
+    search |= {f"dcx::RvqSearch<0, {f}, true>" for f in (4, 1)} | {f"dcx::RvqSearchCoarse<{n}>" for n in (512, 256)}
     assert ran == search | {f"dcx::RvqLookup<{d}, {f}>" for d in (8, 0) for f in (16, 4, 1)}

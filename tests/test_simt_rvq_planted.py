@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import simt_cases as simt
 import simt_mutants
-from test_simt_rvq import Case, Result, lookup_case, same, tied
+import torch
+from test_simt_rvq import TILE_EACH, Case, Result, clustered, lookup_case, same, tied
 
 pytestmark = pytest.mark.skipif(bool(simt.missing()), reason=simt.missing() or "it can run")
 
@@ -42,13 +43,14 @@ def caught(program: Path, tmp_path: Path, case: Case, right: Result) -> bool:
 
 @pytest.mark.parametrize(("op", "frames"), [("rvq_search", 18), ("rvq_lookup", 30), ("rvq_lookup", 8)])
 def test_nothing_planted_is_not_caught(op: str, frames: int, tmp_path: Path) -> None:
-    case = tied(8, 37).case() if op == "rvq_search" else lookup_case(frames=frames)[0]
+    case = tied(8, 37).case(margins=1) if op == "rvq_search" else lookup_case(frames=frames)[0]
     if op == "rvq_lookup":
         case["codes"][0, 0, 0] = 2**30
     right = unplanted(op, tmp_path, case)
     assert not caught(planted(op, tmp_path, f"{op}/{op}.cuh", "#pragma once", "#pragma once"), tmp_path, case, right)
 
 
+COARSE = "rvq_search/rvq_search_coarse.cuh"
 SEARCH, LOOKUP, DEVICE = "rvq_search/rvq_search.cuh", "rvq_lookup/rvq_lookup.cuh", "rvq_search/rvq_device.cuh"
 
 
@@ -62,9 +64,44 @@ SEARCH, LOOKUP, DEVICE = "rvq_search/rvq_search.cuh", "rvq_lookup/rvq_lookup.cuh
     ids=["missing barrier", "wrong tie between threads", "wrong tie in a thread"],
 )
 def test_planted_bugs_of_the_search_are_caught(old: str, new: str, period: int, tmp_path: Path) -> None:
-    case = tied(8, period).case()
+    case = tied(8, period).case(margins=1)
     right = unplanted("rvq_search", tmp_path, case)
     assert caught(planted("rvq_search", tmp_path, SEARCH, old, new), tmp_path, case, right)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("- s.slack[f];", "- minimum(s.slack[f], 0);"),
+        ("s.slack[f] = !asked ?", "s.slack[f] = false ?"),
+        ("advance(params, s, stage);\n      sync_threads();", "advance(params, s, stage);"),
+        ("search(params, s, ahead, best);\n      sync_threads();", "search(params, s, ahead, best);"),
+        ("choose(params, s, stage, best);\n      sync_threads();", "choose(params, s, stage, best);"),
+        ("finish(params, s, stage - 1, f);\n      sync_warp();", "finish(params, s, stage - 1, f);"),
+        ("bits_of(score + 0.0f)", "bits_of(score * 0.0f)"),
+        ("pass = thread_index() / kWarp;\n        ++stage;", "++stage;"),
+        ("slots = shuffle(own, owner);", "slots = shuffle(own, owner) & 0x7fffu;"),
+        ("ceil_div(p.batch * p.frames, RvqSearchCoarse", "1 + 0 * ceil_div(p.batch * p.frames, RvqSearchCoarse"),
+    ],
+    ids=[
+        "no slack",
+        "a broken frame that is asked for",
+        "missing barrier: queries",
+        "missing barrier: sums",
+        "missing barrier: winners",
+        "missing barrier in a warp",
+        "the index alone",
+        "the second stage's bytes from where the first one's end",
+        "an eight left out",
+        "dropped tail",
+    ],
+)
+def test_planted_bugs_of_the_coarse_search_are_caught(old: str, new: str, tmp_path: Path) -> None:
+    q = clustered(0.02, frames=20, stages=2)
+    q.z[0, 3, 5] = torch.nan
+    case = q.case(sums=1, **TILE_EACH)
+    right = unplanted("rvq_search", tmp_path, case)
+    assert caught(planted("rvq_search", tmp_path, COARSE, old, new), tmp_path, case, right)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@
 
 namespace dcx {
 
-template <int kDim, int kFrames, bool kMargin, int kBlockThreads>
+template <int kDim, int kFrames, bool kMargin>
 struct RvqSearch {
   using Params = RvqSearchLaunch;
   using Four = Vector16<float>;
-  static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = 512 / kThreads;
+  static constexpr int kThreads = 256;
+  static constexpr int kMinBlocks = 2;
   static constexpr bool kNeedsSm80 = false;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kPass = kThreads;  // groups of four entries
@@ -316,12 +316,9 @@ bool start_rvq_search_as(const CudaContext& context, const RvqSearchParams& p, i
 template <int kDim, int kFrames>
 bool start_rvq_search(const CudaContext& context, const RvqSearchParams& p) {
   const int64_t tiles = ceil_div(p.batch * p.frames, kFrames);
-  if constexpr (kDim > 0 && kFrames == 16)
-    if (p.margin == nullptr && tiles <= context.multiprocessors)  // one block each: then of twice the threads
-      return start_rvq_search_as<RvqSearch<kDim, kFrames, false, 512>>(context, p, tiles);
   if constexpr (kDim > 0)
-    if (p.margin == nullptr) return start_rvq_search_as<RvqSearch<kDim, kFrames, false, 256>>(context, p, tiles);
-  return start_rvq_search_as<RvqSearch<kDim, kFrames, true, 256>>(context, p, tiles);
+    if (p.margin == nullptr) return start_rvq_search_as<RvqSearch<kDim, kFrames, false>>(context, p, tiles);
+  return start_rvq_search_as<RvqSearch<kDim, kFrames, true>>(context, p, tiles);
 }
 
 // The tile decides who computes a frame, never how. Few frames take small tiles, so that more multiprocessors read the
