@@ -40,7 +40,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"channels": 1024, "frames": 9, "stages": 7, "entries": 4096, "batch": 1},
         {"channels": 1024, "frames": 5, "stages": 11, "entries": 1024, "batch": 1},
         {"channels": 768, "frames": 3, "stages": 1, "entries": 16384, "batch": 1},
-        {"channels": 1024, "frames": 310, "stages": 7, "entries": 4096, "batch": 1},  # more than two to a multiprocessor
+        {"channels": 1024, "frames": 310, "stages": 7, "entries": 4096, "batch": 1},  # tiles of 16
         {"channels": 40, "frames": 70, "stages": 2, "entries": 33, "dim": 5},
     ],
     "snake_conv1d": [

@@ -321,8 +321,8 @@ bool start_rvq_search(const CudaContext& context, const RvqSearchParams& p) {
   return start_rvq_search_as<RvqSearch<kDim, kFrames, true>>(context, p, tiles);
 }
 
-// The tile decides who computes a frame, never how. Few frames take small tiles, so that more multiprocessors read the
-// codebooks at once: README.md has the numbers.
+// The tile decides who computes a frame, never what comes out. Few frames take small tiles, so that more multiprocessors
+// read the codebooks at once: README.md has the numbers. Margins need every row's score.
 inline void start_rvq_search_of(const CudaContext& context, const RvqSearchParams& p) {
   const int64_t frames = p.batch * p.frames;
   const bool few = 4 * frames <= context.multiprocessors, some = frames <= 2 * context.multiprocessors;
