@@ -92,7 +92,7 @@ WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Small, several clips": (
         "1, 64, 8, true",
-        {"channels": 96, "columns": 64, "steps": 3, "batch": 25, "lengths": [3, 0, 1, 2, 3] * 5, "multiprocessors": 5},
+        {"channels": 96, "columns": 96, "steps": 3, "batch": 25, "lengths": [3, 0, 1, 2, 3] * 5, "multiprocessors": 5},
     ),
 }
 # Tiles of 8 rows that a warp multiplies.
