@@ -157,7 +157,10 @@ def test_search_dtypes_and_strides(dtype: torch.dtype, dim: int, search: Run) ->
     copies = [copy for name, copy in testing.strided_copies(z).items() if dtype == torch.float32 or "slice" in name]
     wide = q.case(z.float(), sums=1, margins=1)
     last = [q.case(copy, sums=1, margins=1, frames_first=i % 2) for i, copy in enumerate(copies)]
+    alone = [q.case(copy, sums=1, frames_first=i % 2, **TILE_EACH) for i, copy in enumerate(copies)]
     expected, *results = search(wide, *last)
+    for got, plain in zip(results, search(*alone), strict=True):
+        assert dim != 8 or same(plain, {k: got[k] for k in plain})
     for i, got in enumerate(results):
         total = got["quantized"].transpose(1, 2) if i % 2 else got["quantized"]
         assert torch.equal(got["codes"], expected["codes"]) and torch.equal(got["margin"], expected["margin"])
@@ -302,7 +305,7 @@ def test_search_of_a_stage_that_bytes_may_not_be_used_for(row: Tensor, search: R
 
 
 def test_search_of_more_stages_than_lanes_have_columns(search: Run) -> None:
-    q = quantizer(frames=18, stages=12, entries=40)
+    q = quantizer(channels=600, frames=18, stages=33, entries=20)
     whole, coarse = search(q.case(margins=1, sums=1), q.case(sums=1, **TILE_EACH))
     assert same(coarse, {k: whole[k] for k in coarse})
 

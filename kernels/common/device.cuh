@@ -112,6 +112,16 @@ DCX_DEVICE void cp_async16(void* shared, const void* global, bool valid) {
                : "memory");
 #endif
 }
+// As that, 4 bytes: for what does not lie side by side in both places.
+DCX_DEVICE void cp_async4(float* shared, const float* global, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  *shared = valid ? *global : 0.0f;
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+#endif
+}
 DCX_DEVICE void cp_async_commit() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -22,8 +22,13 @@ struct RvqProjectIn {
   static_assert(kChunk % (kPartThreads / kMostSlots) == 0 && kChain * (kPartThreads / kMostSlots) % kChunk == 0,
                 "sums end with a chunk");
 
+  // A block that has a multiprocessor to itself has the next chunk of float32 under way while it sums this one.
+  static constexpr bool kAhead = kThreads > kPartThreads;
+  static constexpr int kChunkFloats = kChunk * kPitch;
+  static_assert(!kAhead || (kFrames == 16 && kThreads / 2 * kOwn * 4 <= kChunkFloats), "copy_chunk's frames; sums fit");
+
   static constexpr int64_t smem_bytes() {
-    constexpr int64_t z = int64_t{kChunk} * kPitch * 4, sums = int64_t{kThreads / 2} * kOwn * 16;
+    constexpr int64_t z = int64_t{kChunkFloats} * (kAhead ? 8 : 4), sums = int64_t{kThreads / 2} * kOwn * 16;
     return z > sums ? z : sums;
   }
 
@@ -52,8 +57,32 @@ struct RvqProjectIn {
       for (int k = 0; k < kBatch; ++k) to[places[k]] = values[k];
     }
   }
+  // The same by copies behind the threads' backs, which the caller commits.
+  static DCX_DEVICE void copy_chunk(const RvqSearchParams& p, const FrameTile<kFrames>& tile, int64_t c0, float* to) {
+    constexpr int kParts = 4, kRun = kChunk * kFrames / kThreads / kParts;
+    const float* z = static_cast<const float*>(p.z.data);
+    const int64_t count = p.layout.channels - c0;
+    // In a part a thread stays with its frame. Along channels 8 lanes take neighbours of one frame, 4 frames a warp.
+    const bool along_channels = p.z.stride_c == 1;
+    const int f0 = along_channels ? thread_index() / 8 % 4 : thread_index() % kFrames;
+    const int first = along_channels ? thread_index() % 8 + thread_index() / 32 * 8 : thread_index() / kFrames;
+    const int step = along_channels ? kThreads / 4 : kThreads / kFrames;
+    DCX_NO_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      const int f = along_channels ? f0 + 4 * part : f0, c = along_channels ? first : first + part * kRun * step;
+      const float* from = z + tile.offset(p.z, f) + (c0 + c) * p.z.stride_c;
+      const bool counts = tile.counts[f] != 0;
+      DCX_UNROLL
+      for (int k = 0; k < kRun; ++k) {
+        const bool valid = counts && c + k * step < count;
+        cp_async4(to + (c + k * step) * kPitch + f, valid ? from + k * step * p.z.stride_c : z, valid);
+      }
+    }
+  }
   static DCX_DEVICE void load_chunk(const RvqSearchParams& p, const FrameTile<kFrames>& tile, int64_t c0, float* to) {
-    if (p.z.dtype == DType::kF32)
+    if (kAhead && p.z.dtype == DType::kF32)
+      copy_chunk(p, tile, c0, to);
+    else if (p.z.dtype == DType::kF32)
       load_chunk_as<float>(p, tile, c0, to);
     else if (p.z.dtype == DType::kBF16)
       load_chunk_as<bf16>(p, tile, c0, to);
@@ -94,7 +123,6 @@ struct RvqProjectIn {
     const int part = kOwn < kFrames ? thread_index() / kPartThreads : 0;
     const int splits = kPartThreads / slots, slot = thread_index() % slots;
     const int split = (thread_index() - part * kPartThreads) / slots;
-    Four* partial = reinterpret_cast<Four*>(work) + part * (kPartThreads / 2 * kOwn);
     const int64_t columns = layout.stages * layout.dim, groups = ceil_div(p.used * layout.dim, 4);
     const int64_t block = int64_t{kChain} * splits;  // channels that are summed before they are added to code
     for (int64_t group = slot; group - slot < groups; group += slots) {
@@ -104,19 +132,32 @@ struct RvqProjectIn {
       const int64_t width = panel_begin(columns, panel + 1) - begin;
       const float* weight = packed + layout.in_panels() + begin * layout.channels + (column - begin);
       float sums[4 * kOwn];  // [4 columns][kOwn]
+      if constexpr (kAhead) {
+        sync_threads();  // the tile stands, or the groups before are done with work
+        load_chunk(p, tile, 0, work);
+        cp_async_commit();
+      }
       DCX_NO_UNROLL
       for (int64_t c0 = 0; c0 < layout.channels; c0 += kChunk) {
         if (c0 % block == 0) {
           DCX_UNROLL
           for (int i = 0; i < 4 * kOwn; ++i) sums[i] = 0.0f;
         }
+        const int64_t half = kAhead ? c0 / kChunk % 2 : 0;  // of work
+        float* chunk = work + half * kChunkFloats;
         sync_threads();
-        load_chunk(p, tile, c0, work);
+        if constexpr (kAhead) {
+          if (c0 + kChunk < layout.channels) load_chunk(p, tile, c0 + kChunk, work + (1 - half) * kChunkFloats);
+          cp_async_commit();
+          cp_async_wait<1>();
+        } else {
+          load_chunk(p, tile, c0, chunk);
+        }
         sync_threads();
         const int count = static_cast<int>(minimum(int64_t{kChunk}, layout.channels - c0));
         const auto add = [&](const Four& w, int c) {
           float z[kOwn];
-          load_frames(z, work + c * kPitch + part * kOwn);
+          load_frames(z, chunk + c * kPitch + part * kOwn);
           DCX_UNROLL
           for (int k = 0; k < 4; ++k) DCX_UNROLL
           for (int f = 0; f < kOwn; ++f) sums[k * kOwn + f] = fused_multiply_add(w.values[k], z[f], sums[k * kOwn + f]);
@@ -138,7 +179,7 @@ struct RvqProjectIn {
         }
         const bool last = c0 + kChunk >= layout.channels;
         if (!last && (c0 + kChunk) % block != 0) continue;
-        add_splits(sums, slot, split, slots, splits, partial);
+        add_splits(sums, slot, split, slots, splits, reinterpret_cast<Four*>(chunk) + part * (kPartThreads / 2 * kOwn));
         if (split != 0 || !mine) continue;
         DCX_UNROLL
         for (int i = 0; i < 4 * kOwn; ++i) {

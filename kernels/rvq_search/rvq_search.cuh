@@ -5,8 +5,6 @@
 // stage. Lowest (score, index) in every reduction. float32 sums: in_proj as chains of at most 128 under a tree. kDim 8
 // copies books 16 bytes at a time ahead of use; `packed` is aligned to 16 bytes.
 #pragma once
-#include <math.h>
-
 #include "rvq_search_coarse.cuh"
 #include "rvq_search_parts.cuh"
 
@@ -321,8 +319,8 @@ bool start_rvq_search(const CudaContext& context, const RvqSearchParams& p) {
   return start_rvq_search_as<RvqSearch<kDim, kFrames, true>>(context, p, tiles);
 }
 
-// The tile decides who computes a frame, never what comes out. Few frames take small tiles, so that more multiprocessors
-// read the codebooks at once: README.md has the numbers. Margins need every row's score.
+// The tile decides who computes a frame, never what comes out. Few frames take small tiles, so that more
+// multiprocessors read the codebooks at once: README.md has the numbers. Margins need every row's score.
 inline void start_rvq_search_of(const CudaContext& context, const RvqSearchParams& p) {
   const int64_t frames = p.batch * p.frames;
   const bool few = 4 * frames <= context.multiprocessors, some = frames <= 2 * context.multiprocessors;

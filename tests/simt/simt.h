@@ -32,7 +32,7 @@ const Position& position();
 void warp_together(const char* name, void* argument, void (*all)(void* const (&arguments)[32]));
 void barrier();
 void barrier_of(int first, int count);                      // of these threads alone
-void copy_later(void* to, const void* from, size_t bytes);  // 16 zeros where from is null
+void copy_later(void* to, const void* from, size_t bytes);  // zeros where from is null
 void commit_copies();
 void wait_copies(int pending);
 // A thread's share of a warpgroup's product of two panels (wgmma.cuh), done at some time up to the wait.
@@ -149,6 +149,7 @@ inline T shuffle_xor(T value, int mask) {
 uint32_t ballot(bool value);
 
 void cp_async16(void* shared, const void* global, bool valid);
+void cp_async4(float* shared, const float* global, bool valid);
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int kPending>
 inline void cp_async_wait() {
