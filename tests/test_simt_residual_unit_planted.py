@@ -118,7 +118,7 @@ HALVES_PLANTED = {
         "const bool there = static_cast<unsigned>(begin + row) < static_cast<unsigned>(at.in_valid);",
         "const bool there = begin + row >= 0;",
     ),
-    "weights past their end": ("column && within + k < deep;", "column;"),
+    "weights past their end": ("wide && within + k < deep;\n        cp_async4(", "wide;\n        cp_async4("),
     "an empty tile's rows left": ("first += kPanelColumns)", "first += 2 * kPanelColumns)"),
     "a tile too small": ("kWeightBytes + kHiddenBytes + kPanels", "kWeightBytes + kHiddenBytes - 1024 + kPanels"),
 }

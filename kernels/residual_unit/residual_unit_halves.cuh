@@ -92,15 +92,20 @@ struct WgmmaHalves : WgmmaParts<T, kColumns, kGroups, 1> {
     const T* weight = static_cast<const T*>(p.weight);
     const T* from = weight + (kTaps * deep + within) * wide + lane * 2;
     to += row * kPanelRowBytes + lane % 16 / 4 * 4;
+    const bool whole = wide == kColumns && deep == kColumns;
     DCX_UNROLL
     for (int panel = 0; panel < kPanels; ++panel) {  // of channels: 32 words, of which each half has 16
-      const int cell = (panel < 2 ? panel : half) * 4 + lane % 4;
+      const int cell = (panel < 2 ? panel : half) * 4 + lane % 4, column = panel * kPanelColumns;
       unsigned char* at = to + (panel < 2 ? half : 2) * kStepPanel + (cell ^ row % 8) * kCellBytes;
-      const bool column = panel * kPanelColumns + lane * 2 < wide;
-      DCX_UNROLL
+      if (whole) {
+        DCX_UNROLL
+        for (int k = 0; k < kStep; k += kWarps) cp_async4(at + k * kPanelRowBytes, from + column + k * kColumns, true);
+        continue;
+      }
+      DCX_NO_UNROLL
       for (int k = 0; k < kStep; k += kWarps) {
-        const bool valid = column && within + k < deep;
-        cp_async4(at + k * kPanelRowBytes, valid ? from + panel * kPanelColumns + k * wide : weight, valid);
+        const bool valid = column + lane * 2 < wide && within + k < deep;
+        cp_async4(at + k * kPanelRowBytes, valid ? from + column + k * wide : weight, valid);
       }
     }
   }
@@ -127,7 +132,7 @@ struct WgmmaHalves : WgmmaParts<T, kColumns, kGroups, 1> {
 
   // Snake on the cells of a panel that this thread has copied, in place.
   static DCX_DEVICE void snake_rows(const Cells& own, int count, int panel, const float* vectors, unsigned char* rows) {
-    const auto alpha = Parts::load_alpha(vectors, panel * kPanelColumns + own.cell * 8);
+    const auto alpha = Parts::load_alpha(vectors, panel * 8 + own.cell);
     unsigned char* at = rows + own.place;
     DCX_NO_UNROLL
     for (int row = own.row; row < count; row += kRowsAtOnce, at += kRowsAtOnce * kPanelRowBytes)

@@ -128,15 +128,15 @@ struct WgmmaParts {
   // cells stand side by side, and then the others, so that neighbouring threads read neighbours.
   static DCX_DEVICE int place_of_alpha(int c) { return c % 8 / 4 * (kColumns / 2) + c / 8 * 4 + c % 4; }
 
-  // The alphas of a cell's channels and their inverses.
+  // The alphas of a cell's channels and their inverses; `vector`: which cell of a row.
   struct Alpha {
     float alpha[kVector], inverse[kVector];
   };
-  static DCX_DEVICE Alpha load_alpha(const float* vectors, int channel) {
+  static DCX_DEVICE Alpha load_alpha(const float* vectors, int vector) {
     Alpha of;
     DCX_UNROLL
     for (int i = 0; i < kVector; i += 4) {
-      const float* at = vectors + place_of_alpha(channel + i);
+      const float* at = vectors + place_of_alpha(vector * kVector + i);
       const auto a = *reinterpret_cast<const Vector16<float>*>(at);
       const auto b = *reinterpret_cast<const Vector16<float>*>(at + kColumns);
       DCX_UNROLL
@@ -163,7 +163,7 @@ struct WgmmaParts {
   // The same on all cells that this thread has copied.
   static DCX_DEVICE void snake_rows(const Own& own, int count, const float* vectors, unsigned char* rows) {
     if (!own.active) return;
-    const Alpha of = load_alpha(vectors, own.vector * kVector);
+    const Alpha of = load_alpha(vectors, own.vector);
     for (int row = own.row; row < count; row += kRowsAtOnce) snake_cell(of, rows + own.at(row));
   }
 
