@@ -37,7 +37,7 @@ REGISTERS = (
     (r"TapColumnsConv<dcx::b?f16, 3>", 128),  # four blocks of 128 threads
     (r"ConvFew<dcx::b?f16, 1>", 80),  # three blocks of 256 threads, so that the next kernels' come up beside
     (r"ConvFew<", 128),  # two
-    (r"WgmmaUnit<dcx::b?f16, 192, [12],", 255),  # one block
+    (r"WgmmaHalves<dcx::b?f16, 192, 2,", 128),  # one block of 512
     (r"WgmmaUnit<dcx::b?f16, 96, 1,", 208),
     (r"", 168),  # three blocks of 128 threads
 )
