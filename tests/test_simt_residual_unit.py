@@ -129,6 +129,15 @@ GROUPS: dict[str, dict[str, Any]] = {
     "136 channels": {"channels": 136, "steps": 10},
     "no bias": {"bias": False},
     "teams, lengths": {"channels": 72, "batch": 6, "steps": 130, "lengths": [130, 0, 129, 5, 128, 70], "dilation": 3},
+    "halves, tiles of 64, lengths": {"channels": 136, "batch": 6, "steps": 64, "lengths": [64, 0, 3, 64, 0, 33]},
+    "halves, tiles of 128, lengths": {
+        "channels": 192,
+        "batch": 4,
+        "steps": 128,
+        "lengths": [128, 0, 100, 128],
+        "dilation": 3,
+        "multiprocessors": 2,
+    },
 }
 
 
