@@ -78,8 +78,8 @@ GROUPS_PLANTED = {
     "teams: no barrier before the taps": ("      prepare(next);\n      sync_team();\n", "      prepare(next);\n"),
     "teams: no barrier before the next rows": ("      sync_team();  // the taps have left the rows' memory\n", ""),
     "teams: no wait for the sums": (
-        "(p, at, old);\n        wgmma_wait<0>();\n        settle(sums);\n      }\n      sync_team();",
-        "(p, at, old);\n      }\n      sync_team();",
+        "(p, at, 0, old);\n        wgmma_wait<0>();\n        settle(sums);\n      }\n      sync_team();",
+        "(p, at, 0, old);\n      }\n      sync_team();",
     ),
     "teams: a wrong half of a panel": ("shift = team * kHalf", "shift = 0"),
     "teams: a wrong tap": ("shift, 0, weights_of(smem, tap)", "shift, 0, weights_of(smem, tap - 1)"),
