@@ -50,11 +50,10 @@ void plan_tiles(const CudaContext& context, const ResidualUnitParams& p, Residua
 }
 
 // In rows' products on a multiprocessor: a tile takes its own, and what stands around them takes as long as of 48.
-// Teams have that at the same time, but for a phase at the end. What tiles of 192 rows have around them is an estimate
-// of its own: from 73 on WgmmaHalves takes long signals too.
+// Teams have that at the same time, but for a phase at the end.
 template <class K>
 int64_t wgmma_cost(const CudaContext& context, const ResidualUnitParams& p) {
-  constexpr int64_t kAroundMostRows = 48, kAround = K::kTileRows == 192 ? kAroundMostRows : 48, kTeams = K::kTeams;
+  constexpr int64_t kAround = 48, kTeams = K::kTeams;
   if (K::smem_bytes(p.dilation) > context.shared_bytes) return INT64_MAX;
   const int64_t tiles = p.batch * ceil_div(p.out_steps, int64_t{K::kTileRows});
   const int64_t rounds = ceil_div(tiles, context.multiprocessors * kTeams);
