@@ -34,7 +34,7 @@ REGISTERS = (
     (r"ConvWgmma<dcx::b?f16, 2, 128, 6", 232),
     (r"ConvWgmma<dcx::b?f16, 2, (96|128, 3),", 128),  # two blocks of 256 threads
     (r"ConvResident<dcx::b?f16, (192|384),", 208),  # one block of 256 threads
-    (r"TapColumnsConv<dcx::b?f16, 3>", 128),  # four blocks of 128 threads
+    (r"TapColumnsConv<dcx::b?f16, 6>", 240),  # two blocks of 128 threads
     (r"ConvFew<dcx::b?f16, 1>", 80),  # three blocks of 256 threads, so that the next kernels' come up beside
     (r"ConvFew<", 128),  # two
     (r"WgmmaHalves<dcx::b?f16, 192, 2,", 128),  # one block of 512

@@ -34,7 +34,7 @@ template <class T, int kRowsAtOnce>
 struct Dwconv {
   using Params = DwconvParams;
   static constexpr int kThreads = 512;
-  static constexpr int kMinBlocks = kRowsAtOnce > 1 ? 2 : 1;
+  static constexpr int kMinBlocks = kRowsAtOnce > 1 && kCompiledFor != 86 && kCompiledFor != 89 ? 2 : 1;
   static constexpr bool kNeedsSm80 = false, kWaitsItself = true;
   static constexpr int kRows = kRowsAtOnce;
   static constexpr int kAtOnce = kRows > 1 ? 4 : 8;  // taps; a larger window would spill

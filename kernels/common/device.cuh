@@ -55,6 +55,13 @@ struct alignas(16) Vector16 {
   T values[kCount];
 };
 
+// The capability, times ten, that code is made for, 0 on the host: ptxas spills for one where it does not for another.
+#ifdef __CUDA_ARCH__
+constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCompiledFor = 0;
+#endif
+
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 

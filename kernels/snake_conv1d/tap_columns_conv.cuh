@@ -14,7 +14,7 @@ namespace dcx {
 template <class T, int kDeep>
 struct TapColumnsConv {
   using Params = ConvGemmParams;
-  static constexpr int kThreads = 128, kMinBlocks = kDeep > 3 ? 3 : 4;
+  static constexpr int kThreads = 128, kMinBlocks = kDeep > 3 ? 2 : kCompiledFor == 100 ? 3 : 4;
   static constexpr bool kNeedsSm80 = DTypeOf<T>::value == DType::kBF16, kWaitsItself = true;
   static constexpr int kTaps = 7;
   static constexpr int kTiles = kDeep > 3 ? 1 : 2;  // of 16 rows, that a warp multiplies at a time
