@@ -90,7 +90,7 @@ class LongClips:
 
         Raises:
             RuntimeError: the model is in training mode.
-            ValueError: as `encode`.
+            ValueError: as `encode`; a piece is no pair.
         """
         name = "DualCodec.encode_pieces"
         if self.training:
@@ -105,7 +105,11 @@ class LongClips:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         samples = frames = 0
         batch: int | None = None
-        for audio, features in pieces:
+        for piece in pieces:
+            if not isinstance(piece, (tuple, list)) or len(piece) != 2:
+                got = f"{len(piece)} of them" if isinstance(piece, (tuple, list)) else type(piece).__name__
+                raise ValueError(f"{name}: every piece must be a pair (audio [B, 1, n], features [B, C, k]), got {got}")
+            audio, features = piece
             features = self._check_features(name, features)
             batch = features.shape[0] if batch is None else batch
             if features.shape[0] != batch:
