@@ -19,11 +19,13 @@ def reason(error: BaseException) -> str:
     """The reason an operating system call failed, in its own words and on one line.
 
     Args:
-        error: an OSError (its `strerror` is used), or any other exception (its text is used).
+        error: an OSError (its `strerror` is used), one of soundfile's (its `error_string`, which names no stream), or
+            any other exception (its text is used).
     Returns:
         One line without the path, such as `no space left on device`.
     """
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    told = getattr(error, "strerror", None) or getattr(error, "error_string", None)
+    text = told or str(error) or type(error).__name__
     text = " ".join(str(text).split()).removesuffix(".")
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 

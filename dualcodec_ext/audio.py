@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualcodec_ext._files import AtomicFile, reason
+from dualcodec_ext._signals import signals_later
 from dualcodec_ext.errors import DualCodecError
 
 if TYPE_CHECKING:
@@ -222,12 +223,10 @@ def _opened(path: str | os.PathLike[str]) -> Any:
     if empty:
         raise DualCodecError(f"{_name(path)}: is an empty file")
     try:
-        return soundfile.SoundFile(source)
+        with signals_later():
+            return soundfile.SoundFile(source)
     except (soundfile.SoundFileError, TypeError, ValueError) as error:
-        text = getattr(error, "error_string", None) or str(error)
-        raise DualCodecError(
-            f"{_name(path)}: is not audio that libsndfile reads ({reason(ValueError(text))})"
-        ) from error
+        raise DualCodecError(f"{_name(path)}: is not audio that libsndfile reads ({reason(error)})") from error
 
 
 class AudioReader:
@@ -285,11 +284,10 @@ class AudioReader:
         import soundfile
 
         try:
-            return self._file.read(samples, dtype="float32", always_2d=True)
+            with signals_later():
+                return self._file.read(samples, dtype="float32", always_2d=True)
         except soundfile.SoundFileError as error:
-            text = getattr(error, "error_string", None) or str(error)
-            damaged = f"breaks off or is damaged ({reason(ValueError(text))})"
-            raise DualCodecError(f"{_name(self._path)}: {damaged}") from error
+            raise DualCodecError(f"{_name(self._path)}: breaks off or is damaged ({reason(error)})") from error
 
 
 class AudioWriter:
@@ -333,7 +331,7 @@ class AudioWriter:
                     self._sink, "w", samplerate=self._rate_hz, channels=1, format=container, subtype=subtype
                 )
             if self._comment is not None:
-                with contextlib.suppress(soundfile.SoundFileError):  # some containers have no text fields
+                with signals_later(), contextlib.suppress(soundfile.SoundFileError):  # some have no text fields
                     self._file.comment = self._comment
         except BaseException:
             self.__exit__(*sys.exc_info())
@@ -377,13 +375,11 @@ class AudioWriter:
         import soundfile
 
         try:
-            yield
+            with signals_later():
+                yield
         except (soundfile.SoundFileError, ValueError, TypeError, AssertionError) as error:  # the last: a short write
             self._sink.check()
-            # libsndfile's text names a stream, which means nothing to a user.
-            text = getattr(error, "error_string", None) or str(error)
-            why = reason(ValueError(text))
-            raise DualCodecError(f"cannot write {self._kind} at {self._rate_hz} Hz: {why}") from error
+            raise DualCodecError(f"cannot write {self._kind} at {self._rate_hz} Hz: {reason(error)}") from error
         self._sink.check()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -323,6 +324,50 @@ def test_what_breaks_off_leaves_nothing(tmp_path, monkeypatch, error):
         for _ in range(20):
             file.write(tone(0.1, 24000))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def told():
+    """SIGTERM raises SystemExit, as on the command line."""
+
+    def stop(*_):
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    assert signal.signal(signal.SIGTERM, before) is stop
+
+
+@pytest.mark.usefixtures("told")
+@pytest.mark.parametrize("callback", ["tell", "seek", "write"])
+def test_a_signal_in_libsndfiles_callbacks_is_not_lost(tmp_path, monkeypatch, callback):
+    original, path = getattr(audio.AtomicFile, callback), tmp_path / "a.wav"
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*given)
+
+    monkeypatch.setattr(audio.AtomicFile, callback, interrupted)
+    with pytest.raises(SystemExit), audio.AudioWriter(path, 24000) as file:
+        file.write(tone(1.0, 24000))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("told")
+def test_a_signal_waits_for_the_end_of_a_read(tmp_path, monkeypatch):
+    audio.write_audio(tmp_path / "a.wav", tone(0.1, 24000), 24000)
+    with audio.AudioReader(tmp_path / "a.wav") as file:
+        original, read = file._file.read, []
+
+        def interrupted(*given, **options):
+            signal.raise_signal(signal.SIGTERM)
+            read.append(original(*given, **options))
+            return read[-1]
+
+        monkeypatch.setattr(file._file, "read", interrupted)
+        with pytest.raises(SystemExit):
+            file.whole()
+        assert len(read) == 1
 
 
 def test_a_pipe_gets_the_file_at_the_end(tmp_path):
