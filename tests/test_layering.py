@@ -20,6 +20,7 @@ LAYERS = (
         "_code_look",
         "_compare",
         "_files",
+        "_signals",
         "_snapshot",
         "audio",
         "_w2v_bert",
