@@ -72,7 +72,7 @@ struct ConvGemmParams {
   int ranges;                     // parts of the reduction that are summed apart and then added in order
   int row_buffers;
   int stages;              // of weights
-  int64_t walking_blocks;  // conv_resident.cuh: of the grid
+  int64_t walking_blocks;  // of the grid, where blocks take tile after tile
   bool spread;             // a block per range
   int64_t step_columns;    // columns of one output step (conv_wgmma.cuh: columns counts those of a run)
   ConvRun runs[kMostRuns];

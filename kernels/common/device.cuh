@@ -120,9 +120,9 @@ DCX_DEVICE void cp_async16(void* shared, const void* global, bool valid) {
 #endif
 }
 // As that, 4 bytes: for what does not lie side by side in both places.
-DCX_DEVICE void cp_async4(float* shared, const float* global, bool valid) {
+DCX_DEVICE void cp_async4(void* shared, const void* global, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  *shared = valid ? *global : 0.0f;
+  *static_cast<uint32_t*>(shared) = valid ? *static_cast<const uint32_t*>(global) : 0;
 #else
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(shared)), "l"(global),
                "r"(valid ? 4 : 0)

@@ -24,15 +24,6 @@ DCX_DEVICE void wgmma_hidden(float (&d)[kColumns / 2], const uint32_t (&a)[4], P
 
 #ifdef __CUDACC__
 
-// cp_async16 for 4 bytes.
-DCX_DEVICE void cp_async4(void* shared, const void* global, bool valid) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(shared)), "l"(global),
-               "r"(valid ? 4 : 0)
-               : "memory");
-#endif
-}
-
 // at0, at1 and so on number the operands behind the sums.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DCX_WGMMA(type, name, columns, adds, sums, at0, at1, at2, at3, at4, at5, ...)                                \
@@ -83,10 +74,6 @@ DCX_WGMMA_ALL(192, DCX_SUMS128 ", " DCX_N64 ", " DCX_N72 ", " DCX_N80 ", " DCX_N
 #undef DCX_WGMMA
 
 #else
-
-inline void cp_async4(void* shared, const void* global, bool valid) {
-  simt::copy_later(shared, valid ? global : nullptr, 4);
-}
 
 template <int kColumns, bool kAdds>
 inline void start_sums(float (&d)[kColumns / 2]) {

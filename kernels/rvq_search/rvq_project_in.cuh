@@ -163,16 +163,16 @@ struct RvqProjectIn {
           for (int f = 0; f < kOwn; ++f) sums[k * kOwn + f] = fused_multiply_add(w.values[k], z[f], sums[k * kOwn + f]);
         };
         if (mine) {
-          constexpr int kAhead = 4;
+          constexpr int kAtOnce = 4;
           int c = split;
           const auto weight_of = [&](int at) { return *reinterpret_cast<const Four*>(weight + (c0 + at) * width); };
           DCX_NO_UNROLL
-          for (; c + (kAhead - 1) * splits < count; c += kAhead * splits) {
-            Four w[kAhead];
+          for (; c + (kAtOnce - 1) * splits < count; c += kAtOnce * splits) {
+            Four w[kAtOnce];
             DCX_UNROLL
-            for (int k = 0; k < kAhead; ++k) w[k] = weight_of(c + k * splits);
+            for (int k = 0; k < kAtOnce; ++k) w[k] = weight_of(c + k * splits);
             DCX_UNROLL
-            for (int k = 0; k < kAhead; ++k) add(w[k], c + k * splits);
+            for (int k = 0; k < kAtOnce; ++k) add(w[k], c + k * splits);
           }
           DCX_NO_UNROLL
           for (; c < count; c += splits) add(weight_of(c), c);

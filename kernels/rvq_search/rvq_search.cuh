@@ -60,7 +60,6 @@ struct RvqSearch {
     return s;
   }
   static DCX_DEVICE int dim_of(const RvqSearchParams& p) { return kDim > 0 ? kDim : static_cast<int>(p.layout.dim); }
-  static DCX_DEVICE const float* packed_of(const RvqSearchParams& p) { return static_cast<const float*>(p.packed); }
 
   // The query of each frame. One whose e is not finite is broken from here on.
   static DCX_DEVICE void normalise(const RvqSearchParams& p, const Shared& s, int64_t stage) {

@@ -386,9 +386,7 @@ void cp_async16(void* shared, const void* global, bool valid) {
     simt::fail("cp.async: both addresses must be aligned to 16 bytes");
   simt::copy_later(shared, valid ? global : nullptr, 16);
 }
-void cp_async4(float* shared, const float* global, bool valid) {
-  simt::copy_later(shared, valid ? global : nullptr, 4);
-}
+void cp_async4(void* shared, const void* global, bool valid) { simt::copy_later(shared, valid ? global : nullptr, 4); }
 
 uint32_t atomic_add(uint32_t* p, uint32_t value) {
   const uint32_t old = *p;

@@ -149,7 +149,7 @@ inline T shuffle_xor(T value, int mask) {
 uint32_t ballot(bool value);
 
 void cp_async16(void* shared, const void* global, bool valid);
-void cp_async4(float* shared, const float* global, bool valid);
+void cp_async4(void* shared, const void* global, bool valid);
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int kPending>
 inline void cp_async_wait() {
