@@ -106,8 +106,9 @@ class LongClips:
         samples = frames = 0
         batch: int | None = None
         for piece in pieces:
-            if not isinstance(piece, (tuple, list)) or len(piece) != 2:
-                got = f"{len(piece)} of them" if isinstance(piece, (tuple, list)) else type(piece).__name__
+            parts = len(piece) if isinstance(piece, (tuple, list)) else None
+            if parts != 2:
+                got = type(piece).__name__ if parts is None else f"{parts} of them"
                 raise ValueError(f"{name}: every piece must be a pair (audio [B, 1, n], features [B, C, k]), got {got}")
             audio, features = piece
             features = self._check_features(name, features)
