@@ -81,8 +81,14 @@ TORCH_LIBRARY(dualcodec_ext, m) {
 
 namespace {
 
+void torch_start(int64_t threads, void (*worker)(int64_t, void*), void* context) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) worker(i, context);
+  });
+}
+
 void torch_parallel_for(int64_t count, void (*fn)(int64_t, int64_t, void*), void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { fn(begin, end, context); });
+  dcx::share_out(count, at::in_parallel_region() ? 1 : at::get_num_threads(), torch_start, fn, context);
 }
 
 #ifndef _OPENMP

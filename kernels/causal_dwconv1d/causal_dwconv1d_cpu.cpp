@@ -20,7 +20,7 @@ enum Slot { kInput = 0, kOutput = 1 };
 template <class T>
 void run(const CausalDwconv1dParams& p) {
   const int64_t ld = round_up(p.channels, kColumnUnit);
-  const int64_t fitting = kTileBytes / (2 * ld * static_cast<int64_t>(sizeof(T)));
+  const int64_t fitting = within_l2(kTileBytes) / (2 * ld * static_cast<int64_t>(sizeof(T)));
   const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < 16 ? 16 : fitting, 8);
   const int64_t tiles = ceil_div(p.out_steps, rows);
   const int64_t halo = p.taps - 1;

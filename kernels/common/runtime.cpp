@@ -4,9 +4,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+#include <atomic>
 #include <new>
 #include <thread>
 #include <vector>
+
+#ifdef __linux__
+#include <unistd.h>
+#endif
 
 namespace dcx {
 namespace {
@@ -19,18 +25,58 @@ int default_num_threads() {
   return count;
 }
 
+void default_start(int64_t threads, void (*worker)(int64_t, void*), void* context) {
+  std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(threads - 1));
+  for (int64_t i = 1; i < threads; ++i) others.emplace_back(worker, i, context);
+  worker(0, context);
+  for (std::thread& other : others) other.join();
+}
+
 void default_parallel_for(int64_t count, void (*fn)(int64_t, int64_t, void*), void* context) {
-  const int64_t threads = default_num_threads() < count ? default_num_threads() : count;
-  if (threads <= 1) {
-    fn(0, count, context);
-    return;
+  share_out(count, default_num_threads(), default_start, fn, context);
+}
+
+// More threads than this do not begin with a share.
+constexpr int64_t kMostShares = 256;
+// A share is taken in about as many parts.
+constexpr int64_t kParts = 16;
+constexpr int64_t kMostUnits = int64_t{1} << 31;
+
+// The units of work [begin, end) that are left of one thread's share, on a cache line of their own: its thread takes
+// from the front, in order, others from the back. Only the units' numbers pass from thread to thread here; what the
+// calls write is seen where the threads meet.
+struct alignas(64) Share {
+  uint64_t left;  // begin in the upper half
+  int64_t part;
+
+  static uint64_t packed(int64_t begin, int64_t end) {
+    return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end);
   }
-  std::vector<std::thread> workers;
-  workers.reserve(static_cast<size_t>(threads - 1));
-  for (int64_t i = 1; i < threads; ++i)
-    workers.emplace_back(fn, count * i / threads, count * (i + 1) / threads, context);
-  fn(0, count / threads, context);
-  for (std::thread& worker : workers) worker.join();
+
+  bool take(bool front, int64_t& begin, int64_t& end) {
+    std::atomic_ref<uint64_t> shared(left);
+    uint64_t now = shared.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t first = static_cast<int64_t>(now >> 32), last = static_cast<int64_t>(now & 0xffffffffu);
+      if (first >= last) return false;
+      begin = front ? first : std::max(first, last - part);
+      end = front ? std::min(first + part, last) : last;
+      const uint64_t rest = front ? packed(end, last) : packed(first, begin);
+      if (shared.compare_exchange_weak(now, rest, std::memory_order_relaxed)) return true;
+    }
+  }
+};
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) return static_cast<int64_t>(found);
+#endif
+    return int64_t{1} << 20;
+  }();
+  return bytes;
 }
 
 struct ScratchArena {
@@ -77,6 +123,41 @@ IsaChoice& isa_choice() {
 }
 
 }  // namespace
+
+void share_out(int64_t count, int64_t threads, StartThreads start, void (*fn)(int64_t, int64_t, void*), void* context) {
+  if (count <= 0) return;
+  threads = std::min({threads, count, kMostShares});
+  if (threads <= 1) {
+    fn(0, count, context);
+    return;
+  }
+  Share shares[kMostShares];  // left as it is but for the first `threads`
+  struct Job {
+    int64_t count, threads, unit;
+    Share* shares;
+    void (*fn)(int64_t, int64_t, void*);
+    void* context;
+  } job{count, threads, count / kMostUnits + 1, shares, fn, context};
+  const int64_t units = (count + job.unit - 1) / job.unit;
+  for (int64_t i = 0; i < threads; ++i) {
+    const int64_t begin = units * i / threads, end = units * (i + 1) / threads;
+    shares[i] = {Share::packed(begin, end), std::max<int64_t>((end - begin) / kParts, 1)};
+  }
+  start(
+      threads,
+      [](int64_t own, void* given) {
+        const Job& j = *static_cast<const Job*>(given);
+        for (int64_t i = 0; i < j.threads; ++i)
+          for (int64_t begin, end; j.shares[(own + i) % j.threads].take(i == 0, begin, end);)
+            j.fn(begin * j.unit, std::min(end * j.unit, j.count), j.context);
+      },
+      &job);
+}
+
+int64_t within_l2(int64_t bytes) {
+  constexpr int64_t kChosenFor = int64_t{1} << 20;
+  return l2_bytes() >= kChosenFor ? bytes : bytes * std::max(l2_bytes(), kChosenFor / 4) / kChosenFor;
+}
 
 Runtime& runtime() {
   static Runtime instance{default_parallel_for, default_num_threads, nullptr};

@@ -12,6 +12,14 @@ using SmallGemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_
 // Calls fn(begin, end, context) over a partition of [0, count). Results must not depend on the partition.
 using ParallelFor = void (*)(int64_t count, void (*fn)(int64_t begin, int64_t end, void* context), void* context);
 
+// Calls worker(i, context) for every i of [0, threads), each on a thread of its own as far as there are that many.
+using StartThreads = void (*)(int64_t threads, void (*worker)(int64_t i, void* context), void* context);
+// A ParallelFor on threads that `start` starts: each begins with a share of neighbouring calls, and once that is done
+// takes from what others have left. Cores that other work holds up, or that are slower, are not waited for longer than
+// a part of a share lasts; which thread runs what differs from call to call.
+void share_out(int64_t count, int64_t threads, StartThreads start,
+               void (*fn)(int64_t begin, int64_t end, void* context), void* context);
+
 struct Runtime {
   ParallelFor parallel_for;
   int (*num_threads)();
@@ -37,6 +45,10 @@ bool set_active_isa(Isa isa);
 // independent of one another. Throws std::bad_alloc when memory is short.
 constexpr int kScratchSlots = 8;
 void* thread_scratch(int slot, size_t bytes);
+
+// What a tile may take on this machine: `bytes`, chosen for a second-level cache of 1 MB, or its share of a smaller
+// one.
+int64_t within_l2(int64_t bytes);
 
 // parallel_for over a callable, without a standard-library template.
 template <class F>

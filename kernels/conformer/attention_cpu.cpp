@@ -82,7 +82,8 @@ void run(const ConformerAttentionParams& p) {
   constexpr int64_t kWide = kLanes<float>;
   const int64_t size = round_up(p.size, kColumnUnit), keys = round_up(p.steps, kColumnUnit);
   const int64_t distances = p.left + 1 + p.right, padded = round_up(distances, kColumnUnit);
-  int64_t rows = kBlockBytes / (keys * static_cast<int64_t>(sizeof(float) + sizeof(Tile))) / kRowUnit * kRowUnit;
+  int64_t rows =
+      within_l2(kBlockBytes) / (keys * static_cast<int64_t>(sizeof(float) + sizeof(Tile))) / kRowUnit * kRowUnit;
   rows = rows < kRowUnit ? kRowUnit : rows > kMostRows ? kMostRows : rows;
   // Every stretch packs the keys again, so there are no more of them than keep the threads busy.
   const int64_t wanted = ceil_div(int64_t{2} * runtime().num_threads(), p.batch * p.heads);

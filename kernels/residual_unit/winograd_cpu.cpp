@@ -338,10 +338,11 @@ void run(const ResidualUnitParams& p) {
   }
 
   const int64_t panel = ld < kMaxPanelWidth ? ld : kMaxPanelWidth;
-  int64_t chunk_rows = kChunkBytes / (((Shape::kOperands + F::kOutputs) * ld + Shape::kOperands * panel) * element) /
-                       kRowUnit * kRowUnit;
+  int64_t chunk_rows = within_l2(kChunkBytes) /
+                       (((Shape::kOperands + F::kOutputs) * ld + Shape::kOperands * panel) * element) / kRowUnit *
+                       kRowUnit;
   if (chunk_rows < kMinChunkRows<F>) chunk_rows = kMinChunkRows<F>;
-  const int64_t fitting = kTileBytes / (ld * element) - halo, least = chunk_rows * F::kOutputs;
+  const int64_t fitting = within_l2(kTileBytes) / (ld * element) - halo, least = chunk_rows * F::kOutputs;
   const int64_t rows_most = fitting < least ? least : fitting;
   // Stretches of nearly as many groups each, as many for every thread where there are few.
   const int64_t groups = ceil_div(p.out_steps, group), threads = runtime().num_threads();

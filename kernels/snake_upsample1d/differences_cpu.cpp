@@ -131,7 +131,7 @@ void run(const SnakeUpsample1dParams& p) {
     return;
   }
   const int64_t row_bytes = (2 * ld + layer.stride * kMaxPanelWidth) * static_cast<int64_t>(sizeof(T));
-  const int64_t fitting = kTaskBytes / row_bytes / kRowUnit * kRowUnit;
+  const int64_t fitting = within_l2(kTaskBytes) / row_bytes / kRowUnit * kRowUnit;
   const int64_t frames = tile_rows(layer.frames, p.batch, fitting < kMinFrames ? kMinFrames : fitting, kRowUnit);
   const int64_t tiles = ceil_div(layer.frames, frames), panels = panel_count(p.out_channels);
   parallel(p.batch * tiles, [&](int64_t task) {

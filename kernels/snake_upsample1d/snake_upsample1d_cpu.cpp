@@ -93,7 +93,7 @@ void run(const SnakeUpsample1dParams& p) {
     run_short<Kind>(p, shared, first, span);
     return;
   }
-  const int64_t fitting = kTileBytes / ((in_ld + stride * out_ld) * static_cast<int64_t>(sizeof(T)));
+  const int64_t fitting = within_l2(kTileBytes) / ((in_ld + stride * out_ld) * static_cast<int64_t>(sizeof(T)));
   const int64_t frames = tile_rows(frames_out, p.batch, fitting < kMinTileFrames ? kMinTileFrames : fitting, 8);
   const int64_t tiles = ceil_div(frames_out, frames);
 

@@ -158,7 +158,7 @@ void run(const SnakeUpsample1dParams& p) {
   }
   const int64_t row_bytes =
       ((kOperands + kUpsampleOutputs) * ld + kUpsampleProducts * kMaxPanelWidth) * static_cast<int64_t>(sizeof(T));
-  const int64_t fitting = kTaskBytes / row_bytes / kRowUnit * kRowUnit;
+  const int64_t fitting = within_l2(kTaskBytes) / row_bytes / kRowUnit * kRowUnit;
   const int64_t rows = tile_rows(layer.groups, p.batch, fitting < kMinGroups ? kMinGroups : fitting, kRowUnit);
   const int64_t tiles = ceil_div(layer.groups, rows), panels = panel_count(p.out_channels);
   parallel(p.batch * tiles, [&](int64_t task) {

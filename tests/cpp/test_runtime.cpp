@@ -19,6 +19,40 @@ int main() {
     for (const auto& times : seen) CHECK(times == 1);
   }
 
+  // Every call once, whatever the number of threads, also where one of them has hardly begun when the others are done,
+  // and where there are fewer than were asked for.
+  const StartThreads late = [](int64_t threads, void (*worker)(int64_t, void*), void* context) {
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads; ++i) others.emplace_back(worker, i, context);
+    for (std::thread& other : others) other.join();
+    worker(0, context);
+  };
+  const StartThreads one = [](int64_t threads, void (*worker)(int64_t, void*), void* context) {
+    for (int64_t i = 0; i < threads; ++i) worker(i, context);
+  };
+  for (StartThreads start : {late, one})
+    for (int64_t threads : {0, 1, 2, 3, 5, 300})
+      for (int64_t count : {0, 1, 2, 7, 100, 1000}) {
+        std::vector<std::atomic<int>> seen(static_cast<size_t>(count));
+        share_out(
+            count, threads, start,
+            [](int64_t begin, int64_t end, void* context) {
+              CHECK(begin < end);
+              for (int64_t i = begin; i < end; ++i) static_cast<std::atomic<int>*>(context)[i]++;
+            },
+            seen.data());
+        for (const auto& times : seen) CHECK(times == 1);
+      }
+  // More calls than a share can number one by one.
+  std::atomic<int64_t> calls{0};
+  share_out(
+      int64_t{1} << 40, 3, late,
+      [](int64_t begin, int64_t end, void* context) { *static_cast<std::atomic<int64_t>*>(context) += end - begin; },
+      &calls);
+  CHECK(calls == int64_t{1} << 40);
+
+  CHECK(within_l2(1 << 20) <= 1 << 20 && within_l2(1 << 20) >= 1 << 18);
+
   void* a = thread_scratch(0, 100);
   void* b = thread_scratch(1, 100);
   CHECK(a != nullptr && b != nullptr && a != b);
