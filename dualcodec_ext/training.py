@@ -91,7 +91,7 @@ class Trainer:
         self.left = self._taken.left
         self._semantic_given, *self._acoustic_given = self._taken.stages(self.state.model)
         self.state.from_weights = any(self._acoustic_given)
-        self.forward = Forward(self.state.model, recipe.way, recipe.bypass)
+        self.forward = Forward(self.state.model, recipe.way, recipe.bypass, recipe.count_odds)
         if recipe.workers > 1:
             torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(recipe.workers, initializer=_one_thread if recipe.workers > 1 else None)
@@ -261,6 +261,7 @@ def train(
     *,
     resume: bool = False,
     weights: dict[str, Tensor] | None = None,
+    steps_before: int = 0,
     w2v: str | None = None,
     statistics: str | None = None,
     device: str = "cpu",
@@ -276,6 +277,7 @@ def train(
         out: folder of the run: checkpoint.pt, log.jsonl, model.safetensors, config.json, curves.png, ...
         resume: go on from out/checkpoint.pt, if it is there; without it no checkpoint may be there.
         weights: a checkpoint to start from instead of nothing.
+        steps_before: that they were trained for; the run's own count from there in what its weights say of themselves.
         w2v: folder or hub name of w2v-BERT 2.0, for a model on its features.
         statistics: folder or hub name where the mean and variance of its features are; None: in `w2v`.
         device: where it runs.
@@ -322,6 +324,7 @@ def train(
     else:
         if resume:
             tell(f"{out} holds no checkpoint to go on from: beginning anew")
+        state.steps_before = steps_before
         trainer.start()
     log.cut(state.step)
     started, first, saved = time.monotonic(), state.step, time.monotonic()

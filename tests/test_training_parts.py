@@ -16,6 +16,7 @@ from test_training import SMALL, recipe
 from torch import Tensor
 
 import dualcodec_ext as dx
+from dualcodec_ext._cli.train import weights_of
 from dualcodec_ext._cli.voice import vowels
 from dualcodec_ext._training.codebooks import CodebookCare, stages_of
 from dualcodec_ext._training.data import Batches, Voice
@@ -118,6 +119,18 @@ def test_the_average_trails_and_is_what_is_written(tmp_path: Path) -> None:
     assert torch.equal(load_file(state.export(tmp_path))[name], state.average[name].half())
 
 
+def test_weights_say_for_how_many_steps_they_were_trained(tmp_path: Path) -> None:
+    trainer = made()
+    trainer.state.steps_before = 7
+    trainer.step()
+    assert weights_of(None, str(trainer.state.export(tmp_path)))[1] == 8
+    trainer.state.save(tmp_path / "checkpoint.pt")
+    resumed = made()
+    resumed.state.load(tmp_path / "checkpoint.pt")
+    assert (resumed.state.steps_before, resumed.state.step) == (7, 1)
+    assert weights_of("tiny", None)[1] >= 17500  # those that --init takes
+
+
 class Watched:
     """A forward that notes how many codebooks it was asked for."""
 
@@ -144,6 +157,7 @@ def test_steps_draw_how_many_codebooks_are_used() -> None:
     assert set(counts_of(2, quantizer_dropout=0.0)) == {SMALL["n_codebooks"]}
     assert len(set(counts_of(4, quantizer_dropout=1.0))) > 1
     assert set(counts_of(2, quantizer_dropout=0.0, bypass=1.0)) == {0}
+    assert set(counts_of(4, quantizer_dropout=1.0, count_odds=[0, 1, 0])) == {1}
 
 
 def test_draws_follow_dropout_and_bypass() -> None:
@@ -155,6 +169,11 @@ def test_draws_follow_dropout_and_bypass() -> None:
     kept = drawn[~without]
     assert kept.unique().tolist() == [0, 1, 2]
     assert float((kept == 2).float().mean()) == pytest.approx(0.5 + 0.5 / 3, abs=0.01)  # half drawn, evenly
+
+    forward = made(quantizer_dropout=0.5, count_odds=[1, 3, 0]).forward
+    drawn = torch.stack([forward.draw(1000) for _ in range(100)])
+    shares = [float((drawn == count).float().mean()) for count in range(3)]
+    assert shares == pytest.approx([1 / 8, 3 / 8, 1 / 2], abs=0.01)
 
 
 def test_codebooks_are_looked_after() -> None:

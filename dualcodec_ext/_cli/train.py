@@ -54,6 +54,7 @@ def run_train(
 
     configure_torch(ModelOptions(device=device, threads=threads))
     recipe = Recipe.load(config, {} if steps is None else {"steps": steps})
+    given, steps_before = weights_of(init, weights) if init or weights else (None, 0)
     # Numbers this small are silence, and a CPU takes a hundred times as long over each.
     torch.set_flush_denormal(True)
     bar = _Bar(recipe.steps, not as_json and sys.stderr.isatty())
@@ -63,7 +64,8 @@ def run_train(
             data,
             out,
             resume=resume,
-            weights=_load(init, weights) if init or weights else None,
+            weights=given,
+            steps_before=steps_before,
             w2v=w2v,
             statistics=None if w2v is None else statistics_place(w2v, weights),
             device=device,
@@ -80,8 +82,9 @@ def run_train(
     return 0
 
 
-def _load(init: str | None, weights: str | None) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def weights_of(init: str | None, weights: str | None) -> tuple[dict[str, Tensor], int]:
+    """The weights, and for how many steps they say that they were trained."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     from dualcodec_ext.hub import resolve_pretrained
@@ -91,7 +94,10 @@ def _load(init: str | None, weights: str | None) -> dict[str, Tensor]:
     else:
         path = resolve_pretrained(init or str(weights), weights if init else None)[1]
     try:
-        return load_file(str(path))
+        with safe_open(str(path), framework="pt") as file:
+            said = file.metadata() or {}
+        steps = said.get("step", said.get("trained_steps", ""))
+        return load_file(str(path)), int(steps) if steps.isdecimal() else 0
     except (SafetensorError, OSError) as error:
         raise DualCodecError(f"--weights: {path} must be a readable safetensors file: {one_line(error)}") from error
 

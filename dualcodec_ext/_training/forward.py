@@ -6,7 +6,7 @@ that layout, an upsampling whose taps are folded per output phase, and a Snake w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,11 +39,15 @@ class Forward:
         way: "ops" (the differentiable ops), "channels_last", "reference" (plain modules), or "auto", the ops. Where
             backend("reference") is asked for it is the reference, whatever the way.
         bypass: how often a batch gets no acoustic codebook, as `bypass_quantize_rate`.
+        odds: of 0, 1, ... acoustic codebooks where their number is drawn; empty: all alike.
     """
 
-    def __init__(self, model: reference.DualCodec, way: str = "auto", bypass: float = 0.0) -> None:
+    def __init__(
+        self, model: reference.DualCodec, way: str = "auto", bypass: float = 0.0, odds: Sequence[float] = ()
+    ) -> None:
         way = "reference" if asked_backend() == "reference" else "ops" if way == "auto" else way
         self.model, self.way, self.bypass = model, way, bypass
+        self._odds = torch.tensor(odds, dtype=torch.float64)
         self._run: Callable[[Iterable[nn.Module], Tensor], Tensor]
         self._run = {"reference": _modules, "ops": _ops, "channels_last": _channels_last}[way]
         self._semantic = _ops if way == "ops" else _modules
@@ -56,6 +60,10 @@ class Forward:
         """
         rvq = self.model.dac.quantizer
         counts = rvq._counts(batch, None, True)
+        if len(self._odds):
+            drawn = torch.multinomial(self._odds, batch, replacement=True)
+            dropped = int(batch * rvq.quantizer_dropout)
+            counts[:dropped] = drawn[:dropped]
         return counts * 0 if float(torch.rand(())) < self.bypass else counts
 
     def __call__(self, audio: Tensor, features: Tensor, counts: Tensor, quantize: bool = True) -> Output:

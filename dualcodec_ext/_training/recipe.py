@@ -26,6 +26,7 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("ema_decay", "quantizer_dropout", "bypass"), (float, 0, 1)),
 }
 _LISTS: dict[str, _Range] = {"betas": (float, 0, 1), "windows": (int, 4, None), "bands": (int, 1, None)}
+_LISTS |= {"count_odds": (float, 0, None)}
 _ADVERSARY_RANGES: dict[str, _Range] = {"width": (int, 1, None), "learning_rate": (float, 0, None)}
 _ADVERSARY_LISTS: dict[str, _Range] = {"periods": (int, 1, None), "windows": (int, 4, None)}
 
@@ -81,6 +82,8 @@ class Recipe:
         highest_hz: upper end of its mel bands; None for the Nyquist frequency.
         optimizer: of the matrices and convolutions: adamw, muon. Everything else is AdamW's.
         quantizer_dropout: fraction of a batch whose number of acoustic codebooks is drawn, from none to all.
+        count_odds: odds of 0, 1, 2, ... acoustic codebooks where that number is drawn, one for each number that the
+            model can have; empty: all alike.
         bypass: fraction of steps without acoustic codebooks.
         start_steps: steps with an acoustic latent that is not quantised; its codebooks then start from it.
         start_batches: how many batches k-means sees.
@@ -117,6 +120,7 @@ class Recipe:
     bands: tuple[int, ...] = (8, 16, 32, 64, 96)
     highest_hz: float | None = None
     quantizer_dropout: float = 0.5
+    count_odds: tuple[float, ...] = ()
     bypass: float = 0.0
     start_steps: int = 0
     start_batches: int = 30
@@ -136,7 +140,7 @@ class Recipe:
         for name, (kind, least, most) in _RANGES.items():
             _check(name, getattr(self, name), kind, least, most)
         for name, (kind, least, most) in _LISTS.items():
-            _check_list(name, getattr(self, name), kind, least, most)
+            _check_list(name, getattr(self, name), kind, least, most, empty=name == "count_odds")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.betas) != 2:
             raise DualCodecError(f"recipe: betas must hold two numbers, got {len(self.betas)}")
@@ -169,6 +173,11 @@ class Recipe:
             raise DualCodecError(f"recipe: optimizer must be adamw or muon, got {self.optimizer!r}")
         if self.way not in WAYS:
             raise DualCodecError(f"recipe: way must be one of {', '.join(WAYS)}, got {self.way!r}")
+        counts = self.model_config().n_codebooks + 1
+        if self.count_odds and (len(self.count_odds) != counts or not 0 < sum(self.count_odds) < float("inf")):
+            raise DualCodecError(
+                f"recipe: count_odds must hold {counts} numbers, not all of them 0, got {list(self.count_odds)}"
+            )
         _check_adversary(self.adversary, self.segment_frames * self.model_config().hop_length)
 
     def model_config(self) -> DualCodecConfig:

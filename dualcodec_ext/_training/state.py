@@ -34,6 +34,7 @@ class State:
         torch.manual_seed(recipe.seed)
         config = recipe.model_config()
         self.recipe, self.device, self.step = recipe, device, 0
+        self.steps_before = 0  # that the weights which it began with were trained for
         self.from_weights = False  # whether acoustic codebooks began as a checkpoint's, and are used from the start
         self.model = DualCodec(**config.to_dict()).to(device).train()
         self.features = LogMelFeatures(config.semantic_downsample_factor).to(device)
@@ -100,6 +101,7 @@ class State:
         """Write a checkpoint that `load` goes on from."""
         state: dict[str, Any] = {
             "step": self.step,
+            "steps_before": self.steps_before,
             "from_weights": self.from_weights,
             "recipe": self.recipe.to_dict(),
             "model": self.model.state_dict(),
@@ -136,6 +138,7 @@ class State:
             self.average = dict(state["average"])
             self.care.load(state["codebooks"])
             self.step, self.from_weights = int(state["step"]), bool(state.get("from_weights", False))
+            self.steps_before = int(state.get("steps_before", 0))
             if self.discriminators is not None and self.adversary_optimizer is not None and "discriminators" in state:
                 self.discriminators.load_state_dict(state["discriminators"])
                 self.adversary_optimizer.load_state_dict(state["adversary_optimizer"])
@@ -149,6 +152,8 @@ class State:
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
         """Write the averaged weights and the features' statistics as FOLDER/model.safetensors, and config.json.
 
+        The weights' metadata says for how many steps they were trained, `steps_before` among them.
+
         Returns:
             The weights file.
         """
@@ -158,7 +163,7 @@ class State:
         for name, value in self.features.state_dict().items():
             tensors[FEATURES + name] = value.to(torch.float32).contiguous().cpu()
         path = folder / "model.safetensors"
-        write_atomic(path, save(tensors, {"format": "pt", "step": str(self.step)}))
+        write_atomic(path, save(tensors, {"format": "pt", "step": str(self.steps_before + self.step)}))
         write_atomic(folder / "config.json", self.recipe.model_config().to_json().encode())
         return path
 
