@@ -35,9 +35,11 @@ demo: $(VENV)/.built
 
 test: ctest pytest
 
+# Many tests keep one core busy: two processes share the files, and threads that wait leave the cores to the other's.
+TEST_PROCESSES ?= 2
 pytest: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python tests/simt_cases.py
-	$(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 ctest: $(CMAKE) $(VENV)/.torch
 	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null

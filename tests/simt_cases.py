@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -162,12 +163,16 @@ def run(
 
 
 def remember(program: Path, names: set[str]) -> None:
-    """Add names to those that kernels_that_ran tells."""
+    """Add names to those that kernels_that_ran tells; another process may do so at the same time."""
     kept = _ran(program)
-    known = set(kept.read_text().splitlines()) if kept.exists() else set()
-    if not names <= known:
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text("\n".join(sorted(known | names)) + "\n")
+    kept.parent.mkdir(exist_ok=True)
+    with open(kept, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = set(file.read().splitlines())
+        if not names <= known:
+            file.truncate(0)
+            file.write("\n".join(sorted(known | names)) + "\n")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
