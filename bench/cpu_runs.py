@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_runs", description="The runs of make bench-cpu.")
     parser.add_argument("--results", default="bench/results", help="folder for JSON and Markdown")
     parser.add_argument("--only", help=f"some of {', '.join(RUNS)}, separated by commas")
+    parser.add_argument("--kind", default="cpu", help="what the files' names begin with: avx2 for a CPU without AVX-512")
     parser.add_argument("--more", default="", help="options for every run, such as --threads=2")
     args = parser.parse_args(argv)
     wanted = args.only.split(",") if args.only else list(RUNS)
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in wanted:
-        page, data = (str(folder / f"cpu-{name}.{kind}") for kind in ("md", "json"))
+        page, data = (str(folder / f"{args.kind}-{name}.{end}") for end in ("md", "json"))
         words = [*RUNS[name].split(), *args.more.split(), "--json", data, "--markdown", page]
         print(f"== {name}: python -m bench {' '.join(words)}", flush=True)
         start = time.monotonic()

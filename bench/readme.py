@@ -19,6 +19,7 @@ from .lookahead import told as table_of_lookahead
 
 _ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
+AVX2 = "<!-- with AVX2: python -m bench.readme -->", "<!-- end of with AVX2 -->"
 SERVED = "<!-- served: python -m bench.readme -->", "<!-- end of served -->"
 GPU = "<!-- on a GPU: python -m bench.readme -->", "<!-- end of on a GPU -->"
 AHEAD = "<!-- look-ahead: python -m bench.readme -->", "<!-- end of look-ahead -->"
@@ -26,9 +27,9 @@ LONG = "<!-- long: python -m bench.readme -->", "<!-- end of long -->"
 HEARD = "<!-- heard: python -m bench.readme -->", "<!-- end of heard -->"
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """The runs on a CPU that lie in a folder."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu-*.json"))]
+def load(folder: Path, kind: str = "cpu") -> list[dict[str, Any]]:
+    """The runs on a CPU that lie in a folder; kind: what the names of their files begin with."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{kind}-*.json"))]
 
 
 def _model(case: Mapping[str, Any]) -> str:
@@ -96,7 +97,8 @@ def section(runs: Sequence[Mapping[str, Any]]) -> str:
     """What stands between the markers: where it was measured, then a table per model and way, the decodes first."""
     machines = sorted(
         {
-            f"{run['threads']} threads of an {run['machine']['cpu']} ({run['machine']['cores']} cores), torch "
+            f"{run['threads']} threads of an {run['machine']['cpu']} ({run['machine']['cores']} cores, "
+            f"{'AVX-512' if 'avx512f' in run['machine']['isa'] else 'AVX2'}), torch "
             f"{run['machine']['torch']}, commit {(run['commit'] or '?')[:9]}"
             for run in runs
         }
@@ -261,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = {
         args.readme: [
             (section(load(results)), (BEGIN, END)),
+            (section(load(results, "avx2")), AVX2),
             (heard(read("quality_tiny.json")), HEARD),
             (served(read("serve-tiny.json")), SERVED),
             (of_hours(read("long-tiny.json")), LONG),

@@ -54,7 +54,7 @@ def made_run(
         "started": "2026-01-01T00:00:00+00:00",
         "command": f"python -m bench {what} --preset {model}",
         "commit": "abcdef0123456",
-        "machine": {"cpu": "a CPU", "cores": 2, "torch": "2.13.0"},
+        "machine": {"cpu": "a CPU", "cores": 2, "torch": "2.13.0", "isa": ["avx2", "fma"]},
         "cases": [case],
     }
 
