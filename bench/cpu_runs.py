@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_runs", description="The runs of make bench-cpu.")
     parser.add_argument("--results", default="bench/results", help="folder for JSON and Markdown")
     parser.add_argument("--only", help=f"some of {', '.join(RUNS)}, separated by commas")
-    parser.add_argument("--kind", default="cpu", help="what the files' names begin with: avx2 for a CPU without AVX-512")
+    parser.add_argument("--kind", default="cpu", help="what the files' names begin with: avx2 where that is all")
     parser.add_argument("--more", default="", help="options for every run, such as --threads=2")
     args = parser.parse_args(argv)
     wanted = args.only.split(",") if args.only else list(RUNS)
