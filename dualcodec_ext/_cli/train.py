@@ -56,6 +56,7 @@ def run_train(
     recipe = Recipe.load(config, {} if steps is None else {"steps": steps})
     given, steps_before = weights_of(init, weights) if init or weights else (None, 0)
     # Numbers this small are silence, and a CPU takes a hundred times as long over each.
+    flushed = not float(torch.tensor(2.0**-130) * 1.0)
     torch.set_flush_denormal(True)
     bar = _Bar(recipe.steps, not as_json and sys.stderr.isatty())
     try:
@@ -73,6 +74,7 @@ def run_train(
             progress=bar.show,
         )
     finally:
+        torch.set_flush_denormal(flushed)
         bar.close()
     result = {"steps": recipe.steps, "output": str(out), "weights": str(out / "model.safetensors"), **scores}
     if as_json:
