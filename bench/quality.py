@@ -24,12 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import dualcodec_ext as dx
 from dualcodec_ext import reference, testing
 from dualcodec_ext._training.data import load_voices, stretches
 from dualcodec_ext._training.scores import missing_scorers, speech_scores
+from dualcodec_ext._training.state import trained_steps
 from dualcodec_ext.audio import read_audio, resample
 from dualcodec_ext.code_use import codebook_use
 from dualcodec_ext.hub import BUNDLED
@@ -69,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     results |= use(model, options.data / "validation")
     results["against_float64"] = parity(model, clips.values())
     path = options.weights / "model.safetensors" if options.weights else BUNDLED["tiny"]
-    results["trained_steps"] = trained_steps(path)
+    with safe_open(str(path), framework="numpy") as file:
+        results["trained_steps"] = trained_steps(file.metadata())
     results["weights_sha256"] = weights_sha256(path)
     results["commit"], results["dirty"] = commit()
     print("| codebooks | STOI | PESQ (wide band) |\n|---|---|---|")
@@ -199,15 +202,6 @@ def renew_parity(options: argparse.Namespace) -> int:
     print(json.dumps(results["against_float64"]))
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     return 0
-
-
-def trained_steps(path: Path) -> int:
-    """What the weights file says about itself."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="numpy") as file:
-        said = file.metadata() or {}
-    return int(said.get("step", said.get("trained_steps", 0)))
 
 
 def weights_sha256(path: Path) -> str:

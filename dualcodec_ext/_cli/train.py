@@ -87,8 +87,8 @@ def run_train(
 def weights_of(init: str | None, weights: str | None) -> tuple[dict[str, Tensor], int]:
     """The weights, and for how many steps they say that they were trained."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
 
+    from dualcodec_ext._training.state import trained_steps
     from dualcodec_ext.hub import resolve_pretrained
 
     if init is None and weights is not None and Path(weights).is_file():
@@ -97,9 +97,8 @@ def weights_of(init: str | None, weights: str | None) -> tuple[dict[str, Tensor]
         path = resolve_pretrained(init or str(weights), weights if init else None)[1]
     try:
         with safe_open(str(path), framework="pt") as file:
-            said = file.metadata() or {}
-        steps = said.get("step", said.get("trained_steps", ""))
-        return load_file(str(path)), int(steps) if steps.isdecimal() else 0
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return tensors, trained_steps(file.metadata())
     except (SafetensorError, OSError) as error:
         raise DualCodecError(f"--weights: {path} must be a readable safetensors file: {one_line(error)}") from error
 

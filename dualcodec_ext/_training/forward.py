@@ -47,7 +47,7 @@ class Forward:
     ) -> None:
         way = "reference" if asked_backend() == "reference" else "ops" if way == "auto" else way
         self.model, self.way, self.bypass = model, way, bypass
-        self._odds = torch.tensor(odds, dtype=torch.float64)
+        self._odds = torch.tensor(odds, dtype=torch.float64) if odds else None
         self._run: Callable[[Iterable[nn.Module], Tensor], Tensor]
         self._run = {"reference": _modules, "ops": _ops, "channels_last": _channels_last}[way]
         self._semantic = _ops if way == "ops" else _modules
@@ -58,12 +58,7 @@ class Forward:
         A fraction `quantizer_dropout` of the items gets from none to all, the others all; with the odds of `bypass` the
         whole batch gets none.
         """
-        rvq = self.model.dac.quantizer
-        counts = rvq._counts(batch, None, True)
-        if len(self._odds):
-            drawn = torch.multinomial(self._odds, batch, replacement=True)
-            dropped = int(batch * rvq.quantizer_dropout)
-            counts[:dropped] = drawn[:dropped]
+        counts = self.model.dac.quantizer._counts(batch, None, True, self._odds)
         return counts * 0 if float(torch.rand(())) < self.bypass else counts
 
     def __call__(self, audio: Tensor, features: Tensor, counts: Tensor, quantize: bool = True) -> Output:

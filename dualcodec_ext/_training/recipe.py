@@ -25,8 +25,12 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("fewest", "checkpoint_every_s"), (float, 0, None)),
     **dict.fromkeys(("ema_decay", "quantizer_dropout", "bypass"), (float, 0, 1)),
 }
-_LISTS: dict[str, _Range] = {"betas": (float, 0, 1), "windows": (int, 4, None), "bands": (int, 1, None)}
-_LISTS |= {"count_odds": (float, 0, None)}
+_LISTS: dict[str, _Range] = {
+    "betas": (float, 0, 1),
+    "windows": (int, 4, None),
+    "bands": (int, 1, None),
+    "count_odds": (float, 0, None),
+}
 _ADVERSARY_RANGES: dict[str, _Range] = {"width": (int, 1, None), "learning_rate": (float, 0, None)}
 _ADVERSARY_LISTS: dict[str, _Range] = {"periods": (int, 1, None), "windows": (int, 4, None)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,6 +167,13 @@ class State:
         write_atomic(path, save(tensors, {"format": "pt", "step": str(self.steps_before + self.step)}))
         write_atomic(folder / "config.json", self.recipe.model_config().to_json().encode())
         return path
+
+
+def trained_steps(metadata: Mapping[str, str] | None) -> int:
+    """For how many steps weights were trained, by the metadata that `State.export` or `bench.quality` gave them."""
+    said = metadata or {}
+    steps = said.get("step", said.get("trained_steps", ""))
+    return int(steps) if steps.isdecimal() else 0
 
 
 class Taken(NamedTuple):

@@ -111,13 +111,18 @@ class ResidualVectorQuantize(nn.Module):
             "out_bias": torch.stack([s.out_proj.bias.detach().to(dtype) for s in stages]),
         }
 
-    def _counts(self, batch: int, n_quantizers: int | None, possibly_no_quantizer: bool) -> Tensor:  # [B]
+    def _counts(
+        self, batch: int, n_quantizers: int | None, possibly_no_quantizer: bool, odds: Tensor | None = None
+    ) -> Tensor:  # [B]; odds [n_codebooks + 1]: of 0, 1, ... stages where their number is drawn, None for all alike
         if not self.training:
             return torch.full((batch,), self.n_codebooks if n_quantizers is None else n_quantizers)
         counts = torch.full((batch,), self.n_codebooks)
         # Drawn for the whole batch even when nothing is dropped, so that a seed gives what it gives in the
         # PyPI package.
-        drawn = torch.randint(0 if possibly_no_quantizer else 1, self.n_codebooks + 1, (batch,))
+        if odds is None:
+            drawn = torch.randint(0 if possibly_no_quantizer else 1, self.n_codebooks + 1, (batch,))
+        else:
+            drawn = torch.multinomial(odds, batch, replacement=True)
         dropped = int(batch * self.quantizer_dropout)
         counts[:dropped] = drawn[:dropped]
         return counts
