@@ -56,6 +56,11 @@ WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
         {"channels": 48, "columns": 232, "taps": 1, "steps": 131, "alpha": False, "activation": "gelu"},
     ),
     "Large, ranges": ("2, 128, 6, true", {"channels": 160, "columns": 128, "steps": 140, "dilation": 9}),
+    "Wide": ("2, 192, 6, true", {"channels": 160, "columns": 192, "steps": 140, "dilation": 9, "residual": True}),
+    "Wide, spread, a tail of columns": (
+        "2, 192, 6, true",
+        {"channels": 320, "columns": 360, "steps": 200, "dilation": 3, "multiprocessors": 5},
+    ),
     "Large, spread": ("2, 128, 6, true", {"channels": 320, "columns": 128, "steps": 200, "multiprocessors": 3}),
     "Narrow": (
         "2, 96, 6, false",

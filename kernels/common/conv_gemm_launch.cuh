@@ -27,6 +27,7 @@ struct HalfKernels {
 template <class T>
 struct WgmmaKernels {
   using Large = ConvWgmma<T, 2, 128, 6, true, 1>;
+  using Wide = ConvWgmma<T, 2, 192, 6, true, 1>;   // for deep layers: fewer reads of rows for each product
   using Flat = ConvWgmma<T, 2, 128, 3, false, 2>;  // without ranges: two blocks share a multiprocessor
   using Narrow = ConvWgmma<T, 2, 96, 6, false, 2>;
   using Slim = ConvWgmma<T, 2, 48, 5, false, 2>;
@@ -325,6 +326,8 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   const auto computed = [&](int64_t columns) { return run_tiles(p, columns) * (columns + 32); };
   const int64_t least = minimum(minimum(computed(48), computed(64)), minimum(computed(96), computed(128)));
   if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Flat>(context, plan)) return true;
+  if (p.ranges > 1 && computed(192) <= least && fills(192) && fit_wgmma<typename Kernels::Wide>(context, plan))
+    return true;
   if (computed(128) == least && fills(128) && fit_wgmma<typename Kernels::Large>(context, plan)) return true;
   if (computed(96) == least && fills(96) && fit_wgmma<typename Kernels::Narrow>(context, plan)) return true;
   if (computed(64) == least && fills(64) && fit_wgmma<typename Kernels::Half>(context, plan)) return true;

@@ -44,7 +44,8 @@ struct ConvWgmma {
   // The 16 bytes of weights that a thread copies in every step, kCopies times, kWeightRows of the chunk's channels
   // apart: where it stands on its walk over the steps. Rows a multiple of 8 apart have their cells in the same place.
   static constexpr int kPerRow = kColumns / kVector;
-  static constexpr int kWeightRows = kThreads / kPerRow >= 32 ? 32 : 16, kCopies = kChunk / kWeightRows;
+  static constexpr int kWeightRows = kThreads / kPerRow >= 32 ? 32 : kThreads / kPerRow >= 16 ? 16 : 8;
+  static constexpr int kCopies = kChunk / kWeightRows;
   static_assert(kWeightRows * kPerRow <= kThreads && kWeightRows % 8 == 0, "every cell has its thread");
   struct Weights {
     const T* from;
