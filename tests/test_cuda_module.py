@@ -31,7 +31,8 @@ REGISTERS = (
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 128", 184),
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 96", 160),
     (r"FusedUnit<dcx::b?f16, 192, 128", 184),
-    (r"ConvWgmma<dcx::b?f16, 2, (128|192), 6", 240),  # one block of 256 threads
+    (r"ConvWgmma<dcx::b?f16, 2, 192, 6", 240),  # one block of 256 threads
+    (r"ConvWgmma<dcx::b?f16, 2, 128, 6", 232),
     (r"ConvWgmma<dcx::b?f16, 2, (96|128, 3),", 128),  # two blocks of 256 threads
     (r"ConvResident<dcx::b?f16, (192|384),", 208),  # one block of 256 threads
     (r"TapColumnsConv<dcx::b?f16, 6>", 240),  # two blocks of 128 threads
