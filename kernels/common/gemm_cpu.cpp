@@ -7,12 +7,31 @@ namespace {
 // Weights beyond this pass through L2 once per tile.
 constexpr int64_t kStreamedBytes = 256 * 1024;
 
-// Weights that come next, fetched into L2 in the loop of the products, `lines` lines of 64 bytes per step: where a few
-// rows keep the multipliers busy for as long as memory takes.
+// Weights that come next, fetched into L2 between the products, `lines` lines of 64 bytes every so many steps: where a
+// few rows keep the multipliers busy for as long as memory takes.
 struct Stream {
   const char* at = nullptr;
   int64_t bytes = 0;
   int64_t lines = 0;
+  int64_t every = 0;  // 0: none are fetched
+
+  // Spreads the lines over the steps that are left, all blocks of rows and columns counted. At least so many steps lie
+  // between two fetches: looking after every step costs a third of the rate where weights are in L2.
+  static constexpr int64_t kLeastSteps = 4;
+  inline void spread(int64_t left, int64_t steps) {
+    const int64_t wanted = ceil_div(bytes, 64);
+    every = wanted > 0 ? minimum(left < kLeastSteps * wanted ? kLeastSteps : left / wanted, steps) : 0;
+    lines = wanted > 0 ? ceil_div(wanted * every, left) : 0;
+  }
+  inline void fetch() {
+    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + 64 * line, 0, 2);
+    at += 64 * lines;
+  }
+  // What `taps` times `steps` steps have fetched is behind.
+  inline Stream after(int64_t taps, int64_t steps) const {
+    const int64_t fetched = every > 0 ? minimum(bytes, 64 * lines * taps * ceil_div(steps, every)) : 0;
+    return {at + fetched, bytes - fetched};
+  }
 };
 
 // With fewer rows the loop is bound by reading its own weights, in order, which the hardware fetches ahead.
@@ -27,7 +46,7 @@ inline void micro_kernel(const A* a, int64_t row_stride, int64_t tap_stride, int
   Vec<T> acc[MR][NV];  // every loop over it is unrolled, or it would live in memory
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int n = 0; n < NV; ++n) acc[m][n] = Vec<T>{};
   for (int64_t k = 0; k < taps; ++k) {
     // Base rows three apart keep the addresses within base + {0, 1, 2} * row_stride, which x86 encodes without extra
@@ -35,52 +54,66 @@ inline void micro_kernel(const A* a, int64_t row_stride, int64_t tap_stride, int
     const A* rows[(MR + 2) / 3];
 #pragma GCC unroll 8
     for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + k * tap_stride + 3 * g * row_stride;
-    for (int64_t i = 0; i < steps; ++i) {
-      if constexpr (MR >= kFetchingRows) {
-        for (int64_t line = 0; line < stream.lines; ++line) __builtin_prefetch(stream.at + 64 * line, 0, 2);
-        stream.at += 64 * stream.lines;
-      }
-      if constexpr (kStep == 1) {
-        Vec<T> bv[NV];
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) bv[n] = vload<T>(b + n * kLanes<T>);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-          const Vec<T> av = vset1(rows[m / 3][(m % 3) * row_stride + i]);
-#pragma GCC unroll 4
-          for (int n = 0; n < NV; ++n) acc[m][n] = vfma(av, bv[n], acc[m][n]);
+    for (int64_t i = 0, stop = 0; i < steps;) {
+      stop = steps;
+      if constexpr (MR >= kFetchingRows)
+        if (stream.every > 0) {
+          stream.fetch();
+          stop = minimum(i + stream.every, steps);
         }
-      } else if constexpr (sizeof(A) == 2) {
-        PairVec bv[NV];
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) bv[n] = load_pairs(b + n * kLanes<T>);
+      for (; i < stop; ++i) {
+        if constexpr (kStep == 1 && (NV > MR)) {
+          Vec<T> av[MR];
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-          const PairVec av = broadcast_pair(rows[m / 3] + (m % 3) * row_stride + kStep * i);
-#pragma GCC unroll 4
-          for (int n = 0; n < NV; ++n) acc[m][n] = dot_pairs(av, bv[n], acc[m][n]);
-        }
-      } else {
-        // The pair's halves as floats, one after the other: both at once would not leave registers for the sums.
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
+          for (int m = 0; m < MR; ++m) av[m] = vset1(rows[m / 3][(m % 3) * row_stride + i]);
+#pragma GCC unroll 6
+          for (int n = 0; n < NV; ++n) {
+            const Vec<T> bv = vload<T>(b + n * kLanes<T>);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; ++m) acc[m][n] = vfma(av[m], bv, acc[m][n]);
+          }
+        } else if constexpr (kStep == 1) {
           Vec<T> bv[NV];
-#pragma GCC unroll 4
-          for (int n = 0; n < NV; ++n) bv[n] = pair_half(load_pairs(b + n * kLanes<T>), half);
+#pragma GCC unroll 6
+          for (int n = 0; n < NV; ++n) bv[n] = vload<T>(b + n * kLanes<T>);
 #pragma GCC unroll 16
           for (int m = 0; m < MR; ++m) {
-            const Vec<T> av = vset1(rows[m / 3][(m % 3) * row_stride + kStep * i + half]);
-#pragma GCC unroll 4
+            const Vec<T> av = vset1(rows[m / 3][(m % 3) * row_stride + i]);
+#pragma GCC unroll 6
             for (int n = 0; n < NV; ++n) acc[m][n] = vfma(av, bv[n], acc[m][n]);
           }
+        } else if constexpr (sizeof(A) == 2) {
+          PairVec bv[NV];
+#pragma GCC unroll 6
+          for (int n = 0; n < NV; ++n) bv[n] = load_pairs(b + n * kLanes<T>);
+#pragma GCC unroll 16
+          for (int m = 0; m < MR; ++m) {
+            const PairVec av = broadcast_pair(rows[m / 3] + (m % 3) * row_stride + kStep * i);
+#pragma GCC unroll 6
+            for (int n = 0; n < NV; ++n) acc[m][n] = dot_pairs(av, bv[n], acc[m][n]);
+          }
+        } else {
+          // The pair's halves as floats, one after the other: both at once would not leave registers for the sums.
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            Vec<T> bv[NV];
+#pragma GCC unroll 6
+            for (int n = 0; n < NV; ++n) bv[n] = pair_half(load_pairs(b + n * kLanes<T>), half);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; ++m) {
+              const Vec<T> av = vset1(rows[m / 3][(m % 3) * row_stride + kStep * i + half]);
+#pragma GCC unroll 6
+              for (int n = 0; n < NV; ++n) acc[m][n] = vfma(av, bv[n], acc[m][n]);
+            }
+          }
         }
+        b += b_stride;
       }
-      b += b_stride;
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int n = 0; n < NV; ++n) {
       T* p = c + m * ld_c + n * kLanes<T>;
       vstore<T>(p, add ? vload<T>(p) + acc[m][n] : acc[m][n]);
@@ -99,7 +132,8 @@ inline void row_block(int64_t rows, const A* a, int64_t row_stride, int64_t tap_
   micro_kernel<A, B, MR, NV>(a, row_stride, tap_stride, taps, steps, b, b_stride, c, ld_c, add, stream);
 }
 
-// Rows per register block, so that MR * NV accumulators, NV columns and one broadcast fill the register file.
+// Rows per register block, so that MR * NV accumulators, NV columns and one broadcast fill the register file; where NV
+// is more than MR, MR broadcasts and one vector of columns.
 template <int NV>
 constexpr int kBlockRows =
 #if DCX_ISA >= 2
@@ -107,7 +141,11 @@ constexpr int kBlockRows =
     : NV == 2 ? 13
               : 16;
 #else
-    NV == 2 ? 6 : 12;
+    NV == 6   ? 2
+    : NV == 4 ? 3
+    : NV == 3 ? 4
+    : NV == 2 ? 6
+              : 12;
 #endif
 
 // Weights that come next and memory that is written behind the product, fetched into L2 a few lines per register block:
@@ -136,24 +174,32 @@ struct Ahead {
   }
 };
 
+// NV vectors of a panel's columns, of `left` that are not done yet; rows in blocks of nearly equal size.
 template <class A, class B, int NV>
 inline void panel_columns(int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps,
-                          const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add, Ahead& ahead) {
+                          const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add, int64_t left, Ahead& ahead) {
   constexpr int MR = kBlockRows<NV>;
   const int64_t count = ceil_div(m, int64_t{MR}), share = Ahead::share(ahead.bytes, count),
                 written_share = Ahead::share(ahead.written_bytes, count);
-  for (int64_t i = 0; i < m; i += MR) {
+  const int64_t passes = ceil_div(left, NV * kLanes<Sum<A>>);
+  for (int64_t block = 0; block < count; ++block) {
+    const int64_t i = m * block / count, rows = m * (block + 1) / count - i;
     if (share + written_share > 0) ahead.fetch(share, written_share);
-    // What is left goes over the blocks that are left, as far as whole lines do.
-    Stream& stream = ahead.stream;
-    const int64_t lines = ceil_div(stream.bytes, 64 * taps * steps), blocks = count - i / MR;
-    stream.lines = ceil_div(lines, blocks);
-    row_block<A, B, MR, NV>(m - i < MR ? m - i : MR, a + i * row_stride, row_stride, tap_stride, taps, steps, b,
-                            b_stride, c + i * ld_c, ld_c, add, stream);
-    const int64_t fetched = minimum(stream.bytes, 64 * stream.lines * taps * steps);
-    stream.at += fetched;
-    stream.bytes -= fetched;
+    ahead.stream.spread((passes * count - block) * taps * steps, steps);
+    row_block<A, B, MR, NV>(rows, a + i * row_stride, row_stride, tap_stride, taps, steps, b, b_stride, c + i * ld_c,
+                            ld_c, add, ahead.stream);
+    ahead.stream = ahead.stream.after(taps, steps);
   }
+}
+
+// The first columns of a panel from `n` on, as many as NV vectors go into.
+template <class A, class B, int NV>
+inline void columns_by(int64_t& n, int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps,
+                       int64_t steps, const B* b, int64_t width, Sum<A>* c, int64_t ld_c, bool add, Ahead& ahead) {
+  constexpr int64_t columns = NV * kLanes<Sum<A>>;
+  for (; n + columns <= width; n += columns)
+    panel_columns<A, B, NV>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add, width - n,
+                            ahead);
 }
 
 // One panel (width columns) over one reduction block.
@@ -162,15 +208,18 @@ void gemm_panel(int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, i
                 int64_t width, Sum<A>* c, int64_t ld_c, bool add, Ahead ahead) {
   int64_t n = 0;
 #if DCX_ISA >= 2
-  constexpr int64_t three = 3 * kLanes<Sum<A>>;
-  for (; n + three <= width; n += three)
-    panel_columns<A, B, 3>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add, ahead);
+  columns_by<A, B, 3>(n, m, a, row_stride, tap_stride, taps, steps, b, width, c, ld_c, add, ahead);
+#else
+  // A few rows take more columns at once: memory gives weights half as fast when every third line of them is asked for.
+  if (m <= kBlockRows<6>)
+    columns_by<A, B, 6>(n, m, a, row_stride, tap_stride, taps, steps, b, width, c, ld_c, add, ahead);
+  if (m <= kBlockRows<4>)
+    columns_by<A, B, 4>(n, m, a, row_stride, tap_stride, taps, steps, b, width, c, ld_c, add, ahead);
+  if (m <= kBlockRows<3>)
+    columns_by<A, B, 3>(n, m, a, row_stride, tap_stride, taps, steps, b, width, c, ld_c, add, ahead);
 #endif
-  constexpr int64_t two = 2 * kLanes<Sum<A>>;
-  for (; n + two <= width; n += two)
-    panel_columns<A, B, 2>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add, ahead);
-  for (; n < width; n += kLanes<Sum<A>>)
-    panel_columns<A, B, 1>(m, a, row_stride, tap_stride, taps, steps, b + n, width, c + n, ld_c, add, ahead);
+  columns_by<A, B, 2>(n, m, a, row_stride, tap_stride, taps, steps, b, width, c, ld_c, add, ahead);
+  columns_by<A, B, 1>(n, m, a, row_stride, tap_stride, taps, steps, b, width, c, ld_c, add, ahead);
 }
 
 inline bool library_gemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add,

@@ -190,6 +190,28 @@ void check_tile(DType dtype, double exactness) {
   }
 }
 
+// However many of the first rows are asked for, they have the bits of `whole` and what lies behind them is not touched;
+// `part` is as large. Register blocks differ with the number of rows, up to those of a few rows.
+template <class A, class B>
+void check_first_rows(int64_t rows, const GemmOperand<A>& operand, const B* packed, int64_t columns,
+                      const Sum<A>* whole, Sum<A>* part) {
+  const int64_t ld = round_up(columns, kColumnUnit);
+  const auto same = [&](int64_t count) {
+    bool untouched = true;
+    for (int64_t i = count * ld; i < rows * ld; ++i) untouched = untouched && part[i] == Sum<A>(9);
+    return untouched && memcmp(part, whole, static_cast<size_t>(count * ld) * sizeof(Sum<A>)) == 0;
+  };
+  for (int64_t count = 1; count < rows; ++count) {
+    for (int64_t i = 0; i < rows * ld; ++i) part[i] = 9;
+    conv_gemm<A>(count, operand, packed, columns, part, ld);
+    CHECK(same(count));
+    for (int64_t i = 0; i < rows * ld; ++i) part[i] = 9;
+    for (int64_t panel = 0; panel < panel_count(columns); ++panel)
+      conv_gemm_panel<A>(count, operand, packed, columns, panel, part + panel_begin(columns, panel), ld, {});
+    CHECK(same(count));
+  }
+}
+
 // Against a plain sum in double; and a row's bits are the same whatever the number of rows around it.
 template <class T>
 void check_gemm(int64_t taps, int64_t channels, int64_t columns, double tolerance) {
@@ -222,6 +244,7 @@ void check_gemm(int64_t taps, int64_t channels, int64_t columns, double toleranc
                        GemmClips{3, 2 * max_channels, rows * max_columns});
   for (int64_t i = 0; i < 3; ++i)
     CHECK(memcmp(clips[i], c + 2 * i * ld, static_cast<size_t>((rows - 4) * ld) * sizeof(T)) == 0);
+  check_first_rows(rows, operand, packed, columns, c, clips[0]);
 }
 
 // Products of bfloat16 pairs: the same checks, an odd number of channels included.
@@ -258,6 +281,7 @@ void check_gemm_bf16(int64_t taps, int64_t channels, int64_t columns) {
   for (int64_t panel = 0; panel < panel_count(columns); ++panel)
     conv_gemm_panel<Tile>(rows, operand, packed, columns, panel, panelwise + panel_begin(columns, panel), ld, {});
   CHECK(memcmp(panelwise, c, static_cast<size_t>(rows * ld) * sizeof(float)) == 0);
+  check_first_rows(rows, operand, packed, columns, c, panelwise);
 }
 
 // In memory rounding is to nearest, ties to even, denormals kept; a tile may lose the denormals alone. Snake's short
