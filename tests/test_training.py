@@ -172,6 +172,24 @@ def test_a_step_of_muon_is_orthogonal(shape: tuple[int, ...]) -> None:
     assert float(((u @ vh) * direction).sum()) == pytest.approx(-min(rows, columns), rel=1e-3)
 
 
+def test_muon_steps_matrices_together_as_alone() -> None:
+    """Of the same sides, lying or standing, as a convolution's, of others, and one that has no gradient."""
+    torch.manual_seed(0)
+    shapes = [(8, 40), (40, 8), (8, 5, 8), (6, 6), (8, 40), (3, 9)]
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [Muon(together, lr=0.1, weight_decay=0.1), *(Muon([p], lr=0.1, weight_decay=0.1) for p in alone)]
+    for _ in range(3):  # momentum too
+        for p, q in zip(together[:-1], alone[:-1], strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(together[0], together[4])
+
+
 def test_acoustic_codebooks_may_start_late(voices: list[Voice]) -> None:
     trainer = Trainer(recipe(start_steps=3, segment_frames=20), voices)
     trainer.start()

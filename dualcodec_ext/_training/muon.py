@@ -38,25 +38,43 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state: dict[str, Any] = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].mul_(group["momentum"]).add_(p.grad)
-                update = orthogonal(p.grad.add(momentum, alpha=group["momentum"]).flatten(1))
-                scale = 0.2 * max(update.shape) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"] * scale)
+            for taking in _alike(group["params"]):
+                steps = []
+                for p, grad in taking:
+                    state: dict[str, Any] = self.state[p]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    momentum = state["momentum"].mul_(group["momentum"]).add_(grad)
+                    steps.append(_wide(grad.add(momentum, alpha=group["momentum"]).flatten(1)))
+                for (p, _), update in zip(taking, orthogonal(torch.stack(steps)), strict=True):
+                    rate = group["lr"] * 0.2 * max(update.shape) ** 0.5
+                    matrix = update if p.flatten(1).shape == update.shape else update.t()
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(matrix.reshape(p.shape), alpha=-rate)
         return loss
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Return about U V^T of a matrix U S V^T: its singular values end between 0.7 and 1.2, small ones below."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
-    x = wide / (torch.linalg.vector_norm(wide) + 1e-7)
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+
+
+def _alike(params: Iterable[Tensor]) -> Iterable[list[tuple[Tensor, Tensor]]]:
+    """Put parameters that have a gradient, each with it, together where their matrices have the same sides: many are
+    too small for one product of theirs to keep a processor busy."""
+    found: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+    for p in params:
+        if p.grad is not None:
+            found.setdefault(tuple(_wide(p.flatten(1)).shape), []).append((p, p.grad))
+    return found.values()
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Return about U V^T of each matrix U S V^T of [N, rows, columns], rows at most columns.
+
+    Singular values end between 0.7 and 1.2, small ones below.
+    """
+    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(_ROUNDS):
-        gram = x @ x.t()
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrix else x.t()
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
