@@ -152,6 +152,7 @@ def test_wrong_pieces_are_one_line() -> None:
         (lambda: one([(audio, features[:, 1:])]), r"semantic_repr must be \[B, \d+, F\] float, got \[2, \d+, 10\]"),
         (lambda: one(audio), r"every piece must be a pair \(audio \[B, 1, n\], features \[B, C, k\]\), got Tensor"),
         (lambda: one([(audio, features, None)]), "every piece must be a pair .* got 3 of them"),
+        (lambda: one(None), r"encode_pieces: pieces must be pairs \(audio .*, one after the other, got NoneType"),
         (lambda: one([(audio[:1], features)]), r"encode_pieces: audio_data must be \[2, 1, S\] float, got \[1, 1"),
         (lambda: one([(audio, features), (none[:1], features[:1])]), "must be of the first one's 2 clips, got 1"),
         (lambda: one([(audio, features[..., :7])]), "= 10 frames or up to 2 fewer, got 7"),

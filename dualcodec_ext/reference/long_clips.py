@@ -90,7 +90,7 @@ class LongClips:
 
         Raises:
             RuntimeError: the model is in training mode.
-            ValueError: as `encode`; a piece is no pair.
+            ValueError: as `encode`; there are no pieces to take one from, or one is no pair.
         """
         name = "DualCodec.encode_pieces"
         if self.training:
@@ -98,6 +98,13 @@ class LongClips:
         chunk_frames = check_count(f"{name}: chunk_frames", chunk_frames)
         if num_quantizers is not None:
             num_quantizers = min(check_count(f"{name}: num_quantizers", num_quantizers), 1 + self.dac.n_codebooks)
+        try:
+            pieces = iter(pieces)
+        except TypeError:
+            raise ValueError(
+                f"{name}: pieces must be pairs (audio [B, 1, n], features [B, C, k]), one after the other, got"
+                f" {type(pieces).__name__}"
+            ) from None
         return self._encode_pieces(self._checked(name, pieces, num_quantizers != 1), num_quantizers, chunk_frames)
 
     def _checked(
