@@ -173,10 +173,12 @@ def test_a_step_of_muon_is_orthogonal(shape: tuple[int, ...]) -> None:
 
 
 def test_muon_steps_matrices_together_as_alone() -> None:
-    """Of the same sides, lying or standing, as a convolution's, of others, and one that has no gradient."""
+    """Of the same sides, lying or standing, as a convolution's, of others, of another dtype, and one that has no
+    gradient."""
     torch.manual_seed(0)
     shapes = [(8, 40), (40, 8), (8, 5, 8), (6, 6), (8, 40), (3, 9)]
     together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    together.insert(1, torch.nn.Parameter(torch.randn(8, 40, dtype=torch.float64)))
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
     optimizers = [Muon(together, lr=0.1, weight_decay=0.1), *(Muon([p], lr=0.1, weight_decay=0.1) for p in alone)]
     for _ in range(3):  # momentum too
@@ -187,7 +189,7 @@ def test_muon_steps_matrices_together_as_alone() -> None:
             optimizer.step()
     for p, q in zip(together, alone, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
-    assert not torch.equal(together[0], together[4])
+    assert not torch.equal(together[0], together[5])
 
 
 def test_acoustic_codebooks_may_start_late(voices: list[Voice]) -> None:

@@ -58,12 +58,13 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def _alike(params: Iterable[Tensor]) -> Iterable[list[tuple[Tensor, Tensor]]]:
-    """Put parameters that have a gradient, each with it, together where their matrices have the same sides: many are
-    too small for one product of theirs to keep a processor busy."""
-    found: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+    """Put parameters that have a gradient, each with it, together where their matrices have the same sides, dtype and
+    device: many are too small for one product of theirs to keep a processor busy."""
+    found: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for p in params:
         if p.grad is not None:
-            found.setdefault(tuple(_wide(p.flatten(1)).shape), []).append((p, p.grad))
+            sides = _wide(p.flatten(1)).shape
+            found.setdefault((sides, p.dtype, p.device), []).append((p, p.grad))
     return found.values()
 
 

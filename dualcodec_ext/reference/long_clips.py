@@ -90,7 +90,7 @@ class LongClips:
 
         Raises:
             RuntimeError: the model is in training mode.
-            ValueError: as `encode`; there are no pieces to take one from, or one is no pair.
+            ValueError: as `encode`; `pieces` can't be gone through, or one of them is no pair.
         """
         name = "DualCodec.encode_pieces"
         if self.training:

@@ -62,17 +62,7 @@ inline void micro_kernel(const A* a, int64_t row_stride, int64_t tap_stride, int
           stop = minimum(i + stream.every, steps);
         }
       for (; i < stop; ++i) {
-        if constexpr (kStep == 1 && (NV > MR)) {
-          Vec<T> av[MR];
-#pragma GCC unroll 16
-          for (int m = 0; m < MR; ++m) av[m] = vset1(rows[m / 3][(m % 3) * row_stride + i]);
-#pragma GCC unroll 6
-          for (int n = 0; n < NV; ++n) {
-            const Vec<T> bv = vload<T>(b + n * kLanes<T>);
-#pragma GCC unroll 16
-            for (int m = 0; m < MR; ++m) acc[m][n] = vfma(av[m], bv, acc[m][n]);
-          }
-        } else if constexpr (kStep == 1) {
+        if constexpr (kStep == 1) {
           Vec<T> bv[NV];
 #pragma GCC unroll 6
           for (int n = 0; n < NV; ++n) bv[n] = vload<T>(b + n * kLanes<T>);
@@ -132,8 +122,7 @@ inline void row_block(int64_t rows, const A* a, int64_t row_stride, int64_t tap_
   micro_kernel<A, B, MR, NV>(a, row_stride, tap_stride, taps, steps, b, b_stride, c, ld_c, add, stream);
 }
 
-// Rows per register block, so that MR * NV accumulators, NV columns and one broadcast fill the register file; where NV
-// is more than MR, MR broadcasts and one vector of columns.
+// Rows per register block, so that MR * NV accumulators, NV columns and one broadcast fill the register file.
 template <int NV>
 constexpr int kBlockRows =
 #if DCX_ISA >= 2
@@ -174,7 +163,8 @@ struct Ahead {
   }
 };
 
-// NV vectors of a panel's columns, of `left` that are not done yet; rows in blocks of nearly equal size.
+// NV vectors of a panel's columns, of `left` that are not done yet; rows in blocks of nearly equal size. Blocks of
+// fewer than kFetchingRows leave what is to be fetched to the others.
 template <class A, class B, int NV>
 inline void panel_columns(int64_t m, const A* a, int64_t row_stride, int64_t tap_stride, int64_t taps, int64_t steps,
                           const B* b, int64_t b_stride, Sum<A>* c, int64_t ld_c, bool add, int64_t left, Ahead& ahead) {
@@ -185,7 +175,7 @@ inline void panel_columns(int64_t m, const A* a, int64_t row_stride, int64_t tap
   for (int64_t block = 0; block < count; ++block) {
     const int64_t i = m * block / count, rows = m * (block + 1) / count - i;
     if (share + written_share > 0) ahead.fetch(share, written_share);
-    ahead.stream.spread((passes * count - block) * taps * steps, steps);
+    if (rows >= kFetchingRows) ahead.stream.spread((passes * count - block) * taps * steps, steps);
     row_block<A, B, MR, NV>(rows, a + i * row_stride, row_stride, tap_stride, taps, steps, b, b_stride, c + i * ld_c,
                             ld_c, add, ahead.stream);
     ahead.stream = ahead.stream.after(taps, steps);

@@ -196,19 +196,19 @@ template <class A, class B>
 void check_first_rows(int64_t rows, const GemmOperand<A>& operand, const B* packed, int64_t columns,
                       const Sum<A>* whole, Sum<A>* part) {
   const int64_t ld = round_up(columns, kColumnUnit);
-  const auto same = [&](int64_t count) {
+  const auto check = [&](int64_t count, const auto& multiply) {
+    for (int64_t i = 0; i < rows * ld; ++i) part[i] = 9;
+    multiply();
     bool untouched = true;
     for (int64_t i = count * ld; i < rows * ld; ++i) untouched = untouched && part[i] == Sum<A>(9);
-    return untouched && memcmp(part, whole, static_cast<size_t>(count * ld) * sizeof(Sum<A>)) == 0;
+    CHECK(untouched && memcmp(part, whole, static_cast<size_t>(count * ld) * sizeof(Sum<A>)) == 0);
   };
   for (int64_t count = 1; count < rows; ++count) {
-    for (int64_t i = 0; i < rows * ld; ++i) part[i] = 9;
-    conv_gemm<A>(count, operand, packed, columns, part, ld);
-    CHECK(same(count));
-    for (int64_t i = 0; i < rows * ld; ++i) part[i] = 9;
-    for (int64_t panel = 0; panel < panel_count(columns); ++panel)
-      conv_gemm_panel<A>(count, operand, packed, columns, panel, part + panel_begin(columns, panel), ld, {});
-    CHECK(same(count));
+    check(count, [&] { conv_gemm<A>(count, operand, packed, columns, part, ld); });
+    check(count, [&] {
+      for (int64_t panel = 0; panel < panel_count(columns); ++panel)
+        conv_gemm_panel<A>(count, operand, packed, columns, panel, part + panel_begin(columns, panel), ld, {});
+    });
   }
 }
 
