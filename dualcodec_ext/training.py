@@ -17,7 +17,8 @@ from ._training.codebooks import start_acoustic, start_scales, start_semantic
 from ._training.data import Batches, Voice, hours, load_voices, long_enough, stretches
 from ._training.discriminators import Discriminators
 from ._training.forward import Forward, Output, allow_recompiling, compile_snake
-from ._training.losses import SpectralLoss, discriminator_loss, feature_loss, generator_loss, waveform_loss
+from ._training.losses import discriminator_loss, feature_loss, generator_loss
+from ._training.perception import Comparison
 from ._training.plots import can_draw, draw_curves, draw_spectrograms
 from ._training.recipe import Recipe
 from ._training.scores import SHORTEST_S, missing_scorers
@@ -78,7 +79,7 @@ class Trainer:
         self.hop_samples = config.hop_length
         self.samples = recipe.segment_frames * config.hop_length
         self.batches = Batches(voices, recipe.batch, self.samples, recipe.seed, recipe.augment)
-        self.spectral = SpectralLoss(config.sample_rate, recipe.windows, recipe.bands, recipe.highest_hz).to(device)
+        self.compare = Comparison(recipe, config.sample_rate).to(device)
         self._taken, self._statistics_given = NOTHING_TAKEN, False
         if weights is not None:
             weights = dict(weights)
@@ -191,14 +192,8 @@ class Trainer:
         """Forward and backward of a part of the batch; the losses come back without their graph."""
         recipe, judges = self.recipe, self._judges()
         output = self.forward(audio, features, counts, self._quantized())
-        mel, magnitude = self.spectral(output.x, audio)
-        parts = {
-            "mel": mel,
-            "magnitude": magnitude,
-            "waveform": waveform_loss(output.x, audio),
-            "commitment": output.commitment,
-            "codebook": output.codebook,
-        }
+        parts = self.compare(output.x, audio)
+        parts |= {"commitment": output.commitment, "codebook": output.codebook}
         if judges is not None:
             with torch.no_grad():
                 wanted = judges(audio)[1]

@@ -1,4 +1,6 @@
-"""What speech is scored by: STOI and PESQ where their packages are, and the means that validation logs."""
+"""What speech is scored by: STOI and PESQ where their packages are, the means that validation logs, and the losses that
+follow the two scores.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from torch import Tensor
 import dualcodec_ext as dx
 from dualcodec_ext._cli.voice import vowels
 from dualcodec_ext._training import scores
+from dualcodec_ext._training.perception import DisturbanceLoss, EnvelopeLoss
 from dualcodec_ext._training.scores import score, speech_scores
 
 
@@ -38,6 +41,67 @@ def test_pesq(voice: Tensor) -> None:
     clean, noisy = (speech_scores(voice, other, 24000)["pesq"] for other in (voice, voice + noise))
     assert clean == pytest.approx(4.64, abs=0.01)  # the wide-band form's highest
     assert noisy < 2.5
+
+
+def damaged(voice: Tensor) -> list[Tensor]:
+    """Ever worse forms of a voice, [1, 1, S] each: noise beside it, by level."""
+    noise = torch.randn(voice.shape, generator=torch.Generator().manual_seed(0))
+    return [(voice + level * noise)[None, None] for level in (0.0, 0.003, 0.01, 0.03, 0.1)]
+
+
+def test_the_envelope_loss_is_what_stoi_lacks(voice: Tensor) -> None:
+    pytest.importorskip("pystoi")
+    loss = EnvelopeLoss(24000)
+    for form in damaged(voice):
+        wanted = speech_scores(voice, form[0, 0], 24000)["stoi"]
+        assert 1 - float(loss(form, voice[None, None])) == pytest.approx(wanted, abs=0.02)
+
+
+def test_the_disturbance_grows_as_pesq_falls(voice: Tensor) -> None:
+    pytest.importorskip("pesq")
+    loss, forms = DisturbanceLoss(24000), damaged(voice)
+    losses = [float(loss(form, voice[None, None])) for form in forms]
+    assert 0 <= losses[0] < 1e-3 and losses == sorted(losses)
+    heard = [speech_scores(voice, form[0, 0], 24000)["pesq"] for form in forms]
+    assert heard == sorted(heard, reverse=True)
+
+
+def test_what_is_added_disturbs_more_than_what_is_missing() -> None:
+    """A band that one of two signals lacks, both ways round."""
+    time = torch.arange(24000) / 24000
+    low, high = (0.1 * torch.sin(2 * torch.pi * hz * time)[None, None] for hz in (500, 2500))
+    loss = DisturbanceLoss(24000)
+    missing, added = float(loss(low, low + high)), float(loss(low + high, low))
+    assert added > 2 * missing > 0
+    # A little louder is masked; what lies above 8 kHz is not looked at.
+    beyond = low + 0.1 * torch.sin(2 * torch.pi * 10000 * time)
+    assert max(float(loss(1.2 * low, low)), float(loss(beyond, low))) < 0.05 * missing
+
+
+@pytest.mark.parametrize("kind", [DisturbanceLoss, EnvelopeLoss])
+@pytest.mark.parametrize("samples", [300, 9000, 12000])
+def test_silence_and_short_clips_have_gradients(kind: type[DisturbanceLoss | EnvelopeLoss], samples: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for level, target_level in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.1, 0.1)):
+        x = (level * torch.randn(2, 1, samples, generator=generator)).requires_grad_()
+        target = target_level * torch.randn(2, 1, samples, generator=generator)
+        loss = kind(24000)(x, target)
+        loss.backward()
+        assert x.grad is not None and bool(torch.isfinite(x.grad).all()) and bool(torch.isfinite(loss))
+        if samples == 12000 and level and target_level:
+            assert bool(x.grad.any())
+
+
+def test_an_item_does_not_depend_on_its_neighbour(voice: Tensor) -> None:
+    clips, noise = torch.stack([voice[:24000], voice[24000:48000]])[:, None], 0.01 * torch.randn(2, 1, 24000)
+    for kind in (DisturbanceLoss, EnvelopeLoss):
+        loss = kind(24000)
+        alone = [float(loss((clips + noise)[i : i + 1], clips[i : i + 1])) for i in range(2)]
+        together = float(loss(clips + noise, clips))
+        if kind is EnvelopeLoss:
+            assert together == pytest.approx(float(np.mean(alone)), rel=1e-5)
+        else:
+            assert min(alone) <= together <= max(alone)
 
 
 def test_means_go_by_number_of_codebooks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ FACTORS = {
     "adversarial": 1.0,
     "feature": 2.0,
 }
+HEARING = {"disturbance": 3.0, "envelope": 2.0}  # 0 where a recipe does not name them
 
 
 def made(**changes: Any) -> Trainer:
@@ -85,15 +86,23 @@ def test_the_gradient_is_clipped() -> None:
 
 
 def test_the_loss_holds_every_part() -> None:
-    logged = made(adversary_from=0, adversary=JUDGES, codebooks="gradient").step()
-    assert all(logged[name] > 0 for name in FACTORS)
+    settings = {"adversary_from": 0, "adversary": JUDGES, "codebooks": "gradient", "segment_frames": 20}
+    factors = FACTORS | HEARING
+    logged = made(losses=HEARING, **settings).step()
+    assert all(logged[name] > 0 for name in factors)
+    assert logged["loss"] == pytest.approx(sum(factor * logged[name] for name, factor in factors.items()))
+    logged = made(**settings).step()
+    assert not set(HEARING) & set(logged)
     assert logged["loss"] == pytest.approx(sum(factor * logged[name] for name, factor in FACTORS.items()))
 
 
-@pytest.mark.parametrize("part", FACTORS)
+@pytest.mark.parametrize("part", FACTORS | HEARING)
 def test_each_part_alone_moves_the_model(part: str) -> None:
-    only = {name: float(name == part) for name in FACTORS}
-    trainer = made(losses=only, adversary_from=0, adversary=JUDGES, codebooks="gradient", clip=0.0)
+    only = {name: float(name == part) for name in FACTORS | HEARING}
+    frames = 20 if part in HEARING else 6
+    trainer = made(
+        losses=only, adversary_from=0, adversary=JUDGES, codebooks="gradient", clip=0.0, segment_frames=frames
+    )
     trainer.step()
     model = trainer.state.model
     parts = {"encoder": model.dac.encoder, "decoder": model.dac.decoder, "codebook": stages_of(model)[0].codebook}

@@ -13,6 +13,8 @@ from ..errors import DualCodecError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _LOSSES = {"mel": 15.0, "magnitude": 1.0, "waveform": 1.0, "commitment": 0.25, "codebook": 1.0}
+_HEARING = {"disturbance": 0.0, "envelope": 0.0}  # see `perception`
+ENVELOPE_S = 0.4  # a stretch of the envelope loss
 _ADVERSARY = {"adversarial": 1.0, "feature": 2.0}
 
 # What a setting must be: its type, the least value and the largest, None: none.
@@ -81,7 +83,8 @@ class Recipe:
         betas, weight_decay: AdamW's.
         clip: largest norm of the gradient; 0 for none.
         ema_decay: of the averaged weights, which are what is saved.
-        losses: a factor per part; those left out keep their default.
+        losses: a factor per part; those left out keep their default. "disturbance" and "envelope" are 0 unless given:
+            they follow what PESQ and STOI measure.
         windows, bands: of the spectral loss.
         highest_hz: upper end of its mel bands; None for the Nyquist frequency.
         optimizer: of the matrices and convolutions: adamw, muon. Everything else is AdamW's.
@@ -161,10 +164,11 @@ class Recipe:
             raise DualCodecError(f"recipe: augment must be true or false, got {self.augment!r}")
         if not isinstance(self.model, (str, dict)):
             raise DualCodecError(f"recipe: model must be a preset's name or an object, got {self.model!r}")
-        object.__setattr__(self, "losses", _LOSSES | _ADVERSARY | self.losses)
-        unknown = sorted(set(self.losses) - set(_LOSSES | _ADVERSARY))
+        factors = _LOSSES | _HEARING | _ADVERSARY
+        unknown = sorted(set(self.losses) - set(factors))
         if unknown:
-            raise DualCodecError(f"recipe: losses must be among {', '.join(_LOSSES | _ADVERSARY)}, got {unknown[0]}")
+            raise DualCodecError(f"recipe: losses must be among {', '.join(factors)}, got {unknown[0]}")
+        object.__setattr__(self, "losses", factors | self.losses)
         if self.batch % self.workers or self.workers > 2:
             raise DualCodecError(f"recipe: workers must be 1 or 2 and divide batch={self.batch}, got {self.workers}")
         if len(self.windows) != len(self.bands):
@@ -182,7 +186,14 @@ class Recipe:
             raise DualCodecError(
                 f"recipe: count_odds must hold {counts} numbers, not all of them 0, got {list(self.count_odds)}"
             )
-        _check_adversary(self.adversary, self.segment_frames * self.model_config().hop_length)
+        config = self.model_config()
+        samples = self.segment_frames * config.hop_length
+        _check_adversary(self.adversary, samples)
+        if self.losses["envelope"] and samples < ENVELOPE_S * config.sample_rate:
+            raise DualCodecError(
+                f"recipe: segment_frames must make {ENVELOPE_S} s or more for the envelope loss, got"
+                f" {self.segment_frames} ({samples / config.sample_rate:g} s)"
+            )
 
     def model_config(self) -> DualCodecConfig:
         """Return the model's settings, with the recipe's quantizer_dropout."""

@@ -1,0 +1,171 @@
+"""Losses after models of hearing: how disturbed speech sounds, and how well its envelopes can be followed.
+
+They are differentiable relatives of what validation scores with (`scores`): `DisturbanceLoss` of PESQ, `EnvelopeLoss`
+of STOI. A model trained with them scores higher there than it otherwise would, so its card must say so, and a measure
+that neither follows must be looked at too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .losses import SpectralLoss, waveform_loss
+from .recipe import Recipe
+
+_EXPONENT = 0.23  # Zwicker's, of loudness
+_LEVEL_DB = 79.0  # sound pressure at which speech is listened to
+_QUIETEST = 3e-3  # root mean square of full scale; what is fainter is not lifted to the listening level
+
+
+class DisturbanceLoss(nn.Module):
+    """What of a signal's loudness is missing, and what is heard beside it.
+
+    After the perceptual model of ITU-T P.862: powers in bands of the Bark scale, as loudness by Zwicker's law over the
+    threshold in quiet; differences below a quarter of the lesser loudness are masked; what is added to the target
+    counts once more, the more the further it stands out. Level, delay and colour are not evened out here as they are
+    there: the codec is to keep them.
+
+    Args:
+        rate_hz: of the signals.
+        bands: up to 8 kHz or half of the rate.
+    """
+
+    def __init__(self, rate_hz: int, bands: int = 48) -> None:
+        super().__init__()
+        self.window = round(0.032 * rate_hz)
+        frequencies = torch.arange(self.window // 2 + 1, dtype=torch.float64) * rate_hz / self.window
+        edges = torch.linspace(0.2, float(_bark(torch.tensor(min(8000.0, rate_hz / 2)))), bands + 2).double()
+        place = _bark(frequencies)[:, None]
+        low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+        triangles = torch.minimum((place - low) / (centre - low), (high - place) / (high - centre)).clamp(min=0)
+        voice = ((frequencies >= 300) & (frequencies <= 3300)).double()
+        self.register_buffer("_hann", torch.hann_window(self.window), persistent=False)
+        self.register_buffer("_bands", torch.cat([triangles, voice[:, None]], 1).float(), persistent=False)
+        quiet = 10 ** ((_quiet_db(_hertz(centre)) - _LEVEL_DB) / 10)
+        self.register_buffer("_threshold", quiet.float(), persistent=False)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Compare x with target, both [B, 1, S].
+
+        Returns:
+            The mean disturbance, in units of the target's mean loudness.
+        """
+        got, wanted = self._powers(x), self._powers(target)
+        hann = self.get_buffer("_hann")
+        least = _QUIETEST**2 * float(hann.square().sum()) * self.window / 2
+        level = wanted[..., -1:].mean(1, keepdim=True).clamp(min=least)  # [B, 1, 1]
+        got, wanted = got[..., :-1] / level, wanted[..., :-1] / level
+        mine, own = self._loudness(got), self._loudness(wanted)
+        difference = mine - own
+        heard = (difference.abs() - 0.25 * torch.minimum(mine, own)).clamp(min=0)
+        stands_out = ((got + 5e-6) / (wanted + 5e-6)).pow(1.2).clamp(max=12)
+        added = heard * torch.where(stands_out > 3, stands_out, 0.0)
+        weight = (wanted.sum(-1) + 0.01).pow(-0.04)
+        disturbance = (heard.square().mean(-1) + 1e-8).sqrt() + 0.309 * added.mean(-1)
+        return (disturbance * weight).mean() / (own.mean() + 1e-2)
+
+    def _powers(self, x: Tensor) -> Tensor:  # [B, 1, S] -> [B, frames, bands + 1], the last of speech's middle
+        frames = _frames(x, self.window)
+        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.get_buffer("_hann")))
+        return spectrum.square().sum(-1) @ self.get_buffer("_bands")
+
+    def _loudness(self, power: Tensor) -> Tensor:
+        threshold = self.get_buffer("_threshold")
+        above = (0.5 + 0.5 * power / threshold).pow(_EXPONENT) - 1
+        return (2 * threshold).pow(_EXPONENT) * above.clamp(min=0)
+
+
+class EnvelopeLoss(nn.Module):
+    """How little the envelopes of speech, in thirds of an octave, follow those of the target.
+
+    One minus the short-time objective intelligibility of Taal, Hendriks, Heusdens and Jensen (2011): correlations over
+    384 ms in 15 bands from 150 Hz up, of frames within 40 dB of the loudest. Items too short or too silent for one such
+    stretch do not count.
+
+    Args:
+        rate_hz: of the signals.
+    """
+
+    stretch = 30  # frames
+
+    def __init__(self, rate_hz: int) -> None:
+        super().__init__()
+        self.window = round(0.0256 * rate_hz)
+        self.size = 1 << self.window.bit_length()
+        frequencies = torch.arange(self.size // 2 + 1, dtype=torch.float64)[:, None] * rate_hz / self.size
+        centres = 150 * 2 ** (torch.arange(15, dtype=torch.float64) / 3)
+        inside = (frequencies >= centres * 2 ** (-1 / 6)) & (frequencies < centres * 2 ** (1 / 6))
+        self.register_buffer("_hann", torch.hann_window(self.window), persistent=False)
+        self.register_buffer("_bands", inside.float(), persistent=False)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Compare x with target, both [B, 1, S].
+
+        Returns:
+            The mean over what counts, 0 where the envelopes agree.
+        """
+        got, wanted = self._envelopes(x), self._envelopes(target)
+        losses = [0.0 * x.mean()]
+        least = _QUIETEST**2 * float(self.get_buffer("_hann").square().sum()) * self.size / 2
+        for own, mine in zip(wanted, got, strict=True):
+            energy = own.square().sum(-1)
+            loud = energy > energy.max().clamp(min=least) * 1e-4
+            if int(loud.sum()) < self.stretch:
+                continue
+            a, b = (rows[loud].unfold(0, self.stretch, 1) for rows in (own, mine))  # [stretches, bands, frames]
+            b = b * (_norm(a) / _norm(b))
+            b = torch.minimum(b, a * (1 + 10 ** (15 / 20)))
+            a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+            losses.append(1 - (a * b / (_norm(a) * _norm(b))).sum(-1).mean())
+        return torch.stack(losses).sum() / max(1, len(losses) - 1)
+
+    def _envelopes(self, x: Tensor) -> Tensor:  # [B, 1, S] -> [B, frames, bands]
+        frames = _frames(x, self.window)
+        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.get_buffer("_hann"), n=self.size))
+        return (spectrum.square().sum(-1) @ self.get_buffer("_bands") + 1e-9).sqrt()
+
+
+class Comparison(nn.Module):
+    """The parts of a recipe's loss that compare two signals.
+
+    Args:
+        recipe: whose windows and bands they take; the parts after hearing are left out where their factor is 0.
+        rate_hz: of the signals.
+    """
+
+    def __init__(self, recipe: Recipe, rate_hz: int) -> None:
+        super().__init__()
+        self.spectral = SpectralLoss(rate_hz, recipe.windows, recipe.bands, recipe.highest_hz)
+        hearing = {"disturbance": DisturbanceLoss, "envelope": EnvelopeLoss}
+        self.hearing = nn.ModuleDict({name: kind(rate_hz) for name, kind in hearing.items() if recipe.losses[name]})
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the parts by name, of x and target, both [B, 1, S]."""
+        mel, magnitude = self.spectral(x, target)
+        parts = {"mel": mel, "magnitude": magnitude, "waveform": waveform_loss(x, target)}
+        return parts | {name: loss(x, target) for name, loss in self.hearing.items()}
+
+
+def _frames(x: Tensor, window: int) -> Tensor:
+    """Halfway overlapping frames [B, frames, window]; a signal shorter than one is filled up with zeros."""
+    short = max(0, window - x.shape[-1])
+    return nn.functional.pad(x[:, 0], (0, short)).unfold(-1, window, window // 2)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return (x.square().sum(-1, keepdim=True) + 1e-9).sqrt()
+
+
+def _bark(hz: Tensor) -> Tensor:
+    return 26.81 * hz / (1960 + hz) - 0.53  # Traunmueller (1990)
+
+
+def _hertz(bark: Tensor) -> Tensor:
+    return 1960 * (bark + 0.53) / (26.28 - bark)
+
+
+def _quiet_db(hz: Tensor) -> Tensor:
+    """Threshold in quiet after Terhardt (1979), dB of sound pressure."""
+    khz = hz / 1000
+    return 3.64 * khz**-0.8 - 6.5 * (-0.6 * (khz - 3.3) ** 2).exp() + 1e-3 * khz**4
