@@ -25,7 +25,7 @@ CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(shell find tests/cpp tests/si
 extra = $(BIN)/python -c "import sys, tomllib; \
   print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]], sep='\n')" $(1)
 
-.PHONY: build demo test pytest ctest browser cuda cuda-archs gpu-check neon bench bench-cpu lint wheel sdist peers clean
+.PHONY: build demo test pytest ctest emulated browser cuda cuda-archs gpu-check neon bench bench-cpu lint wheel sdist peers clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -45,6 +45,10 @@ ctest: $(CMAKE) $(VENV)/.torch
 	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null
 	$(CMAKE) --build build/cmake -j $(JOBS)
 	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure
+
+# The kernels for AVX-512, compiled for AVX2 with their instructions emulated; nothing to do where the CPU has them.
+emulated: $(VENV)/.built $(VENV)/.test
+	$(BIN)/python tests/emulated.py
 
 # The CUDA code, built for CUDA_ARCHS with a CUDA torch in an environment of its own and checked there without a GPU:
 # it imports, registers, keeps its registers and spills nothing, and every kernel has run on the CPU.

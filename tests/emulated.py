@@ -1,0 +1,148 @@
+"""The AVX-512 kernels on a machine without AVX-512: `make emulated`.
+
+Their units are compiled for AVX2 with avx512_emulated.h in front, in a copy of the sources, so that everything else
+stays as it is; then the C++ checks run, and the tests that go through the instruction sets, with those of AVX-512 taken
+for present. Results are to the bit what AVX-512 gives; times say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "build" / "emulated"
+EMULATED = ("avx512", "avx512_bf16")
+# Those that force each set, or run whole models and streams on the best one, which here is emulated.
+TESTS = (
+    "test_isa.py",
+    "test_conformer.py",
+    "test_causal_dwconv1d.py",
+    "test_residual_unit.py",
+    "test_snake_conv1d.py",
+    "test_snake_upsample1d.py",
+    "test_rvq_exact.py",
+    "test_rvq_lookup.py",
+    "test_winograd.py",
+    "test_upsample_winograd.py",
+    "test_upsample_differences.py",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Build and test; arguments go to pytest, in place of TESTS where they name files."""
+    if reason := why_not():
+        print(f"emulated: {reason}")
+        return 0
+    copy_sources()
+    emulate(COPY / "kernels/sources.json")
+    environment = {**os.environ, "DUALCODEC_EXT_CUDA": "0", "DUALCODEC_EXT_ISA": "", "PYTHONPATH": str(COPY)}
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
+    files = [name for name in arguments if ".py" in name] or [f"tests/{name}" for name in TESTS]
+    options = [name for name in arguments if ".py" not in name]
+
+    def run(*command: object) -> None:
+        done = subprocess.run([str(part) for part in command], cwd=COPY, env=environment)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    run(sys.executable, "-c", CHECK)
+    for check in cpp_checks(run):
+        run(check)
+    processes = ["-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadfile"]
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--deselect",
+        DISASSEMBLES,
+        *processes,
+        *options,
+        *files,
+    )
+    return 0
+
+
+def cpp_checks(run: Callable[..., None]) -> Iterator[Path]:
+    """Link the C++ checks with the module's own objects."""
+    listed = json.loads((COPY / "kernels/sources.json").read_text(encoding="utf-8"))
+    flags = [*listed["flags"], listed["x86_define"], "-Ikernels"]
+    compiler = os.environ.get("CXX", "c++").split()
+    objects = sorted(path for path in (COPY / "build").glob("*/kernels/*/**/*.o"))
+    checks = COPY / "build/checks"
+    checks.mkdir(exist_ok=True)
+    for name, own in listed["isa"].items():
+        run(*compiler, *flags, *own, "-c", "tests/cpp/common_checks.cpp", "-o", checks / f"{name}.o")
+    own = sorted(checks.glob("*.o"))
+    for name, more in (("test_common", own), ("test_kernels", [])):
+        program = checks / name
+        run(*compiler, *flags, "-pthread", f"tests/cpp/{name}.cpp", *more, *objects, "-o", program)
+        yield program
+
+
+# Looks for AVX-512's own instructions in the module.
+DISASSEMBLES = "tests/test_isa.py::test_the_module_keeps_instructions_in_their_units"
+# That the copy is what is tested, and that it takes the emulated set unasked.
+CHECK = """
+import dualcodec_ext.build as build
+module = build.load_module()
+assert "emulated" in module.__file__ and module.active_isa() == "avx512_bf16", (module.__file__, module.active_isa())
+"""
+
+
+def why_not() -> str:
+    """Why there is nothing to emulate; empty where there is."""
+    from dualcodec_ext.build import load_module
+
+    module = load_module()
+    assert module is not None, "make build first"
+    facts = module.cpu_features()["avx512_bf16"]
+    if not facts["compiled"]:
+        return "AVX-512 is not for this kind of machine"
+    return "this machine has AVX-512, its kernels run as they are" if facts["detected"] else ""
+
+
+def copy_sources() -> None:
+    """Bring what git tracks or would track to COPY, without touching what has not changed; builds there stay."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        source, target = ROOT / name, COPY / name
+        if not source.is_file() or name == "kernels/sources.json":
+            continue
+        if not target.exists() or source.read_bytes() != target.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            shutil.copymode(source, target)
+
+
+def emulate(target: Path) -> None:
+    """Write the list of sources with AVX2's flags, and the header, for the units of AVX-512."""
+    listed = json.loads((ROOT / "kernels/sources.json").read_text(encoding="utf-8"))
+    machine = [flag for flag in listed["isa"]["avx2"] if flag.startswith("-m")]
+    for name in EMULATED:
+        own = [flag for flag in listed["isa"][name] if flag.startswith("-D")]
+        listed["isa"][name] = [*own, *machine, "-Wno-psabi", f"--include={COPY}/tests/cpp/avx512_emulated.h"]
+    quick = {"-O3": "-O1"}  # to compile; what runs is small
+    listed["flags"] = [quick.get(flag, flag) for flag in listed["flags"]] + ["-DDCX_AVX512_EMULATED"]
+    text = json.dumps(listed, indent=2) + "\n"
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        target.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
