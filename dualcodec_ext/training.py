@@ -356,9 +356,11 @@ def _go_on(state: State, checkpoint: Path, tell: Callable[[str], None]) -> None:
     if state.step > recipe.steps:
         raise DualCodecError(f"train: steps must be at least the checkpoint's {state.step}, got {recipe.steps}")
     tell(f"going on from step {state.step}" + (": the last one" if state.step == recipe.steps else ""))
-    now = json.loads(json.dumps(recipe.to_dict()))
-    for name, value in json.loads(json.dumps(before)).items():
-        if name in now and now[name] != value:
+    now = recipe.to_dict()
+    # What has come since the checkpoint was written had its default.
+    before = Recipe.from_dict({name: value for name, value in before.items() if name in now}).to_dict()
+    for name, value in before.items():
+        if now[name] != value:
             tell(f"recipe: {name} was {json.dumps(value)} before, and is {json.dumps(now[name])}")
 
 

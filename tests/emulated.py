@@ -17,25 +17,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "emulated"
+SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 EMULATED = ("avx512", "avx512_bf16")
-# Those that force each set, or run whole models and streams on the best one, which here is emulated.
-TESTS = (
-    "test_isa.py",
-    "test_conformer.py",
-    "test_causal_dwconv1d.py",
-    "test_residual_unit.py",
-    "test_snake_conv1d.py",
-    "test_snake_upsample1d.py",
-    "test_rvq_exact.py",
-    "test_rvq_lookup.py",
-    "test_winograd.py",
-    "test_upsample_winograd.py",
-    "test_upsample_differences.py",
-)
+# A test file is run where it forces each set, by this name or by itself.
+FORCES = "instruction_sets()"
+MORE = ("test_conformer.py",)
 
 
 def main(arguments: list[str]) -> int:
-    """Build and test; arguments go to pytest, in place of TESTS where they name files."""
+    """Build and test; arguments go to pytest, in place of the tests' where they name files."""
     if reason := why_not():
         print(f"emulated: {reason}")
         return 0
@@ -43,7 +33,7 @@ def main(arguments: list[str]) -> int:
     emulate(COPY / "kernels/sources.json")
     environment = {**os.environ, "DUALCODEC_EXT_CUDA": "0", "DUALCODEC_EXT_ISA": "", "PYTHONPATH": str(COPY)}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
-    files = [name for name in arguments if ".py" in name] or [f"tests/{name}" for name in TESTS]
+    files = [name for name in arguments if ".py" in name] or forcing()
     options = [name for name in arguments if ".py" not in name]
 
     def run(*command: object) -> None:
@@ -72,17 +62,26 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def forcing() -> list[str]:
+    """Test files that go through the instruction sets."""
+    found = [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if FORCES in path.read_text("utf-8")]
+    return [f"tests/{name}" for name in (*found, *MORE)]
+
+
 def cpp_checks(run: Callable[..., None]) -> Iterator[Path]:
     """Link the C++ checks with the module's own objects."""
     listed = json.loads((COPY / "kernels/sources.json").read_text(encoding="utf-8"))
     flags = [*listed["flags"], listed["x86_define"], "-Ikernels"]
     compiler = os.environ.get("CXX", "c++").split()
-    objects = sorted(path for path in (COPY / "build").glob("*/kernels/*/**/*.o"))
+    newest = max((COPY / "build").glob("*/kernels/build.ninja"), key=lambda path: path.stat().st_mtime).parent
+    units = [f"once/{unit}" for unit in listed["once"]]
+    units += [f"{name}/{unit}" for name in listed["isa"] for unit in listed["per_isa"]]
+    objects = [newest / f"{unit}.o" for unit in units]
     checks = COPY / "build/checks"
     checks.mkdir(exist_ok=True)
-    for name, own in listed["isa"].items():
-        run(*compiler, *flags, *own, "-c", "tests/cpp/common_checks.cpp", "-o", checks / f"{name}.o")
-    own = sorted(checks.glob("*.o"))
+    for name, machine in listed["isa"].items():
+        run(*compiler, *flags, *machine, "-c", "tests/cpp/common_checks.cpp", "-o", checks / f"{name}.o")
+    own = [checks / f"{name}.o" for name in listed["isa"]]
     for name, more in (("test_common", own), ("test_kernels", [])):
         program = checks / name
         run(*compiler, *flags, "-pthread", f"tests/cpp/{name}.cpp", *more, *objects, "-o", program)
@@ -92,10 +91,12 @@ def cpp_checks(run: Callable[..., None]) -> Iterator[Path]:
 # Looks for AVX-512's own instructions in the module.
 DISASSEMBLES = "tests/test_isa.py::test_the_module_keeps_instructions_in_their_units"
 # That the copy is what is tested, and that it takes the emulated set unasked.
-CHECK = """
+CHECK = f"""
+from pathlib import Path
 import dualcodec_ext.build as build
 module = build.load_module()
-assert "emulated" in module.__file__ and module.active_isa() == "avx512_bf16", (module.__file__, module.active_isa())
+assert Path(module.__file__).is_relative_to({str(COPY)!r}), module.__file__
+assert module.active_isa() == "avx512_bf16", module.active_isa()
 """
 
 
@@ -105,14 +106,19 @@ def why_not() -> str:
 
     module = load_module()
     assert module is not None, "make build first"
-    facts = module.cpu_features()["avx512_bf16"]
-    if not facts["compiled"]:
+    features = module.cpu_features()
+    if not features["avx512_bf16"]["compiled"]:
         return "AVX-512 is not for this kind of machine"
-    return "this machine has AVX-512, its kernels run as they are" if facts["detected"] else ""
+    if features["avx512_bf16"]["detected"]:
+        return "this machine has AVX-512, its kernels run as they are"
+    return "" if features["avx2"]["detected"] else "this machine has no AVX2 to emulate AVX-512 with"
 
 
 def copy_sources() -> None:
-    """Bring what git tracks or would track to COPY, without touching what has not changed; builds there stay."""
+    """Bring what git tracks or would track to COPY, without touching what has not changed; builds there stay.
+
+    Sources there that are gone here are removed.
+    """
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -120,10 +126,13 @@ def copy_sources() -> None:
         capture_output=True,
         text=True,
     ).stdout
-    for name in filter(None, listed.split("\0")):
+    names = {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
+    for folder in ("csrc", "kernels", "dualcodec_ext", "tests", "bench"):
+        for path in [path for path in (COPY / folder).rglob("*") if path.suffix in SOURCES]:
+            if str(path.relative_to(COPY)) not in names:
+                path.unlink()
+    for name in names - {"kernels/sources.json"}:
         source, target = ROOT / name, COPY / name
-        if not source.is_file() or name == "kernels/sources.json":
-            continue
         if not target.exists() or source.read_bytes() != target.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)

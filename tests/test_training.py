@@ -413,7 +413,7 @@ def given_features(statistics: dict[str, torch.Tensor], audio: torch.Tensor) -> 
         ({"optimizer": "sgd"}, "recipe: optimizer must be adamw or muon, got 'sgd'"),
         ({"way": "fast"}, "recipe: way must be one of auto, reference, ops, channels_last, got 'fast'"),
         ({"losses": {"loud": 1.0}}, "recipe: losses must be among .*, got loud"),
-        ({"losses": {"envelope": 1.0}}, r"recipe: segment_frames must make 0\.4 s or more .*, got 10 \(0\.2 s\)"),
+        ({"losses": {"envelope": 1.0}}, r"recipe: segment_frames less one must make 0\.4 s .*, got 10 - 1 \(0\.18 s\)"),
         ({"batch": 3, "workers": 2}, "recipe: workers must be 1 or 2 and divide batch=3, got 2"),
         ({"model": "huge"}, "recipe: model: DualCodecConfig.preset: name must be one of .*, got 'huge'"),
         ({"colour": 1}, "recipe: settings must be among .*, got colour"),

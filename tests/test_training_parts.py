@@ -86,7 +86,7 @@ def test_the_gradient_is_clipped() -> None:
 
 
 def test_the_loss_holds_every_part() -> None:
-    settings = {"adversary_from": 0, "adversary": JUDGES, "codebooks": "gradient", "segment_frames": 20}
+    settings = {"adversary_from": 0, "adversary": JUDGES, "codebooks": "gradient", "segment_frames": 24}
     factors = FACTORS | HEARING
     logged = made(losses=HEARING, **settings).step()
     assert all(logged[name] > 0 for name in factors)
@@ -99,7 +99,7 @@ def test_the_loss_holds_every_part() -> None:
 @pytest.mark.parametrize("part", FACTORS | HEARING)
 def test_each_part_alone_moves_the_model(part: str) -> None:
     only = {name: float(name == part) for name in FACTORS | HEARING}
-    frames = 20 if part in HEARING else 6
+    frames = 24 if part in HEARING else 6
     trainer = made(
         losses=only, adversary_from=0, adversary=JUDGES, codebooks="gradient", clip=0.0, segment_frames=frames
     )

@@ -14,7 +14,12 @@ from .losses import SpectralLoss, waveform_loss
 from .recipe import Recipe
 
 _EXPONENT = 0.23  # Zwicker's, of loudness
-_LEVEL_DB = 79.0  # sound pressure at which speech is listened to
+_LEVEL_DB = 79.0  # sound pressure at which speech is listened to; powers are in units of it
+_BESIDE = 50 / 10 ** (_LEVEL_DB / 10)  # P.862's 50 and 1e5, in these units: what is added is compared with it,
+_PAUSE = 1e5 / 10 ** (_LEVEL_DB / 10)  # and frames are weighed by it
+_FAINT = 0.05  # of a mean loudness; speech has some 0.2
+_LIFT = 30.0  # the most by which an envelope is scaled up to the target's
+_FLAT = 0.05  # of the swing of the target's envelope; one of less counts less
 _QUIETEST = 3e-3  # root mean square of full scale; what is fainter is not lifted to the listening level
 
 
@@ -22,13 +27,13 @@ class DisturbanceLoss(nn.Module):
     """What of a signal's loudness is missing, and what is heard beside it.
 
     After the perceptual model of ITU-T P.862: powers in bands of the Bark scale, as loudness by Zwicker's law over the
-    threshold in quiet; differences below a quarter of the lesser loudness are masked; what is added to the target
+    threshold in quiet; a quarter of the lesser loudness is masked, of every difference; what is added to the target
     counts once more, the more the further it stands out. Level, delay and colour are not evened out here as they are
     there: the codec is to keep them.
 
     Args:
         rate_hz: of the signals.
-        bands: up to 8 kHz or half of the rate.
+        bands: how many, up to 8 kHz or half of the rate.
     """
 
     def __init__(self, rate_hz: int, bands: int = 48) -> None:
@@ -49,7 +54,7 @@ class DisturbanceLoss(nn.Module):
         """Compare x with target, both [B, 1, S].
 
         Returns:
-            The mean disturbance, in units of the target's mean loudness.
+            The mean over the items of the mean disturbance in units of the target's mean loudness.
         """
         got, wanted = self._powers(x), self._powers(target)
         hann = self.get_buffer("_hann")
@@ -59,11 +64,11 @@ class DisturbanceLoss(nn.Module):
         mine, own = self._loudness(got), self._loudness(wanted)
         difference = mine - own
         heard = (difference.abs() - 0.25 * torch.minimum(mine, own)).clamp(min=0)
-        stands_out = ((got + 5e-6) / (wanted + 5e-6)).pow(1.2).clamp(max=12)
+        stands_out = ((got + _BESIDE) / (wanted + _BESIDE)).pow(1.2).clamp(max=12)
         added = heard * torch.where(stands_out > 3, stands_out, 0.0)
-        weight = (wanted.sum(-1) + 0.01).pow(-0.04)
+        weight = (wanted.sum(-1) + _PAUSE).pow(-0.04)
         disturbance = (heard.square().mean(-1) + 1e-8).sqrt() + 0.309 * added.mean(-1)
-        return (disturbance * weight).mean() / (own.mean() + 1e-2)
+        return ((disturbance * weight).mean(1) / (own.mean(dim=(1, 2)) + _FAINT)).mean()
 
     def _powers(self, x: Tensor) -> Tensor:  # [B, 1, S] -> [B, frames, bands + 1], the last of speech's middle
         frames = _frames(x, self.window)
@@ -80,8 +85,8 @@ class EnvelopeLoss(nn.Module):
     """How little the envelopes of speech, in thirds of an octave, follow those of the target.
 
     One minus the short-time objective intelligibility of Taal, Hendriks, Heusdens and Jensen (2011): correlations over
-    384 ms in 15 bands from 150 Hz up, of frames within 40 dB of the loudest. Items too short or too silent for one such
-    stretch do not count.
+    384 ms in 15 bands from 150 Hz up, of frames within 40 dB of the loudest. Items that hold no such stretch do not
+    count; where an item is cut short, half a second or more leaves room for some.
 
     Args:
         rate_hz: of the signals.
@@ -96,34 +101,40 @@ class EnvelopeLoss(nn.Module):
         frequencies = torch.arange(self.size // 2 + 1, dtype=torch.float64)[:, None] * rate_hz / self.size
         centres = 150 * 2 ** (torch.arange(15, dtype=torch.float64) / 3)
         inside = (frequencies >= centres * 2 ** (-1 / 6)) & (frequencies < centres * 2 ** (1 / 6))
-        self.register_buffer("_hann", torch.hann_window(self.window), persistent=False)
+        hann = torch.hann_window(self.window)
+        self.register_buffer("_hann", hann, persistent=False)
         self.register_buffer("_bands", inside.float(), persistent=False)
+        # The power of the quietest speech in a frame; a millionth of it keeps slopes finite where there is nothing.
+        self.least = _QUIETEST**2 * float(hann.square().sum()) * self.size / 2
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Compare x with target, both [B, 1, S].
 
         Returns:
-            The mean over what counts, 0 where the envelopes agree.
+            The mean over what counts, about 0 where the envelopes agree and all bands hold sound.
         """
         got, wanted = self._envelopes(x), self._envelopes(target)
         losses = [0.0 * x.mean()]
-        least = _QUIETEST**2 * float(self.get_buffer("_hann").square().sum()) * self.size / 2
         for own, mine in zip(wanted, got, strict=True):
             energy = own.square().sum(-1)
-            loud = energy > energy.max().clamp(min=least) * 1e-4
+            loud = energy > energy.max().clamp(min=self.least) * 1e-4
             if int(loud.sum()) < self.stretch:
                 continue
             a, b = (rows[loud].unfold(0, self.stretch, 1) for rows in (own, mine))  # [stretches, bands, frames]
-            b = b * (_norm(a) / _norm(b))
+            b = b * (self._norm(a) / self._norm(b)).clamp(max=_LIFT)
             b = torch.minimum(b, a * (1 + 10 ** (15 / 20)))
             a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-            losses.append(1 - (a * b / (_norm(a) * _norm(b))).sum(-1).mean())
+            swing = self._norm(a)
+            losses.append(1 - (a * b / (swing * torch.maximum(self._norm(b), _FLAT * swing))).sum(-1).mean())
         return torch.stack(losses).sum() / max(1, len(losses) - 1)
 
     def _envelopes(self, x: Tensor) -> Tensor:  # [B, 1, S] -> [B, frames, bands]
         frames = _frames(x, self.window)
         spectrum = torch.view_as_real(torch.fft.rfft(frames * self.get_buffer("_hann"), n=self.size))
-        return (spectrum.square().sum(-1) @ self.get_buffer("_bands") + 1e-9).sqrt()
+        return (spectrum.square().sum(-1) @ self.get_buffer("_bands") + 1e-6 * self.least).sqrt()
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return (x.square().sum(-1, keepdim=True) + 1e-6 * self.least).sqrt()
 
 
 class Comparison(nn.Module):
@@ -151,10 +162,6 @@ def _frames(x: Tensor, window: int) -> Tensor:
     """Halfway overlapping frames [B, frames, window]; a signal shorter than one is filled up with zeros."""
     short = max(0, window - x.shape[-1])
     return nn.functional.pad(x[:, 0], (0, short)).unfold(-1, window, window // 2)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return (x.square().sum(-1, keepdim=True) + 1e-9).sqrt()
 
 
 def _bark(hz: Tensor) -> Tensor:

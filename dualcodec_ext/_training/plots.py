@@ -37,9 +37,8 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path) -> bool:
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = [
-        n for n in losses[-1] if n in ("loss", "mel", "magnitude", "waveform", "commitment", "feature", "adversarial")
-    ]
+    parts = ("loss", "mel", "magnitude", "waveform", "disturbance", "envelope", "commitment", "feature", "adversarial")
+    names = [name for name in losses[-1] if name in parts]
     for name in names:
         own = [line for line in losses if name in line]
         left.plot([line["step"] for line in own], [line[name] for line in own], label=name, linewidth=0.8)

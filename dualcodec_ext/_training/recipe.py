@@ -187,12 +187,13 @@ class Recipe:
                 f"recipe: count_odds must hold {counts} numbers, not all of them 0, got {list(self.count_odds)}"
             )
         config = self.model_config()
-        samples = self.segment_frames * config.hop_length
-        _check_adversary(self.adversary, samples)
-        if self.losses["envelope"] and samples < ENVELOPE_S * config.sample_rate:
+        _check_adversary(self.adversary, self.segment_frames * config.hop_length)
+        # Features may come a frame short, and the audio is cut to them.
+        surely_s = (self.segment_frames - 1) * config.hop_length / config.sample_rate
+        if self.losses["envelope"] and surely_s < ENVELOPE_S:
             raise DualCodecError(
-                f"recipe: segment_frames must make {ENVELOPE_S} s or more for the envelope loss, got"
-                f" {self.segment_frames} ({samples / config.sample_rate:g} s)"
+                f"recipe: segment_frames less one must make {ENVELOPE_S} s or more for the envelope loss, got"
+                f" {self.segment_frames} - 1 ({surely_s:g} s)"
             )
 
     def model_config(self) -> DualCodecConfig:
