@@ -79,6 +79,12 @@ def feature_loss(real: Sequence[Sequence[Tensor]], fake: Sequence[Sequence[Tenso
     return torch.stack(losses).mean()
 
 
+def triangles(places: Tensor, edges: Tensor) -> Tensor:
+    """Weights [places, bands] that rise from an edge to 1 at the next and fall to 0 at the one after; places [N, 1]."""
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    return torch.minimum((places - low) / (centre - low), (high - places) / (high - centre)).clamp(min=0)
+
+
 def _log(x: Tensor) -> Tensor:
     return x.clamp(min=_FLOOR).log10()
 
@@ -91,8 +97,7 @@ def _mel_matrix(rate_hz: int, window: int, bands: int, highest_hz: float) -> Ten
 
     bins = to_mel(torch.arange(window // 2 + 1, dtype=torch.float64) * rate_hz / window)[:, None]
     edges = torch.linspace(0, float(to_mel(torch.tensor(highest_hz))), bands + 2, dtype=torch.float64)
-    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
-    rows = torch.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clamp(min=0)
+    rows, centre = triangles(bins, edges), edges[1:-1]
     # A band narrower than the bins' spacing may hold none: the nearest bin stands in.
     nearest = (bins - centre).abs().argmin(dim=0)
     empty = rows.sum(dim=0) == 0

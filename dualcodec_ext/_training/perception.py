@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .losses import SpectralLoss, waveform_loss
+from .losses import SpectralLoss, triangles, waveform_loss
 from .recipe import Recipe
 
 _EXPONENT = 0.23  # Zwicker's, of loudness
@@ -41,13 +41,13 @@ class DisturbanceLoss(nn.Module):
         self.window = round(0.032 * rate_hz)
         frequencies = torch.arange(self.window // 2 + 1, dtype=torch.float64) * rate_hz / self.window
         edges = torch.linspace(0.2, float(_bark(torch.tensor(min(8000.0, rate_hz / 2)))), bands + 2).double()
-        place = _bark(frequencies)[:, None]
-        low, centre, high = edges[:-2], edges[1:-1], edges[2:]
-        triangles = torch.minimum((place - low) / (centre - low), (high - place) / (high - centre)).clamp(min=0)
+        bands_of = triangles(_bark(frequencies)[:, None], edges)
         voice = ((frequencies >= 300) & (frequencies <= 3300)).double()
-        self.register_buffer("_hann", torch.hann_window(self.window), persistent=False)
-        self.register_buffer("_bands", torch.cat([triangles, voice[:, None]], 1).float(), persistent=False)
-        quiet = 10 ** ((_quiet_db(_hertz(centre)) - _LEVEL_DB) / 10)
+        hann = torch.hann_window(self.window)
+        self.register_buffer("_hann", hann, persistent=False)
+        self.register_buffer("_bands", torch.cat([bands_of, voice[:, None]], 1).float(), persistent=False)
+        self.least = _least(hann, self.window)
+        quiet = 10 ** ((_quiet_db(_hertz(edges[1:-1])) - _LEVEL_DB) / 10)
         self.register_buffer("_threshold", quiet.float(), persistent=False)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -57,9 +57,7 @@ class DisturbanceLoss(nn.Module):
             The mean over the items of the mean disturbance in units of the target's mean loudness.
         """
         got, wanted = self._powers(x), self._powers(target)
-        hann = self.get_buffer("_hann")
-        least = _QUIETEST**2 * float(hann.square().sum()) * self.window / 2
-        level = wanted[..., -1:].mean(1, keepdim=True).clamp(min=least)  # [B, 1, 1]
+        level = wanted[..., -1:].mean(1, keepdim=True).clamp(min=self.least)  # [B, 1, 1]
         got, wanted = got[..., :-1] / level, wanted[..., :-1] / level
         mine, own = self._loudness(got), self._loudness(wanted)
         difference = mine - own
@@ -71,9 +69,7 @@ class DisturbanceLoss(nn.Module):
         return ((disturbance * weight).mean(1) / (own.mean(dim=(1, 2)) + _FAINT)).mean()
 
     def _powers(self, x: Tensor) -> Tensor:  # [B, 1, S] -> [B, frames, bands + 1], the last of speech's middle
-        frames = _frames(x, self.window)
-        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.get_buffer("_hann")))
-        return spectrum.square().sum(-1) @ self.get_buffer("_bands")
+        return _powers(x, self.get_buffer("_hann"), self.window) @ self.get_buffer("_bands")
 
     def _loudness(self, power: Tensor) -> Tensor:
         threshold = self.get_buffer("_threshold")
@@ -104,8 +100,7 @@ class EnvelopeLoss(nn.Module):
         hann = torch.hann_window(self.window)
         self.register_buffer("_hann", hann, persistent=False)
         self.register_buffer("_bands", inside.float(), persistent=False)
-        # The power of the quietest speech in a frame; a millionth of it keeps slopes finite where there is nothing.
-        self.least = _QUIETEST**2 * float(hann.square().sum()) * self.size / 2
+        self.least = _least(hann, self.size)  # a millionth of it keeps slopes finite where there is nothing
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Compare x with target, both [B, 1, S].
@@ -129,9 +124,7 @@ class EnvelopeLoss(nn.Module):
         return torch.stack(losses).sum() / max(1, len(losses) - 1)
 
     def _envelopes(self, x: Tensor) -> Tensor:  # [B, 1, S] -> [B, frames, bands]
-        frames = _frames(x, self.window)
-        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.get_buffer("_hann"), n=self.size))
-        return (spectrum.square().sum(-1) @ self.get_buffer("_bands") + 1e-6 * self.least).sqrt()
+        return (_powers(x, self.get_buffer("_hann"), self.size) @ self.get_buffer("_bands") + 1e-6 * self.least).sqrt()
 
     def _norm(self, x: Tensor) -> Tensor:
         return (x.square().sum(-1, keepdim=True) + 1e-6 * self.least).sqrt()
@@ -158,10 +151,16 @@ class Comparison(nn.Module):
         return parts | {name: loss(x, target) for name, loss in self.hearing.items()}
 
 
-def _frames(x: Tensor, window: int) -> Tensor:
-    """Halfway overlapping frames [B, frames, window]; a signal shorter than one is filled up with zeros."""
-    short = max(0, window - x.shape[-1])
-    return nn.functional.pad(x[:, 0], (0, short)).unfold(-1, window, window // 2)
+def _powers(x: Tensor, hann: Tensor, size: int) -> Tensor:
+    """Powers [B, frames, size / 2 + 1] of frames that overlap by half; a shorter signal is filled up with zeros."""
+    window = hann.numel()
+    frames = nn.functional.pad(x[:, 0], (0, max(0, window - x.shape[-1]))).unfold(-1, window, window // 2)
+    return torch.view_as_real(torch.fft.rfft(frames * hann, n=size)).square().sum(-1)
+
+
+def _least(hann: Tensor, size: int) -> float:
+    """The power of the quietest speech in a frame, over all frequencies."""
+    return _QUIETEST**2 * float(hann.square().sum()) * size / 2
 
 
 def _bark(hz: Tensor) -> Tensor:
