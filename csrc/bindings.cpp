@@ -148,7 +148,7 @@ PYBIND11_MODULE(_C, m) {
       "active_isa_error", [] { return std::string(dcx::active_isa_error()); },
       "Why DUALCODEC_EXT_ISA was not followed; empty when it was.");
   m.def("set_isa", &set_isa,
-        "Switches kernels to generic, avx2, avx512 or avx512_bf16; False when that can't run here.");
+        "Switches kernels to generic, avx2, avx512, avx512_bf16 or amx_bf16; False when that can't run here.");
   m.def("rvq_search_counts", &dcx::rvq_search_counts, pybind11::arg("reset"),
         "(codes searched for, those redone in float64) on the CPU since the last reset.");
   m.def("set_rvq_search_bound_factor", &dcx::set_rvq_search_bound_factor,

@@ -1,8 +1,8 @@
-"""The AVX-512 kernels on a machine without AVX-512: `make emulated`.
+"""The AVX-512 and AMX kernels on a machine without them: `make emulated`.
 
 Their units are compiled for AVX2 with avx512_emulated.h in front, in a copy of the sources, so that everything else
-stays as it is; then the C++ checks run, and the tests that go through the instruction sets, with those of AVX-512 taken
-for present. Results are to the bit what AVX-512 gives; times say nothing.
+stays as it is; then the C++ checks run, and the tests that go through the instruction sets, with the emulated ones taken
+for present. Results are to the bit what the instructions give; times say nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "emulated"
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
-EMULATED = ("avx512", "avx512_bf16")
+EMULATED = ("avx512", "avx512_bf16", "amx_bf16")
+# As an argument: also where the machine lacks none of them.
+ANYWAY = "--anyway"
 # A test file is run where it forces each set, by this name or by itself.
 FORCES = "instruction_sets()"
 MORE = ("test_conformer.py",)
@@ -26,7 +28,7 @@ MORE = ("test_conformer.py",)
 
 def main(arguments: list[str]) -> int:
     """Build and test; arguments go to pytest, in place of the tests' where they name files."""
-    if reason := why_not():
+    if (reason := why_not()) and ANYWAY not in arguments:
         print(f"emulated: {reason}")
         return 0
     copy_sources()
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> int:
     environment = {**os.environ, "DUALCODEC_EXT_CUDA": "0", "DUALCODEC_EXT_ISA": "", "PYTHONPATH": str(COPY)}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
     files = [name for name in arguments if ".py" in name] or forcing()
-    options = [name for name in arguments if ".py" not in name]
+    options = [name for name in arguments if ".py" not in name and name != ANYWAY]
 
     def run(*command: object) -> None:
         done = subprocess.run([str(part) for part in command], cwd=COPY, env=environment)
@@ -88,7 +90,7 @@ def cpp_checks(run: Callable[..., None]) -> Iterator[Path]:
         yield program
 
 
-# Looks for AVX-512's own instructions in the module.
+# Looks for the emulated instructions in the module.
 DISASSEMBLES = "tests/test_isa.py::test_the_module_keeps_instructions_in_their_units"
 # That the copy is what is tested, and that it takes the emulated set unasked.
 CHECK = f"""
@@ -96,7 +98,7 @@ from pathlib import Path
 import dualcodec_ext.build as build
 module = build.load_module()
 assert Path(module.__file__).is_relative_to({str(COPY)!r}), module.__file__
-assert module.active_isa() == "avx512_bf16", module.active_isa()
+assert module.active_isa() == "amx_bf16", module.active_isa()
 """
 
 
@@ -107,10 +109,10 @@ def why_not() -> str:
     module = load_module()
     assert module is not None, "make build first"
     features = module.cpu_features()
-    if not features["avx512_bf16"]["compiled"]:
-        return "AVX-512 is not for this kind of machine"
-    if features["avx512_bf16"]["detected"]:
-        return "this machine has AVX-512, its kernels run as they are"
+    if not features["amx_bf16"]["compiled"]:
+        return "AVX-512 and AMX are not for this kind of machine"
+    if features["amx_bf16"]["detected"]:
+        return "this machine has AVX-512 and AMX, their kernels run as they are"
     return "" if features["avx2"]["detected"] else "this machine has no AVX2 to emulate AVX-512 with"
 
 

@@ -248,7 +248,7 @@ except dx.BackendError as error:
     assert len(warnings) == 1 and "the slow reference runs" in warnings[0]
 
 
-@pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_isa_from_the_environment(name: str) -> None:
     features = dx.build.load_module().cpu_features()[name]
     if not (features["compiled"] and features["detected"]):
@@ -260,8 +260,8 @@ def test_isa_from_the_environment(name: str) -> None:
 def test_an_unknown_isa_is_told() -> None:
     code = "import dualcodec_ext as dx; print(dx.build.load_module().active_isa_error())"
     done = run_python(code, DUALCODEC_EXT_ISA="sse9")
-    assert "must be generic, avx2, avx512 or avx512_bf16, got sse9" in done.stdout
-    assert re.fullmatch(r".*got sse9: (generic|avx2|avx512|avx512_bf16) runs instead\n", done.stderr)
+    assert "must be generic, avx2, avx512, avx512_bf16 or amx_bf16, got sse9" in done.stdout
+    assert re.fullmatch(r".*got sse9: (generic|avx2|avx512|avx512_bf16|amx_bf16) runs instead\n", done.stderr)
 
 
 @pytest.mark.parametrize("name", ["nope", "cuda"])

@@ -23,7 +23,7 @@ def module() -> None:
     assert build.load_module() is not None
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     module = build.load_module()
     assert module is not None

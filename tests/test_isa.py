@@ -1,4 +1,4 @@
-"""Instruction sets: what each unit's code may hold, and bfloat16 with and without its own instruction."""
+"""Instruction sets: what each unit's code may hold, and bfloat16 with and without its own instructions."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from dualcodec_ext import build, ops, steps
 from dualcodec_ext.engine import Engine
 from dualcodec_ext.ops import packing
 
-# Instructions by what they need: register names, the bfloat16 products and conversions, and the products of bytes.
+# Instructions by what they need: register names, the bfloat16 products and conversions, the products of bytes, and tiles.
 NEEDS = {
     "AVX-512": re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b"),
     "AVX": re.compile(r"%ymm"),
     "AVX512-BF16": re.compile(r"\bvdpbf16ps|\bvcvtne2?ps2bf16|\bvcvtneps2bf16"),
     "VNNI": re.compile(r"\bvpdp(busd|wssd)s?\b"),
+    "AMX": re.compile(r"%tmm|\b(ldtilecfg|tilerelease)\b"),
 }
 MAY = {
-    "AVX-512": ("dcx::avx512::", "dcx::avx512_bf16::"),
-    "AVX": ("dcx::avx2::", "dcx::avx512::", "dcx::avx512_bf16::"),
-    "AVX512-BF16": ("dcx::avx512_bf16::",),
-    "VNNI": ("dcx::avx512_bf16::",),
+    "AVX-512": ("dcx::avx512::", "dcx::avx512_bf16::", "dcx::amx_bf16::"),
+    "AVX": ("dcx::avx2::", "dcx::avx512::", "dcx::avx512_bf16::", "dcx::amx_bf16::"),
+    "AVX512-BF16": ("dcx::avx512_bf16::", "dcx::amx_bf16::"),
+    "VNNI": ("dcx::avx512_bf16::", "dcx::amx_bf16::"),
+    "AMX": ("dcx::amx_bf16::",),
 }
 
 
@@ -73,10 +75,12 @@ def test_the_module_keeps_instructions_in_their_units() -> None:
 def test_a_stray_instruction_is_seen() -> None:
     text = "0001 <dcx::avx2::f()>:\n 1:\tvaddps %zmm1,%zmm2,%zmm3\n"
     text += "0002 <dcx::avx512::g()>:\n 2:\tvdpbf16ps %zmm1,%zmm2,%zmm3\n 3:\tvpdpbusd %zmm1,%zmm2,%zmm3\n"
+    text += "0003 <dcx::avx512_bf16::h()>:\n 4:\ttdpbf16ps %tmm5,%tmm4,%tmm0\n"
     assert strays(instructions_by_function(text)) == [
         ("AVX-512", "dcx::avx2::f()"),
         ("AVX512-BF16", "dcx::avx512::g()"),
         ("VNNI", "dcx::avx512::g()"),
+        ("AMX", "dcx::avx512_bf16::h()"),
     ]
     assert strays(instructions_by_function("0003 <main>:\n 3:\tvaddps %ymm1,%ymm2,%ymm3\n")) == [("AVX", "main")]
 

@@ -41,7 +41,7 @@ struct DoubleKind {
 };
 // Where no instruction multiplies pairs, tiles hold floats: widening them at every use would cost more than the memory.
 struct Bf16Kind {
-#if DCX_ISA == 3
+#if DCX_ISA >= 3
   typedef Bf16 Tile;
 #else
   typedef float Tile;
@@ -83,7 +83,7 @@ static inline PairVec load_pairs(const Bf16Pair* p) {
 static inline Vec<float> pair_half(PairVec v, int half) {
   return reinterpret_cast<Vec<float>>(half == 0 ? v << 16 : v & 0xffff0000u);
 }
-#if DCX_ISA == 3
+#if DCX_ISA >= 3
 static inline PairVec broadcast_pair(const Bf16* p) {
   int32_t pair;
   memcpy(&pair, p, sizeof(pair));
@@ -107,7 +107,7 @@ static inline void vstore_tile(T* p, Vec<T> v) {
 }
 // VCVTNEPS2BF16 turns denormals to zero, as VDPBF16PS does with those that it reads from a tile.
 static inline void vstore_tile(Bf16* p, Vec<float> v) {
-#if DCX_ISA == 3
+#if DCX_ISA >= 3
   const __m256bh half = _mm512_cvtneps_pbh(v);
   memcpy(p, &half, sizeof(half));
 #else

@@ -1,4 +1,7 @@
 #include "gemm.h"
+#if DCX_ISA >= 4
+#include "gemm_amx.h"
+#endif
 
 namespace dcx {
 namespace DCX_NS {
@@ -224,6 +227,45 @@ inline bool library_gemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, b
   return false;
 }
 
+// The registers that a product leaves set up between its panels, for products of A's elements.
+template <class A>
+struct Registers {};
+// Steps of the reduction in a block; whole blocks are multiples of a unit.
+template <class A>
+constexpr int64_t kBlockUnit = 1;
+template <class B, class A>
+inline int64_t block_steps(const GemmOperand<A>& op) {
+  return ceil_div(op.block, kChannelsPerElement<B>);
+}
+
+// One panel (width columns) over one block of the reduction.
+template <class A, class B>
+inline void gemm_panel_by(Registers<A>&, int64_t m, const A* a, const GemmOperand<A>& op, int64_t taps, int64_t steps,
+                          const B* b, int64_t width, Sum<A>* c, int64_t ld_c, bool add, Ahead ahead) {
+  gemm_panel<A, B>(m, a, op.row_stride, op.tap_stride, taps, steps, b, width, c, ld_c, add, ahead);
+}
+
+#if DCX_ISA >= 4
+template <>
+struct Registers<Bf16> : TileRegisters {};
+template <>
+constexpr int64_t kBlockUnit<Bf16> = kTileSteps;
+template <>
+inline int64_t block_steps<Bf16Pair, Bf16>(const GemmOperand<Bf16>&) {
+  return kTileBlock / 2;
+}
+
+inline void gemm_panel_by(Registers<Bf16>& registers, int64_t m, const Bf16* a, const GemmOperand<Bf16>& op,
+                          int64_t taps, int64_t steps, const Bf16Pair* b, int64_t width, float* c, int64_t ld_c,
+                          bool add, Ahead ahead) {
+  const int64_t count = ceil_div(m, int64_t{kTileRows}), share = Ahead::share(ahead.bytes, count),
+                written_share = Ahead::share(ahead.written_bytes, count);
+  tile_panel(m, {a, op.row_stride, op.tap_stride, taps, steps, b, width, add}, c, ld_c, registers, [&](int64_t blocks) {
+    if (share + written_share > 0) ahead.fetch(blocks * share, blocks * written_share);
+  });
+}
+#endif
+
 // One block of the reduction: a run of taps, or some steps of one tap.
 struct Block {
   int64_t tap, taps, begin, end;
@@ -234,27 +276,28 @@ struct Block {
 template <class B, class A, class F>
 inline void for_each_block(const GemmOperand<A>& op, const F& f) {
   const int64_t steps = ceil_div(op.channels, kChannelsPerElement<B>);
-  const int64_t length = ceil_div(op.block, kChannelsPerElement<B>);
+  const int64_t length = block_steps<B>(op), units = ceil_div(steps, kBlockUnit<A>);
   const int64_t blocks_per_tap = ceil_div(steps, length);
   const int64_t taps_per_block = steps >= length ? 1 : length / steps;
+  const auto cut = [&](int64_t block) { return minimum(units * block / blocks_per_tap * kBlockUnit<A>, steps); };
   for (int64_t tap = 0; tap < op.taps; tap += taps_per_block) {
     const int64_t taps = op.taps - tap < taps_per_block ? op.taps - tap : taps_per_block;
     for (int64_t block = 0; block < blocks_per_tap; ++block)
-      f(Block{tap, taps, steps * block / blocks_per_tap, steps * (block + 1) / blocks_per_tap, tap > 0 || block > 0});
+      f(Block{tap, taps, cut(block), cut(block + 1), tap > 0 || block > 0});
   }
 }
 
 // One panel, of `width` columns, over one block.
 template <class A, class B>
-inline void panel_block(int64_t m, const GemmOperand<A>& op, const Block& block, const B* panel, int64_t width,
-                        Sum<A>* c, int64_t ld_c, Ahead ahead = {}) {
+inline void panel_block(Registers<A>& registers, int64_t m, const GemmOperand<A>& op, const Block& block,
+                        const B* panel, int64_t width, Sum<A>* c, int64_t ld_c, Ahead ahead) {
   const int64_t all_steps = ceil_div(op.channels, kChannelsPerElement<B>), steps = block.end - block.begin;
   const A* a = op.a + block.tap * op.tap_stride + block.begin * kChannelsPerElement<B>;
   const B* slice = panel + (block.tap * all_steps + block.begin) * width;
   for (int64_t k = 0; k < block.taps; ++k)
     if (!library_gemm(m, width, steps, op.row_stride, width, ld_c, block.add || k > 0, a + k * op.tap_stride,
                       slice + k * all_steps * width, c)) {
-      gemm_panel<A, B>(m, a, op.row_stride, op.tap_stride, block.taps, steps, slice, width, c, ld_c, block.add, ahead);
+      gemm_panel_by(registers, m, a, op, block.taps, steps, slice, width, c, ld_c, block.add, ahead);
       return;
     }
 }
@@ -272,6 +315,7 @@ void conv_gemm(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns,
   if (m <= 0) return;
   const int64_t steps = ceil_div(op.channels, kChannelsPerElement<B>), panels = panel_count(columns);
   const bool streamed = op.taps * steps * columns * static_cast<int64_t>(sizeof(B)) > kStreamedBytes;
+  Registers<A> registers;
   // Panels inside blocks: a block of the rows stays in L1 while the panels pass.
   for_each_block<B>(op, [&](const Block& block) {
     for (int64_t p = 0; p < panels; ++p) {
@@ -294,7 +338,7 @@ void conv_gemm(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns,
         ahead.written = part.at;
         ahead.written_bytes = part.bytes;
       }
-      panel_block(m, op, block, panel_at(op, b, n0), n1 - n0, c + n0, ld_c, ahead);
+      panel_block(registers, m, op, block, panel_at(op, b, n0), n1 - n0, c + n0, ld_c, ahead);
     }
   });
 }
@@ -305,6 +349,7 @@ void conv_gemm_panel(int64_t m, const GemmOperand<A>& op, const B* b, int64_t co
   if (m <= 0) return;
   const int64_t n0 = panel_begin(columns, panel), width = panel_begin(columns, panel + 1) - n0;
   const int64_t steps = ceil_div(op.channels, kChannelsPerElement<B>);
+  Registers<A> registers;
   for_each_block<B>(op, [&](const Block& block) {
     // As many weights as the block has lie behind it: its own product's, or those of the next one.
     const int64_t slice = block.taps * (block.end - block.begin) * width;
@@ -313,7 +358,7 @@ void conv_gemm_panel(int64_t m, const GemmOperand<A>& op, const B* b, int64_t co
     for (int64_t i = 0; i < clips.count; ++i) {
       GemmOperand<A> clip = op;
       clip.a += i * clips.a_step;
-      panel_block(m, clip, block, panel_at(op, b, n0), width, c + i * clips.c_step, ld_c, ahead);
+      panel_block(registers, m, clip, block, panel_at(op, b, n0), width, c + i * clips.c_step, ld_c, ahead);
       ahead = {};
     }
   });

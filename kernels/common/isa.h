@@ -5,7 +5,7 @@
 #pragma once
 
 #ifndef DCX_ISA
-#error "compile kernel units with -DDCX_ISA=0 (generic), 1 (avx2), 2 (avx512) or 3 (avx512_bf16)"
+#error "compile kernel units with -DDCX_ISA=0 (generic), 1 (avx2), 2 (avx512), 3 (avx512_bf16) or 4 (amx_bf16)"
 #endif
 
 #if DCX_ISA == 0
@@ -19,6 +19,9 @@
 #define DCX_VECTOR_BYTES 64
 #elif DCX_ISA == 3
 #define DCX_NS avx512_bf16
+#define DCX_VECTOR_BYTES 64
+#elif DCX_ISA == 4
+#define DCX_NS amx_bf16
 #define DCX_VECTOR_BYTES 64
 #else
 #error "unknown DCX_ISA"

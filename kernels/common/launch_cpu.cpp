@@ -18,8 +18,15 @@
   }                                 \
   namespace avx512_bf16 {           \
   void op(const Params&);           \
+  }                                 \
+  namespace amx_bf16 {              \
+  void op(const Params&);           \
   }
 #define DCX_X86_SELECT(op, params)        \
+  if (active_isa() == Isa::kAmxBf16) {    \
+    amx_bf16::op(params);                 \
+    return;                               \
+  }                                       \
   if (active_isa() == Isa::kAvx512Bf16) { \
     avx512_bf16::op(params);              \
     return;                               \

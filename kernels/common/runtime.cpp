@@ -11,7 +11,11 @@
 #include <vector>
 
 #ifdef __linux__
+#include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#ifdef DCX_X86
+#include <cpuid.h>
 #endif
 
 namespace dcx {
@@ -92,8 +96,25 @@ struct IsaChoice {
   char error[160];
 };
 
+// Whether the CPU has AMX's tiles and products of bfloat16, and the system lets the process use them, which on Linux it
+// has to be asked for, once for all threads.
+bool amx_granted() {
+#if defined(DCX_X86) && defined(__linux__)
+  static const bool granted = [] {
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of EDX
+    return (d & kAmxBf16) != 0 && (d & kAmxTile) != 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+
 Isa best_isa() {
-  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2})
+  for (Isa isa : {Isa::kAmxBf16, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2})
     if (isa_compiled(isa) && isa_detected(isa)) return isa;
   return Isa::kGeneric;
 }
@@ -113,7 +134,7 @@ IsaChoice choose_isa() {
     return choice;
   }
   snprintf(choice.error, sizeof(choice.error),
-           "DUALCODEC_EXT_ISA must be generic, avx2, avx512 or avx512_bf16, got %.60s", wanted);
+           "DUALCODEC_EXT_ISA must be generic, avx2, avx512, avx512_bf16 or amx_bf16, got %.60s", wanted);
   return choice;
 }
 
@@ -174,7 +195,7 @@ bool set_active_isa(Isa isa) {
 }
 
 const char* isa_name(Isa isa) {
-  constexpr const char* names[] = {"generic", "avx2", "avx512", "avx512_bf16"};
+  constexpr const char* names[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
   return names[static_cast<int>(isa)];
 }
 
@@ -199,7 +220,8 @@ bool isa_detected(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == Isa::kAvx512) return avx512;
-  return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  return isa == Isa::kAvx512Bf16 ? bf16 : bf16 && amx_granted();
 #else
   return false;
 #endif

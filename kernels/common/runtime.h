@@ -28,10 +28,11 @@ struct Runtime {
 Runtime& runtime();
 
 // avx512_bf16 has VNNI's products of bytes as well: no CPU has the one without the other, a hypervisor may show it so.
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-constexpr Isa kAllIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
-// The best set that both this build and this machine have; DUALCODEC_EXT_ISA=generic|avx2|avx512|avx512_bf16 asks for
-// another one.
+// amx_bf16 is avx512_bf16 with bfloat16 multiplied in AMX's tiles.
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmxBf16 = 4 };
+constexpr Isa kAllIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16};
+// The best set that both this build and this machine have; DUALCODEC_EXT_ISA=generic|avx2|avx512|avx512_bf16|amx_bf16
+// asks for another one.
 // An Isa that can't run is refused: active_isa_error() then tells why, and the best one is used.
 Isa active_isa();
 const char* isa_name(Isa isa);

@@ -59,7 +59,7 @@ void single_output(T* out, int64_t rows, const T* in, int64_t ld, int64_t row_st
   for (; r < rows; ++r)
     single_output_rows<1, T>(out + r, in + r * row_stride, ld, row_stride, tap_stride, taps, weight);
 }
-#if DCX_ISA == 3
+#if DCX_ISA >= 3
 // Sixteen channels, the tile's unit, are half a register of pairs.
 void single_output(float* out, int64_t rows, const Bf16* in, int64_t ld, int64_t row_stride, int64_t tap_stride,
                    int64_t taps, const Bf16* weight) {

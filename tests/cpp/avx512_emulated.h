@@ -1,4 +1,4 @@
-// The AVX-512 instructions that the kernels name, for a machine without them: their units are compiled for AVX2 with
+// The AVX-512 and AMX instructions that the kernels name, for a machine without them: their units are compiled for AVX2 with
 // this header in front (-include), and what they compute can be checked there, to the bit (but for what a NaN carries),
 // if not how fast. Masked lanes, roundings and VDPBF16PS's and VCVTNEPS2BF16's denormals are as the instructions have
 // them; integers must not overflow. An intrinsic that is not here does not compile; it is added by hand. For GCC.
@@ -195,6 +195,79 @@ static inline __m512 shuffle_f32x4(__m512 a, __m512 b, int control) {
   Ints from;
   for (int i = 0; i < 16; ++i) from[i] = 4 * (control >> 2 * (i / 4) & 3) + i % 4 + (i < 8 ? 0 : 16);
   return __builtin_shuffle(a, b, from);
+}
+
+// AMX: what kernels/common/amx.h has, on tiles in memory. A shape that the instructions refuse ends the program.
+struct Tiles {
+  int64_t rows[8], row_bytes[8];
+  bool set;
+  uint8_t bytes[8][16][64];
+};
+static thread_local Tiles tiles;
+
+static inline void load_tile_shapes(const void* shapes) {
+  uint8_t from[64];
+  memcpy(from, shapes, sizeof(from));
+  memset(&tiles, 0, sizeof(tiles));
+  for (int i = 0; i < 8; ++i) {
+    tiles.row_bytes[i] = from[16 + 2 * i] + 256 * from[17 + 2 * i];
+    tiles.rows[i] = from[48 + i];
+    if (tiles.rows[i] > 16 || tiles.row_bytes[i] > 64 || (tiles.rows[i] == 0) != (tiles.row_bytes[i] == 0))
+      __builtin_trap();
+  }
+  if (from[0] != 1 || from[1] != 0) __builtin_trap();
+  tiles.set = true;
+}
+static inline void release_tiles() { memset(&tiles, 0, sizeof(tiles)); }
+template <int tile>
+static inline void check_tile() {
+  if (!tiles.set || tiles.rows[tile] == 0) __builtin_trap();
+}
+template <int tile>
+static inline void tile_zero() {
+  check_tile<tile>();
+  memset(tiles.bytes[tile], 0, sizeof(tiles.bytes[tile]));
+}
+template <int tile>
+static inline void tile_load(const void* p, int64_t stride) {
+  tile_zero<tile>();
+  for (int64_t r = 0; r < tiles.rows[tile]; ++r)
+    memcpy(tiles.bytes[tile][r], static_cast<const char*>(p) + r * stride, static_cast<size_t>(tiles.row_bytes[tile]));
+}
+template <int tile>
+static inline void tile_store(void* p, int64_t stride) {
+  check_tile<tile>();
+  for (int64_t r = 0; r < tiles.rows[tile]; ++r)
+    memcpy(static_cast<char*>(p) + r * stride, tiles.bytes[tile][r], static_cast<size_t>(tiles.row_bytes[tile]));
+}
+// Sixteen columns at once, as all of the kernels' tiles of sums and of b have them.
+template <int sum, int a, int b>
+static inline void add_product() {
+  check_tile<sum>();
+  check_tile<a>();
+  check_tile<b>();
+  const int64_t pairs = tiles.row_bytes[a] / 4;
+  if (tiles.rows[a] != tiles.rows[sum] || tiles.rows[b] != pairs || tiles.row_bytes[sum] != 64 ||
+      tiles.row_bytes[b] != 64)
+    __builtin_trap();
+  for (int64_t r = 0; r < tiles.rows[sum]; ++r) {
+    Floats found, parts[2] = {};
+    for (int64_t k = 0; k < pairs; ++k) {
+      uint32_t pair;
+      Words columns;
+      memcpy(&pair, tiles.bytes[a][r] + 4 * k, sizeof(pair));
+      memcpy(&columns, tiles.bytes[b][k], sizeof(columns));
+      const Words row = Words{} + pair;
+      for (int half = 0; half < 2; ++half) {
+        const Floats x = flushed(as<Floats>(half == 0 ? row << 16 : row & 0xffff0000u));
+        const Floats y = flushed(as<Floats>(half == 0 ? columns << 16 : columns & 0xffff0000u));
+        parts[half] = flushed(fmadd_ps(x, y, parts[half]));
+      }
+    }
+    memcpy(&found, tiles.bytes[sum][r], sizeof(found));
+    found = flushed(flushed(found) + flushed(parts[0] + parts[1]));
+    memcpy(tiles.bytes[sum][r], &found, sizeof(found));
+  }
 }
 
 }  // namespace dcx_emulated

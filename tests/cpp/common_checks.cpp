@@ -6,6 +6,9 @@
 #include "common/gemm_pack_bf16.h"
 #include "common/snake.h"
 #include "common/tile_io.h"
+#if DCX_ISA >= 4
+#include "common/amx.h"
+#endif
 
 namespace dcx {
 namespace DCX_NS {
@@ -250,7 +253,7 @@ void check_gemm(int64_t taps, int64_t channels, int64_t columns, double toleranc
 // Products of bfloat16 pairs: the same checks, an odd number of channels included.
 void check_gemm_bf16(int64_t taps, int64_t channels, int64_t columns) {
   typedef Bf16Kind::Tile Tile;
-  constexpr int64_t rows = 37, ld_a = 304, max_taps = 3, max_columns = 112, dilation = 2;
+  constexpr int64_t rows = 37, ld_a = 816, max_taps = 3, max_columns = 112, dilation = 2;
   static float plain[(rows + dilation * max_taps) * ld_a], weight[max_taps * ld_a * max_columns];
   static Tile a[(rows + dilation * max_taps) * ld_a];
   static Bf16Pair packed[max_taps * ld_a * max_columns / 2];
@@ -282,6 +285,47 @@ void check_gemm_bf16(int64_t taps, int64_t channels, int64_t columns) {
     conv_gemm_panel<Tile>(rows, operand, packed, columns, panel, panelwise + panel_begin(columns, panel), ld, {});
   CHECK(memcmp(panelwise, c, static_cast<size_t>(rows * ld) * sizeof(float)) == 0);
   check_first_rows(rows, operand, packed, columns, c, panelwise);
+}
+
+// A tile's product, to the bit: the order of additions, fused, and denormals read and written as zeros.
+void check_tile_product() {
+#if DCX_ISA >= 4
+  constexpr int64_t kRows = 5, kPairs = 11;
+  const auto flushed = [](float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; };
+  for (int turn = 0; turn < 200; ++turn) {
+    uint16_t a[kRows][2 * kPairs], b[kPairs][2 * 16];
+    float sum[kRows][16], expected[kRows][16];
+    // From turn to turn smaller: sums that are whole, then ever more denormals.
+    const float scale = turn < 100 ? 1.0f : ldexpf(1.0f, -20 - turn / 4);
+    for (auto& row : a)
+      for (uint16_t& value : row) value = float_to_bf16(scale * uniform());
+    for (auto& row : b)
+      for (uint16_t& value : row) value = float_to_bf16(scale * uniform());
+    for (auto& row : sum)
+      for (float& value : row) value = scale * scale * uniform();
+    for (int64_t r = 0; r < kRows; ++r)
+      for (int64_t n = 0; n < 16; ++n) {
+        float parts[2] = {};
+        for (int64_t k = 0; k < kPairs; ++k)
+          for (int64_t half = 0; half < 2; ++half)
+            parts[half] = flushed(fmaf(flushed(bf16_to_float(a[r][2 * k + half])),
+                                       flushed(bf16_to_float(b[k][2 * n + half])), parts[half]));
+        expected[r][n] = flushed(flushed(sum[r][n]) + flushed(parts[0] + parts[1]));
+      }
+    TileShapes shapes;
+    shapes.set(0, kRows, kTileRowBytes);
+    shapes.set(1, kRows, 4 * kPairs);
+    shapes.set(2, kPairs, kTileRowBytes);
+    load_tile_shapes(shapes);
+    tile_load<0>(sum, sizeof(sum[0]));
+    tile_load<1>(a, sizeof(a[0]));
+    tile_load<2>(b, sizeof(b[0]));
+    add_product<0, 1, 2>();
+    tile_store<0>(sum, sizeof(sum[0]));
+    release_tiles();
+    CHECK(memcmp(sum, expected, sizeof(sum)) == 0);
+  }
+#endif
 }
 
 // In memory rounding is to nearest, ties to even, denormals kept; a tile may lose the denormals alone. Snake's short
@@ -338,6 +382,7 @@ void check_common() {
   check_snake();
   check_activations();
   check_bf16_registers();
+  check_tile_product();
   check_tile<float>(DType::kF32, 0.0);
   check_tile<double>(DType::kF64, 0.0);
   check_tile<uint16_t>(DType::kBF16, 0x1p-9);
@@ -348,6 +393,7 @@ void check_common() {
     check_gemm<double>(shape[0], shape[1], shape[2], 1e-13);
     check_gemm_bf16(shape[0], shape[1], shape[2]);
   }
+  check_gemm_bf16(2, 801, 48);
 }
 
 }  // namespace DCX_NS

@@ -18,6 +18,9 @@ void check_common();
 namespace avx512_bf16 {
 void check_common();
 }
+namespace amx_bf16 {
+void check_common();
+}
 #endif
 }  // namespace dcx
 
@@ -35,6 +38,10 @@ int main() {
   }
   if (dcx::isa_detected(dcx::Isa::kAvx512Bf16)) {
     dcx::avx512_bf16::check_common();
+    ++sets;
+  }
+  if (dcx::isa_detected(dcx::Isa::kAmxBf16)) {
+    dcx::amx_bf16::check_common();
     ++sets;
   }
 #endif
