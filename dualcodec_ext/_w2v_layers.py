@@ -56,24 +56,16 @@ class _Linear:
 def _own(weight: Tensor) -> Tensor | None:
     """Lay a weight out as conformer_linear reads it; None where that takes it not, or oneDNN is faster.
 
-    With AMX oneDNN multiplies bfloat16 in tiles; below AVX-512 the kernel has not been measured.
+    Below AVX-512 the kernel has not been measured, nor for bfloat16 without its products.
     """
     module = load_module()
     if module is None or _kernel("conformer_linear") is None or weight.shape[0] % 16 or weight.shape[1] % 2:
         return None
     half = weight.dtype == torch.bfloat16
-    if module.active_isa() not in (("avx512_bf16",) if half else ("avx512", "avx512_bf16")) or (half and _has_amx()):
+    if module.active_isa() not in (*(() if half else ("avx512",)), "avx512_bf16", "amx_bf16"):
         return None
     packed: Tensor = torch.ops.dualcodec_ext.pack_conv1d(weight[..., None])
     return packed
-
-
-def _has_amx() -> bool:
-    # No public call says so. Where torch drops this one, the CPU is taken to have none.
-    try:
-        return bool(torch.cpu._is_amx_tile_supported())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 def _pack(weight: Tensor) -> Tensor | None:

@@ -308,7 +308,7 @@ def _describe(info: dict[str, Any]) -> list[str]:
         if "7.5" in (built.get("cuda_archs") or []):
             lines.append("  7.5: float32 and float16 kernels alone, those GPUs have no bfloat16 tensor cores")
     for name, facts in info["cpu"].items():
-        state = "ready" if facts["detected"] else "this CPU lacks it"
+        state = "ready" if facts["detected"] else "this machine lacks it"
         if not facts["compiled"]:
             state = "not compiled"
         lines.append(f"instruction set {name}: {'in use' if name == info['active_isa'] else state}")

@@ -1,8 +1,8 @@
 """The AVX-512 and AMX kernels on a machine without them: `make emulated`.
 
 Their units are compiled for AVX2 with avx512_emulated.h in front, in a copy of the sources, so that everything else
-stays as it is; then the C++ checks run, and the tests that go through the instruction sets, with the emulated ones taken
-for present. Results are to the bit what the instructions give; times say nothing.
+stays as it is; then the C++ checks run, and the tests that go through the instruction sets, with the emulated ones
+taken for present. Results are to the bit what the instructions give; times say nothing.
 """
 
 from __future__ import annotations

@@ -287,3 +287,32 @@ def test_brgemm_gives_the_same_within_rounding() -> None:
         assert module.set_gemm("own")
     torch.testing.assert_close(library, own, rtol=1e-5, atol=1e-5)
     assert not module.set_gemm("no such")
+
+
+# A filter that answers arch_prctl's requests for AMX with EPERM, as sandboxes may.
+WITHOUT_AMX = """
+import ctypes, struct
+program = [(0x20, 0, 0, 0), (0x15, 0, 3, 158), (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023)]
+program += [(0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = b"".join(struct.pack("HBBI", *line) for line in program)
+lines = ctypes.create_string_buffer(code)
+filter = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(lines))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.create_string_buffer(filter), 0, 0) == 0
+import dualcodec_ext as dx, torch
+module = dx.build.load_module()
+print(module.cpu_features()["amx_bf16"]["detected"], module.active_isa(), module.active_isa_error(), sep="|")
+x = torch.ones(1, 32, 40, dtype=torch.bfloat16)
+print(float(dx.ops.snake_conv1d(x, torch.ones(16, 32, 1, dtype=torch.bfloat16)).max()))
+"""
+
+
+@pytest.mark.parametrize("asked", ["", "amx_bf16"])
+def test_amx_that_the_system_withholds(asked: str) -> None:
+    if not dx.build.load_module().cpu_features()["amx_bf16"]["detected"]:
+        pytest.skip("this machine has no AMX")
+    done = run_python(WITHOUT_AMX, DUALCODEC_EXT_ISA=asked)
+    assert done.returncode == 0, done.stderr
+    # Intel's AVX512-BF16 is slower than its AVX-512, and AMX comes from nobody else.
+    why = "DUALCODEC_EXT_ISA=amx_bf16 can't run: this machine lacks it" if asked else ""
+    assert done.stdout.splitlines() == [f"False|avx512|{why}", "32.0"]

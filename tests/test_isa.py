@@ -16,7 +16,7 @@ from dualcodec_ext import build, ops, steps
 from dualcodec_ext.engine import Engine
 from dualcodec_ext.ops import packing
 
-# Instructions by what they need: register names, the bfloat16 products and conversions, the products of bytes, and tiles.
+# Instructions by what they need: register names, bfloat16 products and conversions, products of bytes, and tiles.
 NEEDS = {
     "AVX-512": re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b"),
     "AVX": re.compile(r"%ymm"),

@@ -395,7 +395,8 @@ def test_objects_keep_to_their_instruction_set(wheel: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
     objects = list(ROOT.glob(f"build/*{sys.implementation.cache_tag}-torch{MINOR}-*/kernels/*/*/*_cpu.cpp.o"))
-    objects = [path for path in objects if path.parents[1].name in ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")]
+    sets = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+    objects = [path for path in objects if path.parents[1].name in sets]
     assert len(objects) >= 7
     for path in objects:
         symbols = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True)

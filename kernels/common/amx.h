@@ -1,6 +1,6 @@
-// Intel AMX's tiles: eight registers of up to 16 rows of 64 bytes, and the product of two of bfloat16 into one of floats.
-// Written as instructions: the compilers' own names for them take macros, no template arguments, and some let stores
-// pass a load.
+// Intel AMX's tiles: eight registers of up to 16 rows of 64 bytes, and the product of two of bfloat16 into one of
+// floats. Written as instructions: the compilers' own names for them take macros, no template arguments, and some let
+// stores pass a load.
 #pragma once
 #include <stdint.h>
 
@@ -32,9 +32,7 @@ using dcx_emulated::tile_store;
 using dcx_emulated::tile_zero;
 static inline void load_tile_shapes(const TileShapes& shapes) { dcx_emulated::load_tile_shapes(&shapes); }
 #else
-static inline void load_tile_shapes(const TileShapes& shapes) {
-  asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
-}
+static inline void load_tile_shapes(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
 // Until then every switch of the thread saves the tiles.
 static inline void release_tiles() { asm volatile("tilerelease" ::: "memory"); }
 template <int tile>
@@ -50,8 +48,9 @@ template <int tile>
 static inline void tile_store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(tile) : "memory");
 }
-// sum += a b, a of rows of pairs, b of a row of pairs for every pair of a's: per element the products of the pairs' first
-// halves and those of their second halves are added up in order, each from zero, the two sums are added, and that to sum.
+// sum += a b, a of rows of pairs, b of a row of pairs for every pair of a's: per element the products of the pairs'
+// first halves and those of their second halves are added up in order, each from zero, the two sums are added, and that
+// to sum.
 template <int sum, int a, int b>
 static inline void add_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));

@@ -105,6 +105,12 @@ template <class T>
 static inline void vstore_tile(T* p, Vec<T> v) {
   vstore<T>(p, v);
 }
+// To memory, where bfloat16 keeps denormals.
+template <class T>
+static inline void vstore_out(T* p, Vec<T> v) {
+  vstore<T>(p, v);
+}
+static inline void vstore_out(Bf16* p, Vec<float> v) { vstore_bf16(&p->bits, v); }
 // VCVTNEPS2BF16 turns denormals to zero, as VDPBF16PS does with those that it reads from a tile.
 static inline void vstore_tile(Bf16* p, Vec<float> v) {
 #if DCX_ISA >= 3

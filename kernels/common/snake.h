@@ -60,18 +60,24 @@ static inline Vec<float> snake_vector(Vec<float> x, const float* alpha, const fl
   return out;
 }
 
-// For values that are rounded to bfloat16 on both sides: a polynomial of degree 7, largest error of the sine 8.9e-7.
-static inline Vec<float> snake_vector_short(Vec<float> x, const float* alpha, const float* inverse) {
-  const Vec<float> inv_pi = vset1(0.318309886183790672f), magic = vset1(12582912.0f), limit = vset1(1e4f);
-  const Vec<float> y = vload<float>(alpha) * x;
-  if (__builtin_expect(vany<float>(~((y <= limit) & (y >= -limit))), 0)) return snake_vector(x, alpha, inverse);
+// snake_near for values that are rounded to bfloat16 on both sides: a polynomial of degree 7, largest error of the sine
+// 8.9e-7.
+static inline Vec<float> snake_near_short(Vec<float> x, Vec<float> y, Vec<float> inverse) {
+  const Vec<float> inv_pi = vset1(0.318309886183790672f), magic = vset1(12582912.0f);
   const Vec<float> n = vfma(y, inv_pi, magic) - magic;
   const Vec<float> t = vfma(n, vset1(-9.67653589793e-4f), vfma(n, vset1(-3.140625f), y));
   const Vec<float> s = t * t;
   Vec<float> p = vfma(s, vset1(-0.000184908758442f), vset1(0.00831232516392f));
   p = vfma(p, s, vset1(-0.166656781618f));
   p = vfma(p, s, vset1(1.0f)) * t;
-  return vfma(p * p, vload<float>(inverse), x);
+  return vfma(p * p, inverse, x);
+}
+
+// One register, as snake_vector.
+static inline Vec<float> snake_vector_short(Vec<float> x, const float* alpha, const float* inverse) {
+  const Vec<float> limit = vset1(kSnakeFar), y = vload<float>(alpha) * x;
+  if (__builtin_expect(vany<float>(~((y <= limit) & (y >= -limit))), 0)) return snake_vector(x, alpha, inverse);
+  return snake_near_short(x, y, vload<float>(inverse));
 }
 
 static inline Vec<double> snake_vector(Vec<double> x, const double* alpha, const double* inverse) {
@@ -93,33 +99,37 @@ constexpr int64_t kSnakeRows = 64;
 //
 // Down the columns, so that a register's constants stay in registers, the range of alpha x is looked at once per
 // kSnakeRows, and a call of libm is not in the loop.
-template <bool kBias>
-static void snake_columns(float* out, int64_t out_ld, const float* in, int64_t in_ld, int64_t rows, const float* bias,
+template <bool kBias, class Out, class In>
+static void snake_columns(Out* out, int64_t out_ld, const In* in, int64_t in_ld, int64_t rows, const float* bias,
                           const float* alpha, const float* inverse, int64_t columns) {
   float kept[kSnakeRows * kLanes<float>];
-  const bool in_place = out == in;
+  const bool in_place = static_cast<const void*>(out) == in;
   int64_t step = columns * kSnakeRows <= kSnakeFloats ? kSnakeRows : kSnakeFloats / columns;
   if (step < 8) step = 8;
   for (int64_t r0 = 0; r0 < rows; r0 += step) {
     const int64_t count = rows - r0 < step ? rows - r0 : step;
     for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const float* from = in + r0 * in_ld + c;
-      float* to = out + r0 * out_ld + c;
+      const In* from = in + r0 * in_ld + c;
+      Out* to = out + r0 * out_ld + c;
       const Vec<float> a = vload<float>(alpha + c), i = vload<float>(inverse + c);
       const Vec<float> offset = kBias ? vload<float>(bias + c) : Vec<float>{};
       Vec<float> largest{};
       for (int64_t r = 0; r < count; ++r) {
-        Vec<float> x = vload<float>(from + r * in_ld);
+        Vec<float> x = vload_tile(from + r * in_ld);
         if (in_place) vstore<float>(kept + r * kLanes<float>, x);
         if constexpr (kBias) x = x + offset;
         const Vec<float> y = a * x;
         largest = vlargest(y, largest);
-        vstore<float>(to + r * out_ld, snake_near(x, y, i));
+        vstore_tile(to + r * out_ld, sizeof(Out) == 2 ? snake_near_short(x, y, i) : snake_near(x, y, i));
       }
       if (__builtin_expect(vany<float>(largest > vset1(kSnakeFar)), 0))
         for (int64_t r = 0; r < count; ++r) {
-          const Vec<float> x = vload<float>(in_place ? kept + r * kLanes<float> : from + r * in_ld);
-          vstore<float>(to + r * out_ld, snake_vector(kBias ? x + offset : x, alpha + c, inverse + c));
+          Vec<float> x = in_place ? vload<float>(kept + r * kLanes<float>) : vload_tile(from + r * in_ld);
+          if constexpr (kBias) x = x + offset;
+          if constexpr (sizeof(Out) == 2)
+            vstore_tile(to + r * out_ld, snake_vector_short(x, alpha + c, inverse + c));
+          else
+            vstore_tile(to + r * out_ld, snake_vector(x, alpha + c, inverse + c));
         }
     }
   }
@@ -139,9 +149,7 @@ static inline void snake_rows(double* out, int64_t out_ld, const double* in, int
 }
 static inline void snake_rows(Bf16* out, int64_t out_ld, const Bf16* in, int64_t in_ld, int64_t rows,
                               const float* alpha, const float* inverse, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += kLanes<float>)
-      vstore_tile(out + r * out_ld + c, snake_vector_short(vload_tile(in + r * in_ld + c), alpha + c, inverse + c));
+  snake_columns<false>(out, out_ld, in, in_ld, rows, nullptr, alpha, inverse, columns);
 }
 template <class Tile, class T>
 static void snake_rows(Tile* tile, int64_t ld, int64_t rows, const T* alpha, const T* inverse, int64_t columns) {
@@ -186,18 +194,14 @@ static void add_bias(T* tile, int64_t ld, int64_t rows, const T* bias, int64_t c
 template <class Tile, class T>
 static void bias_snake(Tile* out, int64_t out_ld, const T* sums, int64_t ld, int64_t rows, const T* bias,
                        const T* alpha, const T* inverse, int64_t columns) {
-  if constexpr (sizeof(Tile) == 4) {
+  if constexpr (sizeof(T) == 4) {
     snake_columns<true>(out, out_ld, sums, ld, rows, bias, alpha, inverse, columns);
-    return;
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; c += kLanes<T>)
+        vstore<T>(out + r * out_ld + c,
+                  snake_vector(vload<T>(sums + r * ld + c) + vload<T>(bias + c), alpha + c, inverse + c));
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      const Vec<T> x = vload<T>(sums + r * ld + c) + vload<T>(bias + c);
-      if constexpr (sizeof(Tile) == 2)
-        vstore_tile(out + r * out_ld + c, snake_vector_short(x, alpha + c, inverse + c));
-      else
-        vstore<T>(out + r * out_ld + c, snake_vector(x, alpha + c, inverse + c));
-    }
 }
 
 }  // namespace DCX_NS

@@ -15,7 +15,9 @@ namespace {
 // what longer chains of float32 round, and their way to memory and back takes a few percent of the rate.
 template <class Tile>
 constexpr int64_t kReduction = sizeof(Tile) == 2 ? 1024 : 256;
-constexpr int64_t kRows = 27;        // at a time, in register blocks of 9
+// At a time, in register blocks of 9; or in AMX's of 16, for which a block of the panel comes from L2 once.
+template <class Tile>
+constexpr int64_t kRows = DCX_ISA >= 4 && sizeof(Tile) == 2 ? 96 : 27;
 constexpr int64_t kFewestRows = 72;  // of a stretch: with fewer a panel would be read for too little
 constexpr int64_t kChunkPanels = 2;  // 96 columns are whole lines of bfloat16, which two tasks needn't share
 
@@ -50,9 +52,9 @@ void run(const ConformerLinearParams& p) {
     const int64_t begin = p.rows * stretch / stretches, end = p.rows * (stretch + 1) / stretches;
     const int64_t first = panels * chunk / chunks, last = panels * (chunk + 1) / chunks;
     const int64_t n0 = panel_begin(p.columns, first), width = panel_begin(p.columns, last) - n0;
-    float* sums = scratch_rows<float>(kSums, kRows, width);
-    for (int64_t t = begin; t < end; t += kRows) {
-      const int64_t count = end - t < kRows ? end - t : kRows;
+    float* sums = scratch_rows<float>(kSums, kRows<Tile>, width);
+    for (int64_t t = begin; t < end; t += kRows<Tile>) {
+      const int64_t count = end - t < kRows<Tile> ? end - t : kRows<Tile>;
       int64_t stride = 0;
       const Tile* x = rows_at<Tile>(p, t, count, &stride);
       for (int64_t panel = first; panel < last; ++panel)

@@ -86,8 +86,8 @@ void run(const ResidualUnitParams& p) {
     const GemmOperand<Tile> pointwise{middle, ld, 0, 1, p.channels};
     conv_gemm<Tile>(count, pointwise, static_cast<const typename Kind::Weight*>(p.weight2), p.channels, out, ld);
     // The residual is read again, un-snaked: it is still in L2, and a copy of the tile would take its place there.
-    if (is_direct<T>(p.x, p.channels) && is_direct<T>(p.y, p.channels)) {
-      for (int64_t r = 0; r < count; ++r) finish_row<T>(p, out + r * ld, b, t0 + r);
+    if (is_direct<Tile>(p.x, p.channels) && is_direct<Tile>(p.y, p.channels)) {
+      for (int64_t r = 0; r < count; ++r) finish_row<Tile>(p, out + r * ld, b, t0 + r);
       return;
     }
     add_residual<T>(out, reinterpret_cast<T*>(in), ld, count, p.channels, static_cast<const T*>(p.bias2), p.x, b,

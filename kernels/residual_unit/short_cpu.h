@@ -33,19 +33,19 @@ static void add_residual(T* out, T* extra, int64_t ld, int64_t rows, int64_t cha
     }
 }
 
-// y's row t of item b from a row of sums, plus bias2 and x, where x and y have rows of this type (is_direct).
-template <class T>
+// y's row t of item b from a row of sums, plus bias2 and x, where x and y have rows of type Row (is_direct).
+template <class Row, class T>
 static inline void finish_row(const ResidualUnitParams& p, const T* sums, int64_t b, int64_t t) {
-  T* y = row_of<T>(p.y, b, t);
+  Row* y = row_of<Row>(p.y, b, t);
   if (t >= p.out_valid(b)) {
-    memset(y, 0, static_cast<size_t>(p.channels) * sizeof(T));
+    memset(y, 0, static_cast<size_t>(p.channels) * sizeof(Row));
     return;
   }
   const T* bias = static_cast<const T*>(p.bias2);
   const int64_t step = t + p.centre * p.dilation - p.pad_left;
-  const T* x = step >= 0 && step < p.in_valid(b) ? row_of<T>(p.x, b, step) : nullptr;
+  const Row* x = step >= 0 && step < p.in_valid(b) ? row_of<Row>(p.x, b, step) : nullptr;
   for (int64_t c = 0; c < p.channels; c += kLanes<T>)
-    vstore<T>(y + c, vload<T>(sums + c) + vload<T>(bias + c) + (x != nullptr ? vload<T>(x + c) : Vec<T>{}));
+    vstore_out(y + c, vload<T>(sums + c) + vload<T>(bias + c) + (x != nullptr ? vload_tile(x + c) : Vec<T>{}));
 }
 
 // y from the hidden values of a few rows of every clip, whose clips lie clip_rows apart: tasks are panels of W2's

@@ -112,19 +112,19 @@ inline int64_t out_valid_steps(const SnakeConv1dParams& p, int64_t b) {
                               : p.out_steps;
 }
 
-// The bias and the way to memory in one, where nothing else is to do and y has rows of this type.
-template <class T>
+// The bias and the way to memory in one, where nothing else is to do and y has rows of type Row.
+template <class Row, class T>
 void bias_and_store(const SnakeConv1dParams& p, const T* out, int64_t ld, int64_t rows, int64_t b, int64_t t0) {
   const T* bias = static_cast<const T*>(p.bias);
   const RowRange told = rows_inside(t0, rows, out_valid_steps(p, b));
   for (int64_t r = 0; r < rows; ++r) {
-    T* y = row_of<T>(p.y, b, t0 + r);
+    Row* y = row_of<Row>(p.y, b, t0 + r);
     if (r >= told.last) {
-      memset(y, 0, static_cast<size_t>(p.out_channels) * sizeof(T));
+      memset(y, 0, static_cast<size_t>(p.out_channels) * sizeof(Row));
       continue;
     }
     for (int64_t c = 0; c < p.out_channels; c += kLanes<T>)
-      vstore<T>(y + c, vload<T>(out + r * ld + c) + vload<T>(bias + c));
+      vstore_out(y + c, vload<T>(out + r * ld + c) + vload<T>(bias + c));
   }
 }
 
@@ -244,8 +244,8 @@ void run(const SnakeConv1dParams& p) {
       }
       conv_gemm<Tile>(count, operand, static_cast<const Weight*>(p.weight), p.out_channels, out, out_ld);
     }
-    if (p.activation == Activation::kNone && p.residual.data == nullptr && is_direct<T>(p.y, p.out_channels)) {
-      bias_and_store<T>(p, out, out_ld, count, b, t0);
+    if (p.activation == Activation::kNone && p.residual.data == nullptr && is_direct<Tile>(p.y, p.out_channels)) {
+      bias_and_store<Tile>(p, out, out_ld, count, b, t0);
       return;
     }
     if (single_column)

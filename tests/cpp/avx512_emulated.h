@@ -1,7 +1,8 @@
-// The AVX-512 and AMX instructions that the kernels name, for a machine without them: their units are compiled for AVX2 with
-// this header in front (-include), and what they compute can be checked there, to the bit (but for what a NaN carries),
-// if not how fast. Masked lanes, roundings and VDPBF16PS's and VCVTNEPS2BF16's denormals are as the instructions have
-// them; integers must not overflow. An intrinsic that is not here does not compile; it is added by hand. For GCC.
+// The AVX-512 and AMX instructions that the kernels name, for a machine without them: their units are compiled for AVX2
+// with this header in front (-include), and what they compute can be checked there, to the bit (but for what a NaN
+// carries), if not how fast. Masked lanes, roundings and VDPBF16PS's and VCVTNEPS2BF16's denormals are as the
+// instructions have them; integers must not overflow. An intrinsic that is not here does not compile; it is added by
+// hand. For GCC.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
