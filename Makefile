@@ -46,7 +46,8 @@ ctest: $(CMAKE) $(VENV)/.torch
 	$(CMAKE) --build build/cmake -j $(JOBS)
 	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure
 
-# The kernels for AVX-512, compiled for AVX2 with their instructions emulated; nothing to do where the CPU has them.
+# The kernels for AVX-512 and AMX, compiled for AVX2 with their instructions emulated; nothing to do where the CPU has
+# both.
 emulated: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python tests/emulated.py
 

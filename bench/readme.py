@@ -19,6 +19,7 @@ from .lookahead import told as table_of_lookahead
 
 _ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: python -m bench.readme -->", "<!-- end of measured -->"
+AMX = "<!-- with AMX: python -m bench.readme -->", "<!-- end of with AMX -->"
 AVX2 = "<!-- with AVX2: python -m bench.readme -->", "<!-- end of with AVX2 -->"
 SERVED = "<!-- served: python -m bench.readme -->", "<!-- end of served -->"
 GPU = "<!-- on a GPU: python -m bench.readme -->", "<!-- end of on a GPU -->"
@@ -93,12 +94,18 @@ def _stream(run: Mapping[str, Any]) -> Iterator[str]:
     yield from _table(titles, [[*cells, f"{read['p50_s'] * 1e3:.1f} ms"]])
 
 
+def _vectors(isa: Sequence[str]) -> str:
+    if "avx512f" not in isa:
+        return "AVX2"
+    return "AVX-512 and AMX" if "amx_bf16" in isa else "AVX-512"
+
+
 def section(runs: Sequence[Mapping[str, Any]]) -> str:
     """What stands between the markers: where it was measured, then a table per model and way, the decodes first."""
     machines = sorted(
         {
             f"{run['threads']} threads of an {run['machine']['cpu']} ({run['machine']['cores']} cores, "
-            f"{'AVX-512' if 'avx512f' in run['machine']['isa'] else 'AVX2'}), torch "
+            f"{_vectors(run['machine']['isa'])}), torch "
             f"{run['machine']['torch']}, commit {(run['commit'] or '?')[:9]}"
             for run in runs
         }
@@ -263,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = {
         args.readme: [
             (section(load(results)), (BEGIN, END)),
+            (section(load(results, "amx")), AMX),
             (section(load(results, "avx2")), AVX2),
             (heard(read("quality_tiny.json")), HEARD),
             (served(read("serve-tiny.json")), SERVED),
