@@ -226,8 +226,23 @@ def test_w2v_features_are_hidden_state_17(folder, batch, samples, factor):
     plain, exact = (upstream_features(folder, audio, factor, dtype=dtype) for dtype in (torch.float32, torch.float64))
     assert got.dtype == torch.float32 and got.shape == exact.shape
     error, of_plain = got - exact, plain - exact
-    assert error.abs().max() < 2 * of_plain.abs().max() and error.square().mean() < 4 * of_plain.square().mean()
+    assert error.square().mean() < 4 * of_plain.square().mean()
     assert error.abs().max() < 5e-5  # worst seen: 1.6e-5
+
+
+def test_w2v_features_round_as_plain_pytorch(folder):
+    """Twice plain PyTorch's error at most: over all clips in RMS, of the middle clip in its largest.
+
+    Nineteen layers carry one early rounding through a whole clip, so that a single clip's errors in two orders of
+    addition differ by a factor of 0.3 to 5 either way; over 64 clips every instruction set was at 1.1 to 1.2 in RMS
+    and 1.0 in the middle.
+    """
+    audio = make_speech(12345, batch=24, seed=1)
+    got = features_of(folder, downsample_factor=1)(audio)
+    plain, exact = (upstream_features(folder, audio, 1, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    error, of_plain = got - exact, plain - exact
+    assert error.square().mean() < 4 * of_plain.square().mean()
+    assert (error.abs().amax((1, 2)) / of_plain.abs().amax((1, 2))).median() < 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -140,12 +141,19 @@ def test_a_client_that_reads_late_gets_everything(
 
         def step_by_step(results: Sequence[Result]) -> None:
             """No step begins before the results of the last one are in the queues."""
-            nonlocal most_s, steps
+            nonlocal steps
             steps += 1
             deliver(results)
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(60)
-            most_s = max(most_s, *(result.lane.owner.out_s for result in results))
+            noted: Future[None] = Future()
+            loop.call_soon_threadsafe(note, results, noted)
+            noted.result(60)
             steps -= 1
+
+        def note(results: Sequence[Result], noted: Future[None]) -> None:
+            """In the loop, right behind what was delivered: later some of it may have left."""
+            nonlocal most_s
+            most_s = max(most_s, *(result.lane.owner.out_s for result in results))
+            noted.set_result(None)
 
         async with place.client() as client:
             await client.hello("decode")

@@ -7,7 +7,6 @@
 namespace dcx {
 namespace DCX_NS {
 
-constexpr int kTileRegisters = 8;
 constexpr int kTileRows = 16;
 constexpr int kTileRowBytes = 64;
 
