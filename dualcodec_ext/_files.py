@@ -8,6 +8,7 @@ import os
 import secrets
 import stat
 import tempfile
+import weakref
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class AtomicFile:
         self._target = os.path.realpath(path)
         self._handle: int | None = None
         self._temporary: str | None = None  # None: one without a name
+        self._removal: weakref.finalize[..., AtomicFile] | None = None  # of the temporary file, called once
         self._mode: int | None = None
 
     def __enter__(self) -> AtomicFile:
@@ -64,6 +66,8 @@ class AtomicFile:
             return
         # A short name of its own: the target's may already be as long as the file system allows.
         self._temporary = os.path.join(os.path.dirname(self._target), f".dualcodec-{secrets.token_hex(6)}.tmp")
+        # A signal's exception may come when the file is there and the block's end isn't yet sure to be reached.
+        self._removal = weakref.finalize(self, _remove_own, self._temporary, os.getpid())
         # Unlike mkstemp's, this file gets the permissions that the user's umask asks for.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         self._handle = os.open(self._temporary, flags, 0o666)
@@ -99,8 +103,8 @@ class AtomicFile:
             # Whatever went wrong, Ctrl-C among it, leaves nothing behind.
             with contextlib.suppress(OSError):
                 self._close()
-            if self._temporary is not None:
-                remove_if_there(self._temporary)
+            if self._removal is not None:
+                self._removal()
 
     def _close(self) -> None:
         handle, self._handle = self._handle, None
@@ -118,7 +122,6 @@ class AtomicFile:
         if self._mode is not None:
             os.chmod(self._temporary, stat.S_IMODE(self._mode))
         os.replace(self._temporary, self._target)
-        self._temporary = None
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -145,6 +148,11 @@ def _write_all(handle: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view[: 1 << 24]) :]
+
+
+def _remove_own(path: str, process: int) -> None:
+    if os.getpid() == process:  # not a child that was forked while its parent wrote
+        remove_if_there(path)
 
 
 def remove_if_there(path: str) -> None:
