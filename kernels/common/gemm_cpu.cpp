@@ -355,6 +355,10 @@ void conv_gemm_panel(int64_t m, const GemmOperand<A>& op, const B* b, int64_t co
     const int64_t slice = block.taps * (block.end - block.begin) * width;
     const B* next = panel_at(op, b, n0) + (block.tap * steps + block.begin) * width + slice;
     Ahead ahead{.stream = {reinterpret_cast<const char*>(next), slice * static_cast<int64_t>(sizeof(B))}};
+    if (!block.add) {
+      ahead.written = op.later.at;
+      ahead.written_bytes = op.later.bytes;
+    }
     for (int64_t i = 0; i < clips.count; ++i) {
       GemmOperand<A> clip = op;
       clip.a += i * clips.a_step;

@@ -12,13 +12,22 @@ namespace DCX_NS {
 namespace {
 
 // The snaked input of a task, in bytes, and what a chunk needs beside it: with the weights of narrow layers they fit a
-// 1 MB L2. Wide layers stream their weights once per chunk, which a few register blocks of rows must be worth.
+// 1 MB L2. Wide layers stream their weights once per chunk, which a few register blocks of rows must be worth: more of
+// them where the weights come from beyond L2.
 constexpr int64_t kTileBytes = 320 * 1024;
 constexpr int64_t kChunkBytes = 128 * 1024;
 constexpr int64_t kSnakeBytes = 16 * 1024;
 constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
-template <class F>
-constexpr int64_t kMinChunkRows = (F::kOutputs > 4 ? 2 : 4) * kRowUnit;
+constexpr int64_t kWeightBytes = 1024 * 1024;
+template <class T, class F>
+inline bool beyond_l2(int64_t channels) {
+  return WinogradShape<F>::kProducts * channels * round_up(channels, kColumnUnit) * static_cast<int64_t>(sizeof(T)) >
+         within_l2(kWeightBytes);
+}
+template <class T, class F>
+inline int64_t least_chunk_rows(int64_t channels) {
+  return (F::kOutputs > 4 && !beyond_l2<T, F>(channels) ? 2 : 4) * kRowUnit;
+}
 
 // Polynomials in w = z^2, whose leading coefficients are 1.
 template <class F>
@@ -242,6 +251,7 @@ void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, con
               const T* alpha, const T* inverse, T* transformed, T* products, T* middle) {
   using Shape = WinogradShape<F>;
   const int64_t block = chain_length<F>(channels);
+  const bool fetched = beyond_l2<T, F>(channels);
   const int64_t d = chunk.dilation, rows = chunk.count, transformed_rows = rows + (F::kPieces - 1) * d;
   for (int64_t r = 0; r < transformed_rows; ++r)
     transform_input<T, F>(in + chunk.step(r) * ld, d * ld, transformed + r * ld, transformed_rows * ld, ld);
@@ -250,7 +260,11 @@ void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, con
     for (int i = 0; i < Shape::kOperands; ++i) {
       const T* a = transformed + i * transformed_rows * ld;
       const GemmOperand<T> operand{a, ld, d * ld, Shape::pieces(i), channels, block};
-      conv_gemm<T>(rows, operand, weight, width, products + i * rows * width, width);
+      T* sums = products + i * rows * width;
+      if (fetched)  // the products' weights lie one behind the other
+        conv_gemm_panel<T>(rows, operand, weight, width, 0, sums, width);
+      else
+        conv_gemm<T>(rows, operand, weight, width, sums, width);
       weight += Shape::pieces(i) * channels * width;
     }
     for (int64_t r = 0; r < rows; ++r)
@@ -341,7 +355,8 @@ void run(const ResidualUnitParams& p) {
   int64_t chunk_rows = within_l2(kChunkBytes) /
                        (((Shape::kOperands + F::kOutputs) * ld + Shape::kOperands * panel) * element) / kRowUnit *
                        kRowUnit;
-  if (chunk_rows < kMinChunkRows<F>) chunk_rows = kMinChunkRows<F>;
+  const int64_t least_rows = least_chunk_rows<T, F>(p.channels);
+  if (chunk_rows < least_rows) chunk_rows = least_rows;
   const int64_t fitting = within_l2(kTileBytes) / (ld * element) - halo, least = chunk_rows * F::kOutputs;
   const int64_t rows_most = fitting < least ? least : fitting;
   // Stretches of nearly as many groups each, as many for every thread where there are few.

@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t kTaskBytes = 256 * 1024;
 constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
 constexpr int64_t kMinGroups = 8 * kRowUnit;
+// A panel's weights for one phase beyond this are fetched while the ones before them are multiplied.
+constexpr int64_t kFetchedBytes = 512 * 1024;
 constexpr int64_t kFewGroups = 64;
 constexpr int64_t kOperands = 7;
 constexpr int64_t kWindow = kUpsampleOutputs + 2;  // frames under a group
@@ -68,10 +70,15 @@ void multiply(const SnakeUpsample1dParams& p, const Layer& layer, int64_t phase,
               const T* transformed, int64_t operand_rows, int64_t rows, T* products, GemmFetch later = {}) {
   const T* weight = static_cast<const T*>(p.weight) + kUpsampleProducts * p.in_channels * (phase * layer.out_ld + n0);
   const T* a = transformed + (phase < layer.split ? 0 : 3) * operand_rows * layer.in_ld;
+  const bool fetched = kUpsampleProducts * p.in_channels * width * static_cast<int64_t>(sizeof(T)) > kFetchedBytes;
   for (int i = 0; i < kUpsampleProducts; ++i) {
     GemmOperand<T> operand{a, layer.in_ld, 0, 1, p.in_channels};
     operand.later = later.part(i, kUpsampleProducts);
-    conv_gemm<T>(rows, operand, weight, width, products + i * rows * width, width);
+    T* sums = products + i * rows * width;
+    if (fetched)
+      conv_gemm_panel<T>(rows, operand, weight, width, 0, sums, width);
+    else
+      conv_gemm<T>(rows, operand, weight, width, sums, width);
     a += operand_rows * layer.in_ld;
     weight += p.in_channels * width;
   }
