@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from .correctness import Verdict
 from .gpu_timing import Repeated, repeated, synchronize
 from .machine import peak_extra_bytes
 from .peers.base import Call, Unavailable
-from .probes import Ceilings
+from .probes import Ceilings, Products
 from .timing import interleave, ratio, summarize
 
 TIMED, UNAVAILABLE, FAILED, WRONG = "timed", "unavailable", "failed", "wrong"
@@ -47,6 +48,7 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)  # of one call
     timed: str = "call by call"
     samples_s: list[float] = field(default_factory=list)
+    gemm_gflops: list[float] = field(default_factory=list)  # of the products that ran in the same rounds
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,10 @@ def _prepare(case: Case, side: Side, timing: Timing) -> tuple[Outcome, Call | No
     return outcome, call
 
 
-def measure_case(case: Case, sides: Sequence[Side], timing: Timing) -> list[Outcome]:
-    """Build, check and time all sides of a case, in the order given."""
+def measure_case(
+    case: Case, sides: Sequence[Side], timing: Timing, limits: Mapping[torch.dtype, Products] | None = None
+) -> list[Outcome]:
+    """Build, check and time all sides of a case, in the order given, and in every round the products of `limits`."""
     outcomes: list[Outcome] = []
     calls: list[Call] = []
     for side in sides:
@@ -144,17 +148,23 @@ def measure_case(case: Case, sides: Sequence[Side], timing: Timing) -> list[Outc
             calls.append(call)
         gc.collect()
     timed = [outcome for outcome in outcomes if outcome.status == TIMED]
+    products = {} if limits is None else {o.side.dtype: limits[o.side.dtype] for o in timed if o.side.dtype in limits}
     if calls:
         found = interleave(
-            calls,
+            [*calls, *(each.call for each in products.values())],
             timing.rounds,
             warmup=timing.warmup,
             min_sample_s=timing.min_sample_s,
             settle_s=timing.settle_s,
         )
-        for outcome, call, samples in zip(timed, calls, found, strict=True):
+        rates = {
+            dtype: [each.flops / sample / 1e9 for sample in samples]
+            for (dtype, each), samples in zip(products.items(), found[len(calls) :], strict=True)
+        }
+        for outcome, call, samples in zip(timed, calls, found[: len(calls)], strict=True):
             count = call.calls if isinstance(call, Repeated) else 1
             outcome.samples_s = [sample / count for sample in samples]
+            outcome.gemm_gflops = rates.get(outcome.side.dtype, [])
     if "torch._dynamo" in sys.modules:
         # Compiled graphs of finished cases would pile up, one per shape.
         torch.compiler.reset()
@@ -164,7 +174,8 @@ def measure_case(case: Case, sides: Sequence[Side], timing: Timing) -> list[Outc
 def describe(case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype, Ceilings]) -> dict[str, Any]:
     """Everything about a case as plain numbers; what the tables are printed from.
 
-    `ours_is_faster` is the ratio to the side that is ours and exact; the ratios of ours itself are 1.
+    `ours_is_faster` is the ratio to the side that is ours and exact; the ratios of ours itself are 1. `share_of_limit`
+    is the median over the rounds, of the products that ran in each, where there are such, else of those before them.
     """
     ours = next((o for o in outcomes if o.side.ours and not o.side.fast and o.status == TIMED), None)
     rows = []
@@ -201,6 +212,10 @@ def describe(case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype
                 row["share_of_gemm"] = row["gflops"] / ceiling.gemm_gflops
                 row["share_of_copy"] = row["gbs"] / ceiling.copy_for(touched)
                 row["share_of_limit"] = ceiling.limit_s(case.flops, touched) / summary.p50_s
+            if ceiling is not None and outcome.gemm_gflops:
+                limits_s = [ceiling.limit_s(case.flops, touched, rate) for rate in outcome.gemm_gflops]
+                pairs = [limit / sample for limit, sample in zip(limits_s, outcome.samples_s, strict=True)]
+                row |= {"gemm_gflops": outcome.gemm_gflops, "share_of_limit": statistics.median(pairs)}
             if ours is not None:
                 against = ratio(outcome.samples_s, ours.samples_s)
                 row["ours_is_faster"] = {

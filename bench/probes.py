@@ -3,10 +3,12 @@ bandwidth."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,9 +45,11 @@ class Ceilings:
                 return self.copy_gbs[size]
         return self.copy_gbs[max(self.copy_gbs)]
 
-    def limit_s(self, flops: float, touched_bytes: float) -> float:
-        """The shortest time for a direct computation: arithmetic and traffic overlap in full."""
-        return max(flops / (self.gemm_gflops * 1e9), touched_bytes / (self.copy_for(touched_bytes) * 1e9))
+    def limit_s(self, flops: float, touched_bytes: float, gemm_gflops: float | None = None) -> float:
+        """The shortest time for a direct computation: arithmetic, at this rate or another, and traffic overlap in
+        full."""
+        rate = gemm_gflops or self.gemm_gflops
+        return max(flops / (rate * 1e9), touched_bytes / (self.copy_for(touched_bytes) * 1e9))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"copy_gbs": {str(k): v for k, v in self.copy_gbs.items()}}
@@ -80,11 +84,11 @@ def _rate(work: Callable[[], float], threads: int, seconds: float) -> float:
     return sum(u / max(s, 1e-9) for u, s in zip(units, spans, strict=True))
 
 
-def _gemm_kernels(width: int, dtype: torch.dtype) -> dict[str, Callable[[], Callable[[], float]]]:
+def _gemm_kernels(width: int, dtype: torch.dtype, loops: int = 8) -> dict[str, Callable[[], Callable[[], float]]]:
     """The GEMMs that can be had for one width; which is the fastest depends on the processor and the
     dtype."""
     generator = torch.Generator().manual_seed(0)
-    depth, loops = 7 * width, 8
+    depth = 7 * width
     flops = 2.0 * _CPU_ROWS * depth * width * loops
 
     def made(*shape: int) -> torch.Tensor:
@@ -147,6 +151,63 @@ def _gemm_rates(threads: int, dtype: torch.dtype, seconds: float) -> dict[str, d
 
             rates.setdefault(name, {})[width] = _rate(work, threads, seconds) / 1e9
     return rates
+
+
+@dataclass(frozen=True)
+class Products:
+    """The direct limit's products as a call that is timed in turn with the sides, since a shared machine's rate is
+    rarely the same for a minute."""
+
+    call: Callable[[], object]
+    flops: float  # of one call
+
+
+def products(threads: int, dtype: torch.dtype, ceilings: Ceilings, seconds: float = 0.25) -> Products:
+    """Make a call of products at the codec's widths, by the kernel that `ceilings` found the fastest at each.
+
+    Args:
+        threads: that share them; whoever is done with one takes the next.
+        dtype: of the operands.
+        ceilings: what `measure` found on the CPU.
+        seconds: that a call is to take at the rate of `ceilings`.
+
+    Returns:
+        The call, with the same FLOPs at every width: its rate is the harmonic mean that `gemm_gflops` is.
+    """
+    rates = ceilings.gemm_by_kernel
+
+    def fastest(width: int) -> str:
+        known = (name for name in _gemm_kernels(width, dtype) if f"{name} C={width}" in rates)
+        return max(known, key=lambda name: rates[f"{name} C={width}"], default="mm")
+
+    kernels = [_gemm_kernels(width, dtype, loops=1)[fastest(width)] for width in _CPU_WIDTHS]
+    works = threading.local()
+
+    def made(index: int) -> Callable[[], float]:
+        if not hasattr(works, "calls"):
+            torch.set_num_threads(1)  # per thread where torch runs on OpenMP
+            works.calls = {}
+        if index not in works.calls:
+            works.calls[index] = kernels[index]()
+        return works.calls[index]
+
+    share = ceilings.gemm_gflops * 1e9 * seconds / len(_CPU_WIDTHS)
+    each = [2.0 * _CPU_ROWS * 7 * width * width for width in _CPU_WIDTHS]
+    items = [index for index, flops in enumerate(each) for _ in range(max(threads, round(share / flops)))]
+    items.reverse()  # the longest ones first, so that threads end together
+    pool = ThreadPoolExecutor(threads)
+
+    def run(taken: itertools.count[int]) -> float:
+        done = 0.0
+        with torch.inference_mode():
+            while (item := next(taken)) < len(items):
+                done += made(items[item])()
+        return done
+
+    def call() -> float:
+        return sum(pool.map(run, [itertools.count()] * threads))
+
+    return Products(call, sum(each[index] for index in items))
 
 
 def _copy_rate(size: int, threads: int, seconds: float) -> float:

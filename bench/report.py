@@ -141,6 +141,7 @@ def markdown(run: Mapping[str, Any]) -> str:
 LEGEND = (
     "/ours, paired: how many times as long the side takes as ours (ratio of medians, median of the rounds' "
     "ratios). gemm, copy, limit: share of the measured small-GEMM rate, of the copy rate for this working "
-    "set, and of the direct limit (the longer of arithmetic at that GEMM rate and traffic at that copy rate). "
+    "set, and of the direct limit (the longer of arithmetic at that GEMM rate, on a CPU as it was in the same rounds, "
+    "and traffic at that copy rate). "
     "error: against float64, largest error over largest value and RMS over RMS, or the share of equal codes."
 )

@@ -207,6 +207,14 @@ def _ceilings(args: argparse.Namespace) -> dict[torch.dtype, probes.Ceilings]:
     return {dtype: probes.measure(args.threads, dtype, args.device) for dtype in ordered}
 
 
+def _limits(
+    args: argparse.Namespace, ceilings: dict[torch.dtype, probes.Ceilings]
+) -> dict[torch.dtype, probes.Products]:
+    if args.device != "cpu" or args.what == "ops":
+        return {}
+    return {dtype: probes.products(args.threads, dtype, found) for dtype, found in ceilings.items()}
+
+
 def _timing(args: argparse.Namespace) -> Timing:
     per_op = args.what == "ops"
     if args.device == "cpu":
@@ -256,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     torch.set_num_threads(args.threads)
     ceilings = _ceilings(args)
+    limits = _limits(args, ceilings)
     commit, dirty = machine.commit()
     run: dict[str, Any] = {
         "schema": SCHEMA,
@@ -290,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             cases = op_cases(args, name, settings) if per_op else iter([codec_case(args, name, settings)])
         for case, sides in cases:
-            outcomes = measure_case(case, sides, timing)
+            outcomes = measure_case(case, sides, timing, limits)
             # --fast needs float32 on a CPU; where it has neither that is said, and is not a failure.
             ours_ok &= all(
                 o.status == "timed" or (o.side.fast and o.status == "unavailable") for o in outcomes if o.side.ours

@@ -146,6 +146,39 @@ def test_ratios_and_shares():
     assert wrong["samples_s"] == []
 
 
+def test_the_limit_is_taken_in_turn_where_its_products_run():
+    case, sides, _ = sample_case()
+    calls = []
+    products = {torch.float32: probes.Products(lambda: calls.append(1), 2e9)}
+    outcomes = measure.measure_case(case, sides, measure.Timing(3, settle_s=0.0), products)
+    assert len(calls) == 4  # warmed up, then once a round
+    assert all(len(o.gemm_gflops) == len(o.samples_s) for o in outcomes)
+    for outcome in outcomes[:2]:  # a machine that halves its rate for a round, and a round that something disturbs
+        outcome.samples_s, outcome.gemm_gflops = [0.1, 0.2, 0.9], [80.0, 40.0, 80.0]
+    ours = measure.describe(case, outcomes, {torch.float32: a_ceiling()})["sides"][0]
+    assert ours["share_of_limit"] == pytest.approx(2e9 / 80e9 / 0.1)
+    assert ours["gemm_gflops"] == [80.0, 40.0, 80.0] and ours["share_of_gemm"] == pytest.approx(0.1)
+
+
+def test_products_cost_what_they_say(monkeypatch):
+    ran = []
+
+    def kernels(width, dtype, loops=8):
+        def make():
+            return lambda: ran.append(width) or 2.0 * 256 * 7 * width * width * loops
+
+        return {"mm": failing(AssertionError("the slower one")), "own_conv": make}
+
+    monkeypatch.setattr(probes, "_gemm_kernels", kernels)
+    rates = {
+        f"{name} C={width}": rate for name, rate in (("mm", 50.0), ("own_conv", 90.0)) for width in (48, 96, 192, 384)
+    }
+    found = probes.products(2, torch.float32, probes.Ceilings(90.0, 90.0, rates, {}, 1.0), seconds=0.5)
+    assert found.call() == pytest.approx(found.flops) and found.flops == pytest.approx(0.5 * 90e9, rel=0.1)
+    each = [ran.count(width) * width**2 for width in (48, 96, 192, 384)]
+    assert max(each) < 1.1 * min(each)
+
+
 def test_limit_is_the_longer_of_arithmetic_and_traffic():
     ceiling = a_ceiling()
     assert ceiling.limit_s(1e9, 8.0) == pytest.approx(0.01)
@@ -196,6 +229,7 @@ def test_peak_memory_is_seen():
 def test_probes_measure_something():
     threads = torch.get_num_threads()
     found = probes.measure(2, torch.float32, seconds=0.002)
+    assert probes.products(2, torch.float32, found, seconds=0.002).call() > 0
     assert torch.get_num_threads() == threads
     assert 0 < found.gemm_gflops <= found.gemm_peak_gflops
     assert all(rate > 0 for rate in (*found.copy_gbs.values(), *found.gemm_by_kernel.values(), found.read_gbs))
