@@ -16,6 +16,10 @@ namespace DCX_NS {
 // elsewhere.
 constexpr int64_t kReductionBlock = 128;
 
+// Rows that fill the register blocks of the widest panels: tiles of a multiple of them leave none to smaller blocks.
+template <class A>
+constexpr int64_t kRowUnit = DCX_ISA >= 4 && sizeof(A) == 2 ? 16 : 9;
+
 // What sums of products of a tile's elements are kept in.
 template <class A>
 struct SumOf {

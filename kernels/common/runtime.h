@@ -86,12 +86,13 @@ inline bool is_short(int64_t rows, int64_t batch, int64_t panels) {
   return is_short(rows, batch) || (rows * batch <= 2 * kShortRows && panels >= 2 * runtime().num_threads());
 }
 
-// Rows per time tile: at most max_rows, and as many tiles as keep every thread busy. Free to choose, since no kernel's
-// result depends on where a tile starts.
+// Rows per time tile: at most max_rows or a unit more, and as many tiles as keep every thread busy, equally many for
+// each where there are few: a ninth tile of two threads would leave one of them waiting for a tenth of the time. Free
+// to choose, since no kernel's result depends on where a tile starts.
 inline int64_t tile_rows(int64_t rows, int64_t batch, int64_t max_rows, int64_t unit) {
   int64_t tiles = (rows + max_rows - 1) / max_rows;
   const int64_t threads = runtime().num_threads();
-  if (tiles * batch < 4 * threads && rows >= threads * unit) tiles = (tiles + threads - 1) / threads * threads;
+  if (tiles * batch < 16 * threads && rows >= threads * unit) tiles = (tiles + threads - 1) / threads * threads;
   const int64_t per_tile = (rows + tiles - 1) / (tiles > 0 ? tiles : 1);
   const int64_t rounded = (per_tile + unit - 1) / unit * unit;
   return rounded > 0 ? rounded : unit;

@@ -66,7 +66,7 @@ void run(const ResidualUnitParams& p) {
   }
 
   const int64_t fitting = (within_l2(kTileBytes) / (ld * static_cast<int64_t>(sizeof(T))) - halo) / 3;
-  const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kColumnUnit);
+  const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kRowUnit<Tile>);
   const int64_t tiles = ceil_div(p.out_steps, rows);
 
   parallel(p.batch * tiles, [&](int64_t task) {

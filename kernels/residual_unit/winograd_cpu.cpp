@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kTileBytes = 320 * 1024;
 constexpr int64_t kChunkBytes = 128 * 1024;
 constexpr int64_t kSnakeBytes = 16 * 1024;
-constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
 constexpr int64_t kWeightBytes = 1024 * 1024;
 template <class T, class F>
 inline bool beyond_l2(int64_t channels) {
@@ -26,7 +25,7 @@ inline bool beyond_l2(int64_t channels) {
 }
 template <class T, class F>
 inline int64_t least_chunk_rows(int64_t channels) {
-  return (F::kOutputs > 4 && !beyond_l2<T, F>(channels) ? 2 : 4) * kRowUnit;
+  return (F::kOutputs > 4 && !beyond_l2<T, F>(channels) ? 2 : 4) * kRowUnit<float>;
 }
 
 // Polynomials in w = z^2, whose leading coefficients are 1.
@@ -353,8 +352,8 @@ void run(const ResidualUnitParams& p) {
 
   const int64_t panel = ld < kMaxPanelWidth ? ld : kMaxPanelWidth;
   int64_t chunk_rows = within_l2(kChunkBytes) /
-                       (((Shape::kOperands + F::kOutputs) * ld + Shape::kOperands * panel) * element) / kRowUnit *
-                       kRowUnit;
+                       (((Shape::kOperands + F::kOutputs) * ld + Shape::kOperands * panel) * element) /
+                       kRowUnit<float> * kRowUnit<float>;
   const int64_t least_rows = least_chunk_rows<T, F>(p.channels);
   if (chunk_rows < least_rows) chunk_rows = least_rows;
   const int64_t fitting = within_l2(kTileBytes) / (ld * element) - halo, least = chunk_rows * F::kOutputs;

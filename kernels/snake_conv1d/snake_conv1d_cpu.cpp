@@ -208,7 +208,7 @@ void run(const SnakeConv1dParams& p) {
   const int64_t row_bytes =
       (p.stride * in_ld + taps_ld + (p.residual.data != nullptr ? 2 : 1) * out_ld) * static_cast<int64_t>(sizeof(T));
   const int64_t fitting = (single_input ? kFewSumsTileBytes : within_l2(kTileBytes)) / row_bytes;
-  const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kColumnUnit);
+  const int64_t rows = tile_rows(p.out_steps, p.batch, fitting < kMinTileRows ? kMinTileRows : fitting, kRowUnit<Tile>);
   const int64_t tiles = ceil_div(p.out_steps, rows);
   const int64_t in_rows = (rows - 1) * p.stride + halo;
   // Rows that the product may read where they are.

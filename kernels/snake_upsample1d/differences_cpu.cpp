@@ -13,8 +13,7 @@ namespace {
 
 // Frames, differences and a panel's products of a task, in bytes.
 constexpr int64_t kTaskBytes = 256 * 1024;
-constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
-constexpr int64_t kMinFrames = 8 * kRowUnit;
+constexpr int64_t kMinFrames = 8 * kRowUnit<float>;
 
 enum Slot { kInput = 0, kDifferences = 1, kProducts = 2, kOutput = 3, kAllInput = 4, kAllDifferences = 5, kShared = 7 };
 
@@ -131,8 +130,8 @@ void run(const SnakeUpsample1dParams& p) {
     return;
   }
   const int64_t row_bytes = (2 * ld + layer.stride * kMaxPanelWidth) * static_cast<int64_t>(sizeof(T));
-  const int64_t fitting = within_l2(kTaskBytes) / row_bytes / kRowUnit * kRowUnit;
-  const int64_t frames = tile_rows(layer.frames, p.batch, fitting < kMinFrames ? kMinFrames : fitting, kRowUnit);
+  const int64_t fitting = within_l2(kTaskBytes) / row_bytes / kRowUnit<float> * kRowUnit<float>;
+  const int64_t frames = tile_rows(layer.frames, p.batch, fitting < kMinFrames ? kMinFrames : fitting, kRowUnit<float>);
   const int64_t tiles = ceil_div(layer.frames, frames), panels = panel_count(p.out_channels);
   parallel(p.batch * tiles, [&](int64_t task) {
     const int64_t b = task / tiles, frame = task % tiles * frames, count = minimum(frames, layer.frames - frame);

@@ -15,8 +15,7 @@ namespace {
 // Input, operands and products of a task, in bytes. Wide layers stream their weights once per task, which a few
 // register blocks of rows must be worth.
 constexpr int64_t kTaskBytes = 256 * 1024;
-constexpr int64_t kRowUnit = 9;  // the register block of the widest panels
-constexpr int64_t kMinGroups = 8 * kRowUnit;
+constexpr int64_t kMinGroups = 8 * kRowUnit<float>;
 // A panel's weights for one phase beyond this are fetched while the ones before them are multiplied.
 constexpr int64_t kFetchedBytes = 512 * 1024;
 constexpr int64_t kFewGroups = 64;
@@ -133,10 +132,10 @@ void run_few(const SnakeUpsample1dParams& p, const Layer& layer, const T* shared
   const int64_t in_rows = groups * kUpsampleOutputs + 2;
   T* in = scratch_rows<T>(kAllInput, p.batch * in_rows, ld);
   T* transformed = scratch_rows<T>(kAllTransformed, kOperands * rows, ld);
-  const int64_t blocks = ceil_div(in_rows, kRowUnit), work = rows * p.in_channels * kUpsampleProducts;
+  const int64_t blocks = ceil_div(in_rows, kRowUnit<float>), work = rows * p.in_channels * kUpsampleProducts;
   parallel(p.batch * blocks, work * kOperands, [&](int64_t task) {
-    const int64_t b = task / blocks, begin = task % blocks * kRowUnit;
-    load<T>(p, layer, in + (b * in_rows + begin) * ld, b, begin, minimum(kRowUnit, in_rows - begin), shared);
+    const int64_t b = task / blocks, begin = task % blocks * kRowUnit<float>;
+    load<T>(p, layer, in + (b * in_rows + begin) * ld, b, begin, minimum(kRowUnit<float>, in_rows - begin), shared);
   });
   parallel(rows, work, [&](int64_t row) {
     const int64_t b = row / groups, group = row % groups;
@@ -165,8 +164,8 @@ void run(const SnakeUpsample1dParams& p) {
   }
   const int64_t row_bytes =
       ((kOperands + kUpsampleOutputs) * ld + kUpsampleProducts * kMaxPanelWidth) * static_cast<int64_t>(sizeof(T));
-  const int64_t fitting = within_l2(kTaskBytes) / row_bytes / kRowUnit * kRowUnit;
-  const int64_t rows = tile_rows(layer.groups, p.batch, fitting < kMinGroups ? kMinGroups : fitting, kRowUnit);
+  const int64_t fitting = within_l2(kTaskBytes) / row_bytes / kRowUnit<float> * kRowUnit<float>;
+  const int64_t rows = tile_rows(layer.groups, p.batch, fitting < kMinGroups ? kMinGroups : fitting, kRowUnit<float>);
   const int64_t tiles = ceil_div(layer.groups, rows), panels = panel_count(p.out_channels);
   parallel(p.batch * tiles, [&](int64_t task) {
     const int64_t b = task / tiles, group = task % tiles * rows, count = minimum(rows, layer.groups - group);
