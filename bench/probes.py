@@ -185,7 +185,6 @@ def products(threads: int, dtype: torch.dtype, ceilings: Ceilings, seconds: floa
 
     def made(index: int) -> Callable[[], float]:
         if not hasattr(works, "calls"):
-            torch.set_num_threads(1)  # per thread where torch runs on OpenMP
             works.calls = {}
         if index not in works.calls:
             works.calls[index] = kernels[index]()
@@ -195,7 +194,15 @@ def products(threads: int, dtype: torch.dtype, ceilings: Ceilings, seconds: floa
     each = [2.0 * _CPU_ROWS * 7 * width * width for width in _CPU_WIDTHS]
     items = [index for index, flops in enumerate(each) for _ in range(max(threads, round(share / flops)))]
     items.reverse()  # the longest ones first, so that threads end together
-    pool = ThreadPoolExecutor(threads)
+    pool, there = ThreadPoolExecutor(threads), threading.Barrier(threads)
+
+    def start(_: int) -> None:
+        torch.set_num_threads(1)  # per thread where torch runs on OpenMP
+        there.wait()  # so that every thread of the pool comes by
+
+    before = torch.get_num_threads()
+    list(pool.map(start, range(threads)))
+    torch.set_num_threads(before)  # for threads that are started later
 
     def run(taken: itertools.count[int]) -> float:
         done = 0.0
