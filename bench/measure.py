@@ -148,7 +148,8 @@ def measure_case(
             calls.append(call)
         gc.collect()
     timed = [outcome for outcome in outcomes if outcome.status == TIMED]
-    products = {} if limits is None else {o.side.dtype: limits[o.side.dtype] for o in timed if o.side.dtype in limits}
+    limits = limits or {}
+    products = {o.side.dtype: limits[o.side.dtype] for o in timed if o.side.dtype in limits}
     if calls:
         found = interleave(
             [*calls, *(each.call for each in products.values())],
@@ -212,10 +213,10 @@ def describe(case: Case, outcomes: Sequence[Outcome], ceilings: dict[torch.dtype
                 row["share_of_gemm"] = row["gflops"] / ceiling.gemm_gflops
                 row["share_of_copy"] = row["gbs"] / ceiling.copy_for(touched)
                 row["share_of_limit"] = ceiling.limit_s(case.flops, touched) / summary.p50_s
-            if ceiling is not None and outcome.gemm_gflops:
-                limits_s = [ceiling.limit_s(case.flops, touched, rate) for rate in outcome.gemm_gflops]
-                pairs = [limit / sample for limit, sample in zip(limits_s, outcome.samples_s, strict=True)]
-                row |= {"gemm_gflops": outcome.gemm_gflops, "share_of_limit": statistics.median(pairs)}
+                if outcome.gemm_gflops:
+                    limits_s = [ceiling.limit_s(case.flops, touched, rate) for rate in outcome.gemm_gflops]
+                    pairs = [limit / sample for limit, sample in zip(limits_s, outcome.samples_s, strict=True)]
+                    row |= {"gemm_gflops": outcome.gemm_gflops, "share_of_limit": statistics.median(pairs)}
             if ours is not None:
                 against = ratio(outcome.samples_s, ours.samples_s)
                 row["ours_is_faster"] = {

@@ -181,24 +181,17 @@ def products(threads: int, dtype: torch.dtype, ceilings: Ceilings, seconds: floa
         return max(known, key=lambda name: rates[f"{name} C={width}"], default="mm")
 
     kernels = [_gemm_kernels(width, dtype, loops=1)[fastest(width)] for width in _CPU_WIDTHS]
-    works = threading.local()
-
-    def made(index: int) -> Callable[[], float]:
-        if not hasattr(works, "calls"):
-            works.calls = {}
-        if index not in works.calls:
-            works.calls[index] = kernels[index]()
-        return works.calls[index]
-
     share = ceilings.gemm_gflops * 1e9 * seconds / len(_CPU_WIDTHS)
     each = [2.0 * _CPU_ROWS * 7 * width * width for width in _CPU_WIDTHS]
     items = [index for index, flops in enumerate(each) for _ in range(max(threads, round(share / flops)))]
     items.reverse()  # the longest ones first, so that threads end together
-    pool, there = ThreadPoolExecutor(threads), threading.Barrier(threads)
+    pool, there, own = ThreadPoolExecutor(threads), threading.Barrier(threads), threading.local()
 
     def start(_: int) -> None:
         torch.set_num_threads(1)  # per thread where torch runs on OpenMP
         there.wait()  # so that every thread of the pool comes by
+        with torch.inference_mode():
+            own.calls = [make() for make in kernels]
 
     before = torch.get_num_threads()
     list(pool.map(start, range(threads)))
@@ -208,7 +201,7 @@ def products(threads: int, dtype: torch.dtype, ceilings: Ceilings, seconds: floa
         done = 0.0
         with torch.inference_mode():
             while (item := next(taken)) < len(items):
-                done += made(items[item])()
+                done += own.calls[items[item]]()
         return done
 
     def call() -> float:

@@ -27,14 +27,22 @@ def test_a_signal_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("end", ["raise SystemExit(143)", "raise KeyboardInterrupt", "del file", "pass"])
 def test_a_signal_before_the_block_is_in_force_leaves_nothing(tmp_path, end):
-    code = f"from dualcodec_ext._files import AtomicFile\nfile = AtomicFile('a')\nfile.__enter__().write(b'1')\n{end}"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    code = f"""
+import os
+from dualcodec_ext._files import AtomicFile
+file = AtomicFile('a')
+file.__enter__().write(b'1')
+print(len(os.listdir()), flush=True)
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert done.stdout == b"1\n"  # it was there
     assert not list(tmp_path.iterdir())
 
 
 def test_a_forked_child_that_exits_leaves_its_parents_file(tmp_path):
     code = """
-import os, sys
+import os
 from dualcodec_ext._files import AtomicFile
 with AtomicFile('a') as file:
     if os.fork() == 0:

@@ -16,7 +16,8 @@ namespace DCX_NS {
 // elsewhere.
 constexpr int64_t kReductionBlock = 128;
 
-// Rows that fill the register blocks of the widest panels: tiles of a multiple of them leave none to smaller blocks.
+// Rows that fill the register blocks of the widest panels with AVX-512, or AMX's registers: tiles of a multiple of them
+// leave none to smaller blocks. AVX2's blocks of 6 rows and fewer are of nearly equal size whatever a tile has.
 template <class A>
 constexpr int64_t kRowUnit = DCX_ISA >= 4 && sizeof(A) == 2 ? 16 : 9;
 
@@ -67,10 +68,21 @@ struct GemmClips {
 };
 
 // As conv_gemm, bit for bit, for one panel's columns alone; c points at the first of them. The weights are read in the
-// order in which they lie, once for all clips: what a few rows of a wide layer are bound by.
+// order in which they lie, once for all clips, and those behind a block are fetched while it is multiplied: what a few
+// rows of a wide layer are bound by.
 template <class A, class B>
 void conv_gemm_panel(int64_t m, const GemmOperand<A>& op, const B* b, int64_t columns, int64_t panel, Sum<A>* c,
                      int64_t ld_c, const GemmClips& clips = {});
+
+// One panel's product among several whose weights, of `width` columns each, lie one behind the other; `fetched`: as
+// conv_gemm_panel does it, for weights from beyond the second-level cache. Bits are the same.
+template <class A, class B>
+inline void conv_gemm_among(bool fetched, int64_t m, const GemmOperand<A>& op, const B* b, int64_t width, Sum<A>* c) {
+  if (fetched)
+    conv_gemm_panel<A>(m, op, b, width, 0, c, width);
+  else
+    conv_gemm<A>(m, op, b, width, c, width);
+}
 
 }  // namespace DCX_NS
 }  // namespace dcx

@@ -14,7 +14,7 @@ namespace {
 // Scores and probabilities of a block of queries, in bytes: beside keys and values well inside a 1 MB L2.
 constexpr int64_t kBlockBytes = 400 * 1024;
 // Whole register blocks of the GEMMs, 13 and 9 rows high with 512-bit registers.
-constexpr int64_t kMostRows = 117, kRowUnit = 13;
+constexpr int64_t kMostRows = 117, kRowBlock = 13;
 // Added to the score of an invalid step: far below any score, and finite, so that a clip without a valid step has the
 // mean of its values.
 constexpr float kInvalid = -3e38f;
@@ -83,8 +83,8 @@ void run(const ConformerAttentionParams& p) {
   const int64_t size = round_up(p.size, kColumnUnit), keys = round_up(p.steps, kColumnUnit);
   const int64_t distances = p.left + 1 + p.right, padded = round_up(distances, kColumnUnit);
   int64_t rows =
-      within_l2(kBlockBytes) / (keys * static_cast<int64_t>(sizeof(float) + sizeof(Tile))) / kRowUnit * kRowUnit;
-  rows = rows < kRowUnit ? kRowUnit : rows > kMostRows ? kMostRows : rows;
+      within_l2(kBlockBytes) / (keys * static_cast<int64_t>(sizeof(float) + sizeof(Tile))) / kRowBlock * kRowBlock;
+  rows = rows < kRowBlock ? kRowBlock : rows > kMostRows ? kMostRows : rows;
   // Every stretch packs the keys again, so there are no more of them than keep the threads busy.
   const int64_t wanted = ceil_div(int64_t{2} * runtime().num_threads(), p.batch * p.heads);
   const int64_t most = ceil_div(p.steps, rows);

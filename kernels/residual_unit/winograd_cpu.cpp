@@ -259,11 +259,7 @@ void convolve(const Chunk& chunk, const T* in, int64_t ld, int64_t channels, con
     for (int i = 0; i < Shape::kOperands; ++i) {
       const T* a = transformed + i * transformed_rows * ld;
       const GemmOperand<T> operand{a, ld, d * ld, Shape::pieces(i), channels, block};
-      T* sums = products + i * rows * width;
-      if (fetched)  // the products' weights lie one behind the other
-        conv_gemm_panel<T>(rows, operand, weight, width, 0, sums, width);
-      else
-        conv_gemm<T>(rows, operand, weight, width, sums, width);
+      conv_gemm_among<T>(fetched, rows, operand, weight, width, products + i * rows * width);
       weight += Shape::pieces(i) * channels * width;
     }
     for (int64_t r = 0; r < rows; ++r)

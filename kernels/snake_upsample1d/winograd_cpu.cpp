@@ -73,11 +73,7 @@ void multiply(const SnakeUpsample1dParams& p, const Layer& layer, int64_t phase,
   for (int i = 0; i < kUpsampleProducts; ++i) {
     GemmOperand<T> operand{a, layer.in_ld, 0, 1, p.in_channels};
     operand.later = later.part(i, kUpsampleProducts);
-    T* sums = products + i * rows * width;
-    if (fetched)
-      conv_gemm_panel<T>(rows, operand, weight, width, 0, sums, width);
-    else
-      conv_gemm<T>(rows, operand, weight, width, sums, width);
+    conv_gemm_among<T>(fetched, rows, operand, weight, width, products + i * rows * width);
     a += operand_rows * layer.in_ld;
     weight += p.in_channels * width;
   }
