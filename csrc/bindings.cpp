@@ -11,6 +11,7 @@
 
 #include "../kernels/common/runtime.h"
 #include "program.h"
+#include "replay.h"
 #include "rvq.h"
 #include "snapshot.h"
 
@@ -157,5 +158,6 @@ PYBIND11_MODULE(_C, m) {
         "For tests: multiplies the slack within which rvq_search's pass over bytes keeps groups of rows.");
   m.def("set_gemm", &set_gemm, "Switches the small GEMM to own or brgemm (torch's); False when that is not built in.");
   dcx::bind_program(m);
+  dcx::bind_replay(m);
   dcx::bind_snapshot(m);
 }

@@ -5,8 +5,31 @@
 #include "checks.h"
 #ifdef DCX_WITH_CUDA
 #include "cuda.h"
+#include "take_codes.h"
 
 namespace dcx {
+
+CodesTaken codes_part(const at::Tensor& to, const at::Tensor& codes, int64_t entries) {
+  CodesTaken part{};
+  part.from = codes.const_data_ptr<int64_t>();
+  part.to = to.mutable_data_ptr<int64_t>();
+  part.stride_b = codes.stride(0);
+  part.stride_q = codes.stride(1);
+  part.stride_f = codes.stride(2);
+  part.stages = codes.size(1);
+  part.entries = entries;
+  part.to_frames = to.size(2);
+  return part;
+}
+
+int64_t* pinned_on_device(const at::Tensor& value) {
+  cudaPointerAttributes told{};
+  C10_CUDA_CHECK(cudaPointerGetAttributes(&told, value.const_data_ptr<int64_t>()));
+  DCX_CHECK(told.type == cudaMemoryTypeHost && told.devicePointer != nullptr, "take_codes",
+            ": wrong must lie in pinned memory");
+  return static_cast<int64_t*>(told.devicePointer);
+}
+
 namespace {
 
 // `values` holds what the parameters point to.
@@ -24,16 +47,7 @@ CodesTaken codes_taken(const at::Tensor& to, const at::Tensor& codes, int64_t en
             op, ": what codes ", shape_text(codes), " are copied to must be int64, contiguous, on ", codes.device(),
             " and of as many frames or more, got ", to.scalar_type(), " ", shape_text(to), " on ", to.device());
   values = codes.to(at::kLong);
-  CodesTaken part{};
-  part.from = values.const_data_ptr<int64_t>();
-  part.to = to.mutable_data_ptr<int64_t>();
-  part.stride_b = values.stride(0);
-  part.stride_q = values.stride(1);
-  part.stride_f = values.stride(2);
-  part.stages = codes.size(1);
-  part.entries = entries;
-  part.to_frames = to.size(2);
-  return part;
+  return codes_part(to, values, entries);
 }
 
 void take_codes_cuda(at::Tensor& to,           // [B, q, W] i64, W >= F
@@ -53,10 +67,7 @@ void take_codes_cuda(at::Tensor& to,           // [B, q, W] i64, W >= F
   if (more_codes.has_value()) p.parts[1] = codes_taken(*more_to, *more_codes, more_entries, codes, more_values);
   p.batch = codes.size(0);
   p.frames = codes.size(2);
-  cudaPointerAttributes told{};
-  C10_CUDA_CHECK(cudaPointerGetAttributes(&told, wrong.mutable_data_ptr<int64_t>()));
-  DCX_CHECK(told.type == cudaMemoryTypeHost && told.devicePointer != nullptr, op, ": wrong must lie in pinned memory");
-  p.wrong = static_cast<int64_t*>(told.devicePointer);
+  p.wrong = pinned_on_device(wrong);
   launch_take_codes_cuda(cuda_context(), p);
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._code_look import CodeInput, CodeLook
+from ._code_look import Again, CodeInput, CodeLook, again_of
 from ._stream_cpu import DecoderState
 from ._stream_passes import EncoderState
 from ._stream_plan import Layer
@@ -34,6 +34,7 @@ class _Recording:
     replay: Callable[[], Any]
     outputs: tuple[Tensor, ...]  # of the last replay
     slots: tuple[int, ...] = ()  # that inputs["active"] names
+    recorded: bool = False  # replays fill the same outputs
 
 
 class Recorded:
@@ -127,7 +128,7 @@ class Recorded:
         before = self._state.clone()  # a recording begins with a run
         replay, outputs, _ = self._recorder.record(lambda: run(inputs))
         self._state.copy_(before)
-        return _Recording(inputs, replay, outputs)
+        return _Recording(inputs, replay, outputs, recorded=True)
 
 
 class GraphDecoder(DecoderState):
@@ -156,6 +157,7 @@ class GraphDecoder(DecoderState):
         }
         self._look: CodeLook | None = None
         self._looked_at: tuple[_Recording, dict[str, Tensor]] | None = None  # by the last pass
+        self._again: dict[Any, tuple[_Recording, Again]] = {}  # of all slots, by the shapes of their codes
 
     def bytes(self) -> int:
         return super().bytes() + self._recorded.bytes()
@@ -186,7 +188,39 @@ class GraphDecoder(DecoderState):
                 spans = torch.tensor(self.spans(frames, starts, lengths))
                 recorded.fill(made.inputs["bounds"], spans, slots, 1)
             made.replay()
+            if made.recorded and not bounded and semantic is not None and len(slots) == recorded.batch:
+                self._keep(made, semantic, acoustic)
             return recorded.of(made.outputs[0], slots)
+
+    def run_again(self, semantic: Tensor, acoustic: Tensor | None, out: Tensor | None) -> Tensor | None:
+        """As `run` and `check` for all slots, past their first frames, and codes as they were given: those of a shape
+        and type that have a recording start it before anything else is looked at.
+
+        Args:
+            semantic, acoustic: as they were given.
+            out: as it was given: what the audio is written to, or None.
+
+        Returns:
+            The audio, a tensor of its own or `out`; None where there is no such recording, or a code is out of range,
+            and then no state has changed.
+        """
+        made, again = self._again.get((semantic.shape, None if acoustic is None else acoustic.shape), (None, None))
+        if made is None or again is None or len(made.slots) < self._recorded.batch or self._look is None:
+            return None
+        if out is not None and not (
+            isinstance(out, Tensor) and (out.shape, out.dtype) == (made.outputs[0].shape, made.outputs[0].dtype)
+        ):
+            return None
+        audio = again.start(self._look, semantic, acoustic, out)
+        return audio if audio is not None and self._look.fine() else None
+
+    def _keep(self, made: _Recording, semantic: Tensor, acoustic: Tensor | None) -> None:
+        shape = semantic.shape, None if acoustic is None else acoustic.shape
+        if shape in self._again:
+            return
+        names = ["semantic"] if acoustic is None else ["semantic", "acoustic"]
+        inputs = [CodeInput(made.inputs[name], self._quantizers[name].codebooks.shape[1]) for name in names]
+        self._again[shape] = made, again_of(made.replay, inputs, made.outputs[0])
 
     def _bring(self, made: _Recording, given: dict[str, Tensor], slots: tuple[int, ...]) -> None:
         """Bring codes to where the pass reads them; `check` looks at those of all slots, others are in range."""

@@ -20,9 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._code_look import CodeInput, CodeLook
+from ._code_look import Again, CodeInput, CodeLook, again_of
 from .engine import Engine
 from .errors import DualCodecError
+from .ops import _common
+from .ops._choice import ENGINE
 
 MAX_FRAMES = 2048  # of a bucket; a longer call is bound by its work, not by its launches
 _IN_A_ROW = 3  # calls of one length, behind which it has a recording of its own
@@ -90,7 +92,30 @@ class _Recording:
     codes: tuple[CodeInput, ...] = ()  # of a decode, among the inputs
     rows_of: Tensor | None = None  # of a decode `Engine.decode_lengths` of every length, on the CPU: slow to work out
     lengths: tuple[Any, ...] | None = None  # what inputs["lengths"] holds now
-    free: Any = None  # the event behind the last use, on CUDA
+    free: Any = None  # the event behind the last use, on CUDA, of a recording that `again` does not start
+    key: Any = None  # that it is found by
+    again: Again | None = None  # of a decode without lengths: starts it for codes of its own shape
+
+    @property
+    def shape(self) -> tuple[torch.Size, torch.Size | None]:
+        """Of the codes that `again` takes, semantic and acoustic."""
+        return self.codes[0].to.shape, self.codes[1].to.shape if len(self.codes) > 1 else None
+
+    def wait(self) -> None:
+        """Make the current stream wait for the last use, which may have been on another one."""
+        if self.again is not None:
+            self.again.wait()
+        elif self.free is not None:
+            self.free.wait()
+
+    def release(self, on_cuda: bool) -> None:
+        """End a use on the current stream."""
+        if self.again is not None:
+            self.again.release()
+        elif on_cuda:
+            if self.free is None:
+                self.free = torch.cuda.Event()
+            self.free.record()
 
 
 @dataclass
@@ -115,6 +140,7 @@ class Graphs:
         self._too_large: set[Any] = set()
         self._rows: dict[str, tuple[Any, int]] = {}  # the last decode's and encode's own key, and how often in a row
         self._looks: list[CodeLook] = []  # that no call uses
+        self._again: dict[Any, _Recording] = {}  # those that can be started again, by their codes' shapes
         self._lock = threading.Lock()
 
     def held_bytes(self) -> int:
@@ -125,6 +151,10 @@ class Graphs:
     def records(self) -> bool:
         """Whether calls are recorded at all."""
         return self.recorder is not None and self.cap_bytes > 0
+
+    def chosen(self) -> bool:
+        """Whether the engine, and not the reference, is to run now."""
+        return _common.choose_backend(self.engine.device, self.engine.dtype, ENGINE) != "reference"
 
     def decode(self, semantic_codes: Tensor, acoustic_codes: Tensor | None, frame_lengths: Tensor | None) -> Tensor:
         """As `Engine.decode`, with the codes' own lengths [B] on the CPU or None."""
@@ -150,6 +180,35 @@ class Graphs:
         """
         return self._decode(semantic_codes, acoustic_codes, frame_lengths, holds)
 
+    def decode_again(self, semantic: Tensor, acoustic: Tensor | None, holds: Callable[[], bool]) -> Tensor | None:
+        """As `replay_decode` for codes, none of them shorter, of a shape and type that have a recording of their own:
+        there is next to nothing to find out before the GPU begins.
+
+        Args:
+            semantic, acoustic: as they were given; other codes are left to `replay_decode`.
+            holds: as for `replay_decode`.
+
+        Returns:
+            The audio; None also where there is no such recording.
+        """
+        if not isinstance(semantic, Tensor) or not isinstance(acoustic, Tensor | None):
+            return None
+        shape = semantic.shape, None if acoustic is None else acoustic.shape
+        if shape not in self._again or _common.asked_backend() == "reference":
+            return None
+        with self._lock:
+            recording = self._again.get(shape)
+            if recording is None or recording.again is None:
+                return None
+            look = self._looks.pop() if self._looks else CodeLook(self.engine.device)
+            audio = recording.again.start(look, semantic, acoustic, None)
+            if audio is not None:
+                self._rows.pop("decode", None)
+                self._recordings.move_to_end(recording.key)
+        answer = audio is not None and self.chosen() and holds() and look.fine()
+        self._looks.append(look)
+        return audio if answer else None
+
     def _decode(
         self, semantic: Tensor, acoustic: Tensor | None, frame_lengths: Tensor | None, holds: Callable[[], bool] | None
     ) -> Tensor | None:
@@ -170,7 +229,7 @@ class Graphs:
                 self._fill_lengths(recording, (tuple(own),), lambda n: rows_of[:, n])
             recording.replay()
             audio = _own(recording.outputs[0], self.engine.decoded_samples(frames))
-            self._release(recording)
+            recording.release(self.engine.device.type == "cuda")
         held = holds is None or holds()
         fine = look.fine()
         self._looks.append(look)
@@ -208,7 +267,7 @@ class Graphs:
                     self._fill_lengths(recording, lengths, self.engine.encode_lengths)
                 recording.replay()
                 codes = [_own(c, frames) for c in recording.outputs]
-                self._release(recording)
+                recording.release(self.engine.device.type == "cuda")
                 return codes[0], codes[1] if len(codes) > 1 else None
         return self.engine.encode_clips(audio, semantic_repr, num_quantizers, frame_lengths, sample_lengths)
 
@@ -261,20 +320,23 @@ class Graphs:
                 self._too_large |= {shared, own} if bucket_frames(wide) == wide else {own}
                 return None
             if self.held_bytes() + recording.bytes > self.cap_bytes and own in self._recordings:
-                self._synchronize()
-                del self._recordings[own]  # the bucket's serves its calls too
+                self._drop(own)  # the bucket's serves its calls too
             while self._recordings and self.held_bytes() + recording.bytes > self.cap_bytes:
-                self._synchronize()  # its memory may not go to others while a replay still runs
-                self._recordings.popitem(last=False)
+                self._drop(next(iter(self._recordings)))
+            recording.key = key
             self._recordings[key] = recording
+            if recording.again is not None:
+                self._again[recording.shape] = recording
         found = self._recordings[key]
-        if found.free is not None:
-            found.free.wait()  # on the current stream: the last use may have been on another one
+        found.wait()
         return found
 
-    def _synchronize(self) -> None:
+    def _drop(self, key: Any) -> None:
         if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
+            torch.cuda.synchronize(self.engine.device)  # its memory may not go to others while a replay still runs
+        dropped = self._recordings.pop(key)
+        if dropped.again is not None:
+            del self._again[dropped.shape]
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Make the engine's device the current one, whose streams and graphs are used."""
@@ -282,12 +344,6 @@ class Graphs:
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return contextlib.nullcontext()
         return torch.cuda.device(device)
-
-    def _release(self, recording: _Recording) -> None:
-        if self.engine.device.type == "cuda":
-            if recording.free is None:
-                recording.free = torch.cuda.Event()
-            recording.free.record()
 
     def _fill(self, recording: _Recording, name: str, value: Tensor) -> None:
         to = recording.inputs[name]
@@ -325,6 +381,8 @@ class Graphs:
 
         made = self._record(inputs, run)
         made.codes, made.rows_of = tuple(codes), rows_of
+        if whole and made.outputs[0].shape[-1] == engine.decoded_samples(frames):
+            made.again = again_of(made.replay, codes, made.outputs[0])
         return made
 
     def _record_encode(

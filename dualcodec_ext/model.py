@@ -279,6 +279,18 @@ class DualCodec(reference.DualCodec):
         self._check_parameters()
         return super().forward(*args, **kwargs)
 
+    def decode_from_codes(
+        self,
+        semantic_codes: Tensor,
+        acoustic_codes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        chunk_frames: int | None = None,
+    ) -> Tensor:
+        audio = self._again(semantic_codes, acoustic_codes) if lengths is None and chunk_frames is None else None
+        if audio is not None:
+            return audio
+        return super().decode_from_codes(semantic_codes, acoustic_codes, lengths, chunk_frames)
+
     # What the reference's public methods call once their arguments are checked ----------------------------------------
 
     def _encode(
@@ -315,12 +327,29 @@ class DualCodec(reference.DualCodec):
         if state is None or not state[1].records:
             return None
         graphs = state[1]
-        if _common.choose_backend(graphs.engine.device, graphs.engine.dtype, ENGINE) == "reference":
+        if not graphs.chosen():
             return None
-        audio: Tensor | None = graphs.replay_decode(
-            semantic, acoustic, own, lambda: self._released or self._is_current(state)
-        )
+        audio: Tensor | None = graphs.replay_decode(semantic, acoustic, own, lambda: self._holds(state))
         return audio
+
+    def _again(self, semantic: Tensor, acoustic: Tensor | None) -> Tensor | None:
+        """Decode codes as they were given, of a shape that has been decoded; None where there is more to find out."""
+        state, held = self._engine_state, True
+        if state is None:
+            return None
+
+        def holds() -> bool:
+            nonlocal held
+            held = self._holds(state)
+            return held
+
+        audio: Tensor | None = state[1].decode_again(semantic, acoustic, holds)
+        if not held and self._engine_state is state:
+            self._engine_state = None  # its weights are old: it need not be replayed once more
+        return audio
+
+    def _holds(self, state: tuple[Any, Any]) -> bool:
+        return self._released or self._is_current(state)
 
     # Long clips -------------------------------------------------------------------------------------------------------
 

@@ -131,7 +131,6 @@ class StreamingDecoder(Slots):
 
     # Streams --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(
         self,
         semantic_codes: Tensor,
@@ -156,6 +155,33 @@ class StreamingDecoder(Slots):
             ValueError: a wrong shape, or a code out of range; no slot has then changed.
             DualCodecError: a wrong mask or out.
         """
+        if mask is None:
+            audio = self._step_again(semantic_codes, acoustic_codes, out)
+            if audio is not None:
+                return audio
+        return self._step(semantic_codes, acoustic_codes, mask, out)
+
+    def _step_again(self, semantic: Tensor, acoustic: Tensor | None, out: Tensor | None) -> Tensor | None:
+        """A step of all slots that has been before, on a GPU, before its arguments are checked; None: none of those."""
+        if not isinstance(self._run, GraphDecoder) or not isinstance(semantic, Tensor):
+            return None
+        if not isinstance(acoustic, Tensor | None) or min(self._frames) * self._hop < self._delay:
+            return None
+        audio = self._run.run_again(semantic, acoustic, out)
+        if audio is not None:
+            frames = semantic.shape[2]
+            self._frames = [count + frames for count in self._frames]
+            self.sample_counts = [frames * self._hop] * self.batch_size
+        return audio
+
+    @torch.no_grad()
+    def _step(
+        self,
+        semantic_codes: Tensor,
+        acoustic_codes: Tensor | None,
+        mask: Tensor | Sequence[bool] | None,
+        out: Tensor | None,
+    ) -> Tensor:
         semantic_codes, acoustic_codes = self._check_codes(semantic_codes, acoustic_codes)
         slots, frames = self._taking_part(mask), semantic_codes.shape[2]
         audio = self._result(out, frames * self._hop)

@@ -187,8 +187,12 @@ def test_a_step_starts_two_things_beside_its_replay(monkeypatch: pytest.MonkeyPa
     for at in range(10):
         counted.names.clear()
         with counted:
-            decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1])
-    # The codes, in, by one kernel; the audio, out; and the wait for that kernel, on the host.
+            decoder.step(semantic[..., at : at + 1], acoustic[..., at : at + 1], None if at < 9 else [True, True])
+        if at == 8:
+            # The codes, in, by one kernel; the audio, out; and the wait for that kernel, on the host. Without a CUDA
+            # graph they are looked at before the replay, too.
+            assert counted.names == ["take", "fine", "clone", "fine"]
+    # Elsewhere than the last step, with a mask: as at the first time.
     assert counted.names == ["take", "copy_", "fine"]
 
 
