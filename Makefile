@@ -97,7 +97,7 @@ bench-cpu: $(VENV)/.built $(VENV)/.bench
 	$(BIN)/python -m bench.readme
 
 # On a machine with a GPU, torch, nvcc, ninja and pytest; nothing is installed. Within nine minutes, or part by part:
-# make gpu-check PART=test,bench RESULTS=/tmp/results
+# make gpu-check PART=test,bench RESULTS=/tmp/results; PART=tuned: peers that torch.compile tunes for minutes
 PART ?= build,test,sanitize,bench
 RESULTS ?= bench/results
 LOGS ?= build/gpu-check
