@@ -31,9 +31,10 @@ REGISTERS = (
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 128", 184),
     (r"ConvGemm<dcx::HalfTile<dcx::b?f16, 128, 96", 160),
     (r"FusedUnit<dcx::b?f16, 192, 128", 184),
-    (r"ConvWgmma<dcx::b?f16, 2, 192, 6", 240),  # one block of 256 threads
+    (r"ConvWgmma<dcx::b?f16, 2, 192, 6", 248),  # one block of 256 threads
     (r"ConvWgmma<dcx::b?f16, 2, 128, 6", 232),
     (r"ConvWgmma<dcx::b?f16, 2, (96|128, 3),", 128),  # two blocks of 256 threads
+    (r"ConvWgmma<dcx::b?f16, 1, 64, 8, true, 2, 1>", 128),
     (r"ConvResident<dcx::b?f16, (192|384),", 208),  # one block of 256 threads
     (r"TapColumnsConv<dcx::b?f16, 6>", 240),  # two blocks of 128 threads
     (r"ConvFew<dcx::b?f16, 1>", 80),  # three blocks of 256 threads, so that the next kernels' come up beside

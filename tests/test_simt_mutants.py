@@ -80,9 +80,9 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "one output, out of bounds, shared memory: no place for the last tap": Mutant(
             TAPS, "int64_t{kTaps} * pitch(p)", "int64_t{kTaps - 1} * pitch(p)"
         ),
-        "warpgroups, missing barrier": Mutant(WGMMA, "      fence_async();\n      sync_threads();\n", ""),
+        "warpgroups, missing barrier": Mutant(WGMMA, "        fence_async();\n        sync_threads();\n", ""),
         "warpgroups, missing cp.async wait": Mutant(WGMMA, "cp_async_wait<kAhead - 1>();", "cp_async_wait<8>();"),
-        "warpgroups, products are not waited for": Mutant(WGMMA, "        wgmma_wait<1>();\n", ""),
+        "warpgroups, products are not waited for": Mutant(WGMMA, "            wgmma_wait<1>();\n", ""),
         "warpgroups, wrong tap": Mutant(WGMMA, "now.tap * tap_bytes", "now.tap * kPanelRowBytes"),
         "warpgroups, dropped tail: the channels past whole chunks": Mutant(
             WGMMA,
@@ -94,6 +94,25 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         ),
         "warpgroups, out of bounds, shared memory: one stage of weights too few": Mutant(
             WGMMA, "tiles = p.stages * int64_t{kStageBytes}", "tiles = (p.stages - 1) * int64_t{kStageBytes}"
+        ),
+        "warpgroups, rows stay where they are from chunk to chunk": Mutant(WGMMA, "    own.from += kChunk;\n", ""),
+        "warpgroups, out of bounds, global memory: rows past the last channel": Mutant(
+            WGMMA, "there && static_cast<unsigned>(t)", "static_cast<unsigned>(t)"
+        ),
+        "a cluster, missing barrier: sums are added up early": Mutant(
+            WGMMA, "        cluster_sync();\n        const int first", "        const int first"
+        ),
+        "a cluster, missing barrier: a block ends while others read its sums": Mutant(
+            WGMMA, "        cluster_sync();  // until then", "        // until then"
+        ),
+        "a cluster, missing barrier: rows are finished early": Mutant(
+            WGMMA, "        sync_threads();\n        Finish::run(p, at, mine", "        Finish::run(p, at, mine"
+        ),
+        "a cluster, the last range is left out": Mutant(
+            FINISH, "if (range < ranges) parts[range]", "if (range == 0 || range < ranges - 1) parts[range]"
+        ),
+        "a cluster, dropped tail: the last rows": Mutant(
+            WGMMA, "end = kTileRows * (range + 1) / p.ranges", "end = first + kTileRows / p.ranges / 2"
         ),
         "few rows, missing barrier: multiplied before all are there": Mutant(
             FEW, "wait_pending(issued - turn - 1);\n      sync_threads();\n", "wait_pending(issued - turn - 1);\n"
@@ -236,6 +255,8 @@ CASES: dict[str, list[SimtCase]] = {
         conv_case(160, 24, steps=3, batch=2, padding=(6, 0), multiprocessors=1000, wgmma=0),
         conv_case(72, 40, steps=70, dilation=3, residual=True, wgmma=1),
         conv_case(160, 24, steps=3, batch=40, padding=(6, 0), multiprocessors=3, wgmma=1),
+        conv_case(328, 72, steps=70, multiprocessors=1000, wgmma=1, shared_bytes=227 << 10),
+        conv_case(160, 136, steps=3, batch=40, padding=(6, 0), multiprocessors=30, wgmma=1, shared_bytes=227 << 10),
         conv_case(72, 24, steps=5, batch=2, dilation=3, residual=True, wgmma=1),
         conv_case(480, 19, steps=5, wgmma=1),
         conv_case(64, 16, taps=1, steps=40, residual=True, wgmma=1),

@@ -48,7 +48,7 @@ HALF: dict[str, tuple[str, dict[str, Any]]] = {
         {"channels": 96, "columns": 64, "steps": 3, "batch": 5, "lengths": [3, 0, 1, 2, 3]},
     ),
 }
-# The tiles of warpgroup products: rows / 64, columns, stages, ranges.
+# The tiles of warpgroup products: rows / 64, columns, stages, ranges, blocks, warpgroups that copy and finish alone.
 WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
     "Flat": ("2, 128, 3, false", {"channels": 96, "columns": 128, "taps": 3, "steps": 150}),
     "Flat, a tail of columns": (
@@ -73,18 +73,43 @@ WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
         "2, 48, 5, false",
         {"channels": 40, "columns": 19, "steps": 135, "dilation": 9, "bias": False},
     ),
-    "Small": ("1, 64, 8, true", {"channels": 96, "columns": 192, "steps": 70, "residual": True, "multiprocessors": 9}),
-    "Small, spread": ("1, 64, 8, true", {"channels": 192, "columns": 72, "steps": 70, "multiprocessors": 7}),
-    "Small, a frame": (
-        "1, 64, 8, true",
+    "Small, spread": ("1, 64, 8, true, 3", {"channels": 320, "columns": 72, "steps": 70, "multiprocessors": 7}),
+    "Helped": (
+        "1, 64, 8, true, 2, 1",
+        {"channels": 96, "columns": 192, "steps": 70, "residual": True, "multiprocessors": 9},
+    ),
+    "Helped, spread": ("1, 64, 8, true, 2, 1", {"channels": 192, "columns": 72, "steps": 70, "multiprocessors": 7}),
+    "Helped, spread in three": (
+        "1, 64, 8, true, 2, 1",
+        {"channels": 192, "columns": 72, "taps": 11, "steps": 90, "multiprocessors": 7, "residual": True},
+    ),
+    "Helped, a frame": (
+        "1, 64, 8, true, 2, 1",
         {"channels": 384, "columns": 40, "steps": 1, "first": True, "multiprocessors": 1000},
     ),
+    "Helped, several clips": (
+        "1, 64, 8, true, 2, 1",
+        {"channels": 96, "columns": 96, "steps": 3, "batch": 25, "lengths": [3, 0, 1, 2, 3] * 5, "multiprocessors": 5},
+    ),
     "Frame": (
-        "1, 32, 12, false",
+        "1, 32, 12, false, 1, 1",
         {"channels": 768, "columns": 72, "taps": 1, "steps": 3, "first": True, "multiprocessors": 132},
     ),
+    "Frame, GELU, a residual, two tiles of rows": (
+        "1, 32, 12, false, 1, 1",
+        {
+            "channels": 616,
+            "columns": 40,
+            "taps": 1,
+            "steps": 70,
+            "alpha": False,
+            "activation": "gelu",
+            "residual": True,
+            "multiprocessors": 132,
+        },
+    ),
     "Frame, several clips": (
-        "1, 32, 12, false",
+        "1, 32, 12, false, 1, 1",
         {
             "channels": 72,
             "columns": 40,
@@ -94,10 +119,6 @@ WGMMA: dict[str, tuple[str, dict[str, Any]]] = {
             "lengths": [2, 1, 0] * 3,
             "multiprocessors": 132,
         },
-    ),
-    "Small, several clips": (
-        "1, 64, 8, true",
-        {"channels": 96, "columns": 96, "steps": 3, "batch": 25, "lengths": [3, 0, 1, 2, 3] * 5, "multiprocessors": 5},
     ),
 }
 # Tiles of 8 rows that a warp multiplies.

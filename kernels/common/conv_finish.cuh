@@ -109,6 +109,29 @@ DCX_DEVICE bool gather_ranges(const ConvGemmParams& p, float (&total)[kSums], ui
   return true;
 }
 
+// Adds up rows of sums, in the order of the ranges, each of which a block of the cluster has at the same place as this
+// one has at `sums`; rows lie kLd floats apart.
+template <int kThreads, int kColumns, int kLd, int kMostRanges>
+DCX_DEVICE void add_ranges(const float* sums, float* to, int rows, int ranges) {
+  constexpr int kPerRow = kColumns / 4;
+  DCX_NO_UNROLL
+  for (int i = thread_index(); i < rows * kPerRow; i += kThreads) {
+    const int at = i / kPerRow * kLd + i % kPerRow * 4;
+    Vector16<float> parts[kMostRanges];
+    DCX_UNROLL
+    for (int range = 0; range < kMostRanges; ++range)
+      if (range < ranges) parts[range] = load_from_block(sums + at, range);
+    Vector16<float> total{};
+    DCX_UNROLL
+    for (int range = 0; range < kMostRanges; ++range) {
+      if (range >= ranges) continue;
+      DCX_UNROLL
+      for (int v = 0; v < 4; ++v) total.values[v] += parts[range].values[v];
+    }
+    *reinterpret_cast<Vector16<float>*>(to + at) = total;
+  }
+}
+
 // Where the value of y at `to` goes once it has been through after_alpha's Snake.
 template <class T>
 DCX_DEVICE T* snaked_of(const ConvGemmParams& p, T* to) {
@@ -209,7 +232,8 @@ struct ConvColumns {
 };
 
 // Bias, activation, Snake, residual, rounding, and the store, 16 bytes of a row at a time; sums lie kLd floats apart.
-// A thread keeps its columns from row to row; threads past the last whole row of vectors rest.
+// A thread keeps its columns from row to row; threads past the last whole row of vectors rest. Of the tile's rows those
+// from `first` to `end` are finished; the sums begin with the first of them.
 template <class T, int kRows, int kColumns, int kThreads, int kLd>
 struct ConvFinish {
   static constexpr int kVector = Vector16<T>::kCount, kPerRow = kColumns / kVector, kRowsAtOnce = kThreads / kPerRow;
@@ -227,17 +251,17 @@ struct ConvFinish {
     int row, there, counting, begin, end;
   };
 
-  static DCX_DEVICE void run(const ConvGemmParams& p, const ConvPlace& at, const float* sums) {
+  static DCX_DEVICE void run(const ConvGemmParams& p, const ConvPlace& at, const float* sums, int first, int end) {
     const int offset = thread_index() % kPerRow * kVector, wide = static_cast<int>(at.column) + offset;
     if (thread_index() >= kRowsAtOnce * kPerRow || wide >= at.columns) return;
     const int columns = static_cast<int>(p.step_columns), beside = wide / columns, column = wide - beside * columns;
     const ConvColumns<T> own(p, column);
     const bool adds = p.residual.data != nullptr, activates = p.activation != Activation::kNone;
     if (p.tile_items > 1 || (adds && activates)) {
-      row_by_row(p, at, own, column, at.phase + beside, sums + offset);
+      row_by_row(p, at, own, column, at.phase + beside, sums + offset, first, end);
       return;
     }
-    Rows rows = rows_of(p, at, column, at.phase + beside, sums + offset);
+    Rows rows = rows_of(p, at, column, at.phase + beside, sums + offset, first, end);
     if (activates)
       walk<1, true, false>(p, own, rows);
     else if (adds)
@@ -248,13 +272,13 @@ struct ConvFinish {
 
   // Rows of several clips, or what is rare.
   static DCX_DEVICE void row_by_row(const ConvGemmParams& p, const ConvPlace& at, const ConvColumns<T>& own, int column,
-                                    int64_t phase, const float* sums) {
+                                    int64_t phase, const float* sums, int first, int end) {
     const int stride = p.phases.stride > 0 ? static_cast<int>(p.phases.stride) : 1;
     const int tile_rows = static_cast<int>(p.tile_rows);
     const T* residual = static_cast<const T*>(p.residual.data);
     T* y = static_cast<T*>(const_cast<void*>(p.y.data)) + column * p.y.stride_c;
     DCX_NO_UNROLL
-    for (int row = thread_index() / kPerRow; row < kRows; row += kRowsAtOnce) {
+    for (int row = first + thread_index() / kPerRow; row < end; row += kRowsAtOnce) {
       const int item = row / tile_rows;
       const int64_t b = at.clip + item, q = at.row + row - item * tile_rows, t = q * stride + phase;
       if (item >= p.tile_items || b >= p.batch || q >= p.rows || t >= p.out_steps) continue;
@@ -268,24 +292,25 @@ struct ConvFinish {
             p, residual + b * p.residual.stride_b + source * p.residual.stride_t + column * p.residual.stride_c);
       T* to = y + b * p.y.stride_b + t * p.y.stride_t;
       if (p.activation != Activation::kNone)
-        own.template finish<true>(p, sums + row * kLd, counts, adds, more, to);
+        own.template finish<true>(p, sums + (row - first) * kLd, counts, adds, more, to);
       else
-        own.template finish<false>(p, sums + row * kLd, counts, adds, more, to);
+        own.template finish<false>(p, sums + (row - first) * kLd, counts, adds, more, to);
     }
   }
 
   static DCX_DEVICE Rows rows_of(const ConvGemmParams& p, const ConvPlace& at, int column, int64_t phase,
-                                 const float* sums) {
+                                 const float* sums, int first, int end) {
     const int stride = p.phases.stride > 0 ? static_cast<int>(p.phases.stride) : 1;
     const int64_t t = at.row * stride + phase;  // of the tile's first row
-    // Rows whose step, `first` in the tile's first row, lies below limit.
-    const auto below = [&](int64_t limit, int64_t first) {
-      const int64_t steps = minimum(maximum(int64_t{0}, limit - first), int64_t{kRows} * stride);
+    // Rows whose step, `begin` in the tile's first row, lies below limit.
+    const auto below = [&](int64_t limit, int64_t begin) {
+      const int64_t steps = minimum(maximum(int64_t{0}, limit - begin), int64_t{kRows} * stride);
       return (static_cast<int>(steps) + stride - 1) / stride;
     };
     Rows rows;
-    rows.row = thread_index() / kPerRow;
+    rows.row = first + thread_index() / kPerRow;
     rows.there = minimum(below(p.out_steps, t), static_cast<int>(minimum(p.tile_rows, p.rows - at.row)));
+    rows.there = minimum(rows.there, end);
     rows.counting = minimum(rows.there, below(conv_out_valid(p, at.clip), t));
     rows.begin = 0;
     rows.end = rows.counting;
@@ -295,7 +320,7 @@ struct ConvFinish {
       rows.end = minimum(rows.end, below(conv_in_valid(p, at.clip), source));
     }
     const int64_t down = int64_t{rows.row} * stride, step = int64_t{kRowsAtOnce} * stride;
-    rows.sums = sums + rows.row * kLd;
+    rows.sums = sums + (rows.row - first) * kLd;
     rows.y = static_cast<T*>(const_cast<void*>(p.y.data)) + at.clip * p.y.stride_b + (t + down) * p.y.stride_t +
              column * p.y.stride_c;
     rows.y_step = step * p.y.stride_t;

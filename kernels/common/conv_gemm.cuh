@@ -185,7 +185,7 @@ struct ConvGemm {
     }
     Tile::store(total, shared_sums);
     sync_threads();
-    ConvFinish<T, kRows, kColumns, kThreads, kSumLd>::run(p, at, shared_sums);
+    ConvFinish<T, kRows, kColumns, kThreads, kSumLd>::run(p, at, shared_sums, 0, kRows);
   }
 };
 

@@ -33,7 +33,8 @@ struct WgmmaKernels {
   using Slim = ConvWgmma<T, 2, 48, 5, false, 2>;
   using Half = ConvWgmma<T, 2, 64, 5, false, 2>;
   using Small = ConvWgmma<T, 1, 64, 8, true, 3>;
-  using Frame = ConvWgmma<T, 1, 32, 12, false, 1>;  // nearly all weights come before the kernel in front ends
+  using Helped = ConvWgmma<T, 1, 64, 8, true, 2, 1>;   // where blocks are few, with more threads to copy and finish
+  using Frame = ConvWgmma<T, 1, 32, 12, false, 1, 1>;  // nearly all weights come before the kernel in front ends
 };
 // In front of those where an upsampling has many rows; by its channels.
 template <class T>
@@ -154,7 +155,7 @@ template <class K>
 void start_behind_rows(ConvGemmPlan& plan) {
   plan.start = [](const CudaContext& where, const ConvGemmPlan& made) {
     if (made.prepared_bytes > 0) launch<ConvRows<typename K::Element>>(where, made.prepared, made.prepared_grid, 0);
-    launch<K>(where, made.params, made.grid, made.smem_bytes);
+    launch<K>(where, made.params, made.grid, made.smem_bytes, made.params.spread);
   };
 }
 
@@ -167,14 +168,15 @@ bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   p.column_tiles = run_tiles(p, K::kTileColumns);
   const auto [fewest, most] = tap_range(p);
   const int64_t reach = (most - 1) * p.dilation, chunks = ceil_div(p.channels_padded, int64_t{K::kChunk});
-  p.per_tap = p.tile_items > 1 || p.row_scale > 1 || most == 1 || reach > K::kTileRows;
+  p.per_tap = p.tile_items > 1 || p.row_scale > 1 || reach > K::kTileRows;
   p.segment = K::kTileRows + (p.per_tap ? 0 : reach);
   p.stages = static_cast<int>(minimum(int64_t{K::kAhead + 2}, chunks * most));
   p.row_buffers = static_cast<int>(
       minimum(ceil_div(int64_t{K::kAhead + 1}, p.per_tap ? 1 : fewest) + 1, p.per_tap ? chunks * most : chunks));
+  spread_ranges<K>(context, plan, 1);
+  plan.partial_floats = 0;  // a cluster's blocks keep their sums
   plan.smem_bytes = K::smem_bytes(p);
   if (plan.smem_bytes > context.shared_bytes) return false;
-  spread_ranges<K>(context, plan, 1);
   start_behind_rows<K>(plan);
   return true;
 }
@@ -336,6 +338,9 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   // Narrow tiles where all of them are on the device at once.
   const bool at_once = ceil_div(p.batch * p.rows, int64_t{64}) * run_tiles(p, 32) <= context.multiprocessors;
   if (at_once && fit_wgmma<typename Kernels::Frame>(context, plan)) return true;
+  const int64_t tiles = ceil_div(p.batch * p.rows, int64_t{64}) * run_tiles(p, 64);
+  const int64_t blocks = tiles * (tiles < context.multiprocessors ? p.ranges : 1);
+  if (blocks <= 2 * int64_t{context.multiprocessors} && fit_wgmma<typename Kernels::Helped>(context, plan)) return true;
   return fit_wgmma<typename Kernels::Small>(context, plan);
 }
 

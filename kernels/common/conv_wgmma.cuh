@@ -3,7 +3,12 @@
 // one chunk. Rows stand in shared memory as a panel, so that a tap is the panel moved by rows; where rows of several
 // clips share a block, or lie apart, each step brings its own rows (per_tap). Both operands are copied in behind the
 // threads' back, kStages - 2 steps ahead; products of one step run while the next step is prepared. x is read as it
-// lies, 16 bytes at a time, or as conv_rows.cuh has prepared it, snaked.
+// lies, 16 bytes at a time, or as conv_rows.cuh has prepared it, snaked. kHelpers more warpgroups copy and finish,
+// where blocks are so few that one warpgroup's instructions, one after the other, would be what takes time.
+//
+// Ranges of the reduction are added up inside one block, or, where that would leave multiprocessors idle, in blocks of
+// their own, which are a cluster: each leaves its sums in its shared memory, and then adds up and finishes its share of
+// the tile's rows.
 //
 // Buffers: at the barrier of step s every product up to step s - 2 is done, so that the copies for step s + kStages - 2
 // may take the place of step s - 2; the rows' ring is longer than the chunks that those steps touch.
@@ -15,11 +20,11 @@
 
 namespace dcx {
 
-template <class T, int kGroups, int kColumns, int kStages, bool kRanged, int kBlocks>
+template <class T, int kGroups, int kColumns, int kStages, bool kRanged, int kBlocks, int kHelpers = 0>
 struct ConvWgmma {
   using Params = ConvGemmParams;
   using Element = T;
-  static constexpr int kThreads = 128 * kGroups, kMinBlocks = kBlocks;
+  static constexpr int kThreads = 128 * (kGroups + kHelpers), kMinBlocks = kBlocks;
   static constexpr bool kNeedsSm80 = true, kNeedsSm90a = true, kWaitsItself = true, kHasRanges = kRanged;
   static constexpr int kTileRows = 64 * kGroups, kTileColumns = kColumns;
   static constexpr int kChunk = kPanelColumns, kAhead = kStages - 2;
@@ -29,12 +34,16 @@ struct ConvWgmma {
   static constexpr int kRowsAtOnce = kThreads / kCells, kOwnRows = kTileRows / kRowsAtOnce;
   static constexpr int kSums = kColumns / 2, kSumLd = kColumns + 8;
   static_assert(kRowsAtOnce % 8 == 0 && kAhead > 0, "a thread's cells keep their place in a row");
+  static_assert(kTileRows % kRowsAtOnce == 0, "threads have equally many rows of a tile");
+  static constexpr int kMostRanges = 8;  // blocks of a cluster
 
   static int64_t row_bytes(const Params& p) { return round_up(p.segment, 8) * kPanelRowBytes; }
   static int64_t smem_bytes(const Params& p) {
     const int64_t tiles = p.stages * int64_t{kStageBytes} + p.row_buffers * row_bytes(p);
     const int64_t own = p.per_tap ? kTileRows * static_cast<int64_t>(sizeof(OwnRow)) : 0;
-    return maximum(tiles + own, int64_t{kTileRows} * kSumLd * 4 + 16);
+    // All of a tile's sums, and those rows that a block of a cluster adds up.
+    const int64_t rows = kTileRows + (p.spread ? ceil_div(kTileRows, int64_t{p.ranges}) : 0);
+    return maximum(tiles + own, rows * kSumLd * 4);
   }
 
   static DCX_DEVICE void* cell_at(unsigned char* panel, int row, int cell) {
@@ -44,7 +53,10 @@ struct ConvWgmma {
   // The 16 bytes of weights that a thread copies in every step, kCopies times, kWeightRows of the chunk's channels
   // apart: where it stands on its walk over the steps. Rows a multiple of 8 apart have their cells in the same place.
   static constexpr int kPerRow = kColumns / kVector;
-  static constexpr int kWeightRows = kThreads / kPerRow >= 32 ? 32 : kThreads / kPerRow >= 16 ? 16 : 8;
+  static constexpr int kWeightRows = kThreads / kPerRow >= 64   ? 64
+                                     : kThreads / kPerRow >= 32 ? 32
+                                     : kThreads / kPerRow >= 16 ? 16
+                                                                : 8;
   static constexpr int kCopies = kChunk / kWeightRows;
   static_assert(kWeightRows * kPerRow <= kThreads && kWeightRows % 8 == 0, "every cell has its thread");
   struct Weights {
@@ -101,24 +113,40 @@ struct ConvWgmma {
     return static_cast<int>(p.op_in_steps > 0 ? p.in_steps : conv_in_valid(p, clip));
   }
 
-  // The rows of a chunk for all its taps.
-  static DCX_DEVICE void load_segment(const Params& p, const ConvPlace& at, int steps, int chunk, unsigned char* to) {
+  // The rows of a chunk for all its taps. A thread goes down a column of 16 bytes, and to the same rows of the next
+  // chunk from chunk to chunk.
+  struct Segment {
+    const T* from;  // the thread's first row
+    int t;
+  };
+  static DCX_DEVICE Segment first_segment(const Params& p, const ConvPlace& at, int chunk) {
     const Channel own = channel_of(p, chunk);
-    const int row_step = static_cast<int>(p.row_step), rows = static_cast<int>(p.segment);
-    int row = thread_index() / kCells;
-    int t = static_cast<int>(at.row + at.first + row) * row_step - static_cast<int>(p.pad_left) + own.later;
+    const int row_step = static_cast<int>(p.row_step), row = thread_index() / kCells;
+    const int t = static_cast<int>(at.row + at.first + row) * row_step - static_cast<int>(p.pad_left) + own.later;
     const T* x = static_cast<const T*>(p.x.data) + at.clip * p.x.stride_b + own.channel;
-    const T* source = x + t * p.x.stride_t;
+    return Segment{x + t * p.x.stride_t, t};
+  }
+  static DCX_DEVICE void load_segment(const Params& p, const ConvPlace& at, int steps, int chunk, Segment& own,
+                                      unsigned char* to) {
+    const int row_step = static_cast<int>(p.row_step);
+    if (p.channels != p.in_channels) own = first_segment(p, at, chunk);  // several time steps side by side
+    const T* source = own.from;
     const int64_t stride = kRowsAtOnce * row_step * p.x.stride_t;
+    const int row = thread_index() / kCells;
     auto* cell = static_cast<unsigned char*>(cell_at(to, row, thread_index() % kCells));
-    DCX_NO_UNROLL
-    for (; row < rows; row += kRowsAtOnce) {
-      const bool valid = own.valid && static_cast<unsigned>(t) < static_cast<unsigned>(steps);
-      cp_async16(cell, source, valid);
+    const bool there = chunk * kChunk + thread_index() % kCells * kVector < static_cast<int>(p.channels);
+    int t = own.t, rows = static_cast<int>(p.segment) - row;
+    const auto load = [&] {
+      cp_async16(cell, source, there && static_cast<unsigned>(t) < static_cast<unsigned>(steps));
       t += kRowsAtOnce * row_step;
       source += stride;
       cell += kRowsAtOnce * kPanelRowBytes;
-    }
+    };
+    DCX_UNROLL
+    for (int i = 0; i < kOwnRows; ++i) load();  // the tile's own rows, without a question
+    DCX_NO_UNROLL
+    for (rows -= kTileRows; rows > 0; rows -= kRowsAtOnce) load();
+    own.from += kChunk;
   }
 
   // A row of a tile that brings its rows anew for every step: the first tap's first channel in x, its time, and the
@@ -186,6 +214,22 @@ struct ConvWgmma {
     }
   }
 
+  // The vectors that the end will want come to L2 now: nothing has read them since the last call.
+  static DCX_DEVICE void call_vectors(const Params& p, const ConvPlace& at) {
+    constexpr int kLine = 128 / static_cast<int>(sizeof(float));
+    const int wide = static_cast<int>(at.column) + thread_index() * kLine;
+    if (thread_index() * kLine >= kColumns || wide >= at.columns) return;
+    const int column = wide % static_cast<int>(p.step_columns);
+    if (p.bias != nullptr) prefetch_l2(p.bias + column);
+    if (p.out_alpha != nullptr) prefetch_l2(p.out_alpha + column);
+    if (p.after_alpha != nullptr) prefetch_l2(p.after_alpha + column);
+  }
+
+  template <bool kMultiplies>
+  struct Role {
+    static constexpr bool multiplies = kMultiplies;
+  };
+
   static DCX_DEVICE void run(const Params& p, unsigned char* smem) {
     const ConvPlace at = run_place<kColumns>(p);
     unsigned char* stages = smem;
@@ -203,6 +247,8 @@ struct ConvWgmma {
     Weights weights = first_weights(p, at, first_chunk, stages);  // of the next step to be copied in
     DCX_NO_UNROLL
     for (int i = 0; i < kAhead && i < count; ++i) load_weights(p, taps, weights);
+    call_vectors(p, at);
+    Segment segment = first_segment(p, at, first_chunk);
     if (p.weights_stand) grid_wait();
     const int steps = input_steps(p, at.clip);
     OwnRow* own = reinterpret_cast<OwnRow*>(rows + p.row_buffers * row_bytes);
@@ -217,10 +263,11 @@ struct ConvWgmma {
       if (per_tap)
         load_own(p, own, ahead.chunk, ahead.tap, to);
       else if (ahead.tap == 0)
-        load_segment(p, at, steps, ahead.chunk, to);
+        load_segment(p, at, steps, ahead.chunk, segment, to);
       ahead.advance(taps, per_tap, p.row_buffers);
       ++issued;
     };
+    DCX_NO_UNROLL
     for (int i = 0; i < kAhead; ++i) {
       if (issued < count) load_rows();
       cp_async_commit();
@@ -229,39 +276,54 @@ struct ConvWgmma {
     float sums[kSums], total[kSums];
     DCX_UNROLL
     for (int i = 0; i < kSums; ++i) sums[i] = total[i] = 0.0f;
-    Step now{first_chunk, 0, 0};
-    int ranges_done = 0, stage = 0;
-    int flush = kRanged && !p.spread ? chunks / p.ranges * taps : count;
-    const int group_rows = shuffle(thread_index() / 128, 0) * (64 * kPanelRowBytes);  // known to be the warp's
     const int tap_bytes = per_tap ? 0 : static_cast<int>(p.dilation) * kPanelRowBytes;
     const Panel first_rows = panel_at(rows, 0), first_stage = panel_at(stages, kPanelBytes);
-    DCX_NO_UNROLL
-    for (int step = 0; step < count; ++step) {
-      cp_async_wait<kAhead - 1>();
-      fence_async();
-      sync_threads();
-      multiply(sums, moved(first_rows, now.rows * row_bytes + group_rows + now.tap * tap_bytes),
-               moved(first_stage, stage * kStageBytes));
-      if (issued < count) {
-        load_weights(p, taps, weights);
-        load_rows();
-      }
-      cp_async_commit();
-      now.advance(taps, per_tap, p.row_buffers);
-      stage = stage + 1 == p.stages ? 0 : stage + 1;
-      if (kRanged && step + 1 == flush) {
-        wgmma_wait<0>();
-        settle(sums);
-        DCX_UNROLL
-        for (int i = 0; i < kSums; ++i) {
-          total[i] += sums[i];
-          sums[i] = 0.0f;
+    const int group_rows = shuffle(thread_index() / 128, 0) * (64 * kPanelRowBytes);  // known to be the warp's
+    const auto walk = [&](auto role) {
+      [[maybe_unused]] Step now{first_chunk, 0, 0};
+      [[maybe_unused]] int ranges_done = 0, stage = 0;
+      [[maybe_unused]] int flush = kRanged && !p.spread ? chunks / p.ranges * taps : count;
+      DCX_NO_UNROLL
+      for (int step = 0; step < count; ++step) {
+        cp_async_wait<kAhead - 1>();
+        fence_async();
+        sync_threads();
+        if constexpr (role.multiplies)
+          multiply(sums, moved(first_rows, now.rows * row_bytes + group_rows + now.tap * tap_bytes),
+                   moved(first_stage, stage * kStageBytes));
+        if (issued < count) {
+          load_weights(p, taps, weights);
+          load_rows();
         }
-        ++ranges_done;
-        flush = chunks * (ranges_done + 1) / p.ranges * taps;
-      } else {
-        wgmma_wait<1>();
+        cp_async_commit();
+        if constexpr (role.multiplies) {
+          now.advance(taps, per_tap, p.row_buffers);
+          stage = stage + 1 == p.stages ? 0 : stage + 1;
+          if (kRanged && step + 1 == flush) {
+            wgmma_wait<0>();
+            settle(sums);
+            DCX_UNROLL
+            for (int i = 0; i < kSums; ++i) {
+              total[i] += sums[i];
+              sums[i] = 0.0f;
+            }
+            ++ranges_done;
+            flush = chunks * (ranges_done + 1) / p.ranges * taps;
+          } else {
+            wgmma_wait<1>();
+          }
+        }
       }
+    };
+    bool multiplies = true;
+    if constexpr (kHelpers > 0) {
+      multiplies = shuffle(thread_index() / 128, 0) < kGroups;
+      if (multiplies)
+        walk(Role<true>{});
+      else
+        walk(Role<false>{});
+    } else {
+      walk(Role<true>{});
     }
     wgmma_wait<0>();
     settle(sums);
@@ -272,13 +334,22 @@ struct ConvWgmma {
     cp_async_wait<0>();
     sync_threads();  // the operands' memory is free
     float* shared_sums = reinterpret_cast<float*>(smem);
+    if (multiplies) store(total, shared_sums);
+    using Finish = ConvFinish<T, kTileRows, kColumns, kThreads, kSumLd>;
     if constexpr (kRanged) {
-      uint32_t* flag = reinterpret_cast<uint32_t*>(shared_sums + kTileRows * kSumLd);
-      if (p.spread && !gather_ranges<kThreads>(p, total, flag)) return;
+      if (p.spread) {
+        cluster_sync();
+        const int first = kTileRows * range / p.ranges, end = kTileRows * (range + 1) / p.ranges;
+        float* mine = shared_sums + kTileRows * kSumLd;
+        add_ranges<kThreads, kColumns, kSumLd, kMostRanges>(shared_sums + first * kSumLd, mine, end - first, p.ranges);
+        sync_threads();
+        Finish::run(p, at, mine, first, end);
+        cluster_sync();  // until then others read this block's sums
+        return;
+      }
     }
-    store(total, shared_sums);
     sync_threads();
-    ConvFinish<T, kTileRows, kColumns, kThreads, kSumLd>::run(p, at, shared_sums);
+    Finish::run(p, at, shared_sums, 0, kTileRows);
   }
 };
 

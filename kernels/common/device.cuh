@@ -239,6 +239,26 @@ DCX_DEVICE void grid_release() {
 #endif
 }
 
+// Blocks of a cluster (launch.cuh) wait for each other, and see what each has stored in its shared memory before.
+DCX_DEVICE void cluster_sync() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory");
+#endif
+}
+// What another block of the cluster, by its number, has where this one has `own`: 16 bytes of shared memory.
+DCX_DEVICE Vector16<float> load_from_block(const float* own, int block) {
+  Vector16<float> v{};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem_address(own)), "r"(block));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.values[0]), "=f"(v.values[1]), "=f"(v.values[2]), "=f"(v.values[3])
+               : "r"(there)
+               : "memory");
+#endif
+  return v;
+}
+
 DCX_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value) { return atomicAdd(p, value); }
 // Adds one, past `last` from zero again; returns what was there.
 DCX_DEVICE uint32_t atomic_count(uint32_t* p, uint32_t last) { return atomicInc(p, last); }

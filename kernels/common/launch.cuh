@@ -54,8 +54,10 @@ __global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) run_kernel(const _
   if constexpr (kRunsHere<K>) K::run(p, smem);
 }
 
+// clustered: the blocks of one x and y, up to 8, are a cluster: from capability 9.0 on.
 template <class K>
-void launch(const CudaContext& context, const typename K::Params& p, Grid grid, int64_t smem_bytes) {
+void launch(const CudaContext& context, const typename K::Params& p, Grid grid, int64_t smem_bytes,
+            bool clustered = false) {
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
   constexpr int kDevices = 64;
   static int raised[kDevices] = {};  // a race sets the same attribute twice, which is harmless
@@ -75,26 +77,34 @@ void launch(const CudaContext& context, const typename K::Params& p, Grid grid, 
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   // From 9.0 on a kernel is brought to its start while the one in front of it in the stream still runs: see grid_wait.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (context.capability >= 90 && CUDART_VERSION >= 12030) {  // older ones can't record it
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (clustered) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {1, 1, static_cast<unsigned>(grid.z)};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(K::kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.stream = static_cast<cudaStream_t>(context.stream);
-  config.attrs = &early;
-  config.numAttrs = context.capability >= 90 && CUDART_VERSION >= 12030 ? 1 : 0;  // older ones can't record it
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(count);
   check_cuda(cudaLaunchKernelEx(&config, run_kernel<K>, p), "kernel launch");
 }
 
 #else
 
 template <class K>
-void launch(const CudaContext& context, const typename K::Params& p, Grid grid, int64_t smem_bytes) {
+void launch(const CudaContext& context, const typename K::Params& p, Grid grid, int64_t smem_bytes,
+            bool clustered = false) {
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
   if (smem_bytes > context.shared_bytes) throw std::runtime_error("more shared memory than a block may ask for");
-  simt::run_grid<K>(p, grid.x, grid.y, grid.z, smem_bytes);
+  simt::run_grid<K>(p, grid.x, grid.y, grid.z, smem_bytes, clustered ? grid.z : 1);
 }
 
 #endif  // __CUDACC__

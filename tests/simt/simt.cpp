@@ -44,7 +44,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* fake_stack = nullptr;
   State state = State::kReady;
-  size_t first = 0, count = 0;  // the threads that meet at the barrier where this one waits
+  size_t first = 0, count = 0;  // the fibers that meet at the barrier where this one waits
+  size_t base = 0;              // the first fiber of its block
+  unsigned char* smem = nullptr;
   Position position;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Copy> open;
@@ -54,6 +56,7 @@ struct Fiber {
   void* argument = nullptr;
 };
 
+// Blocks that run side by side: one, or those of a cluster, whose fibers follow each other.
 struct Scheduler {
   std::mt19937_64 random{1};
   std::set<std::string> ran;
@@ -66,7 +69,8 @@ struct Scheduler {
   Fiber* current = nullptr;
   void (*run)(void*, unsigned char*) = nullptr;
   void* run_context = nullptr;
-  unsigned char* smem = nullptr;
+  size_t threads = 0;  // of a block
+  size_t smem_bytes = 0;
 };
 Scheduler& scheduler() {
   static Scheduler instance;
@@ -103,9 +107,20 @@ void fiber_main() {
 #ifdef SIMT_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &s.home_stack, &s.home_stack_bytes);
 #endif
-  s.run(s.run_context, s.smem);
+  s.run(s.run_context, s.current->smem);
   s.current->state = State::kDone;
   leave_fiber(true);
+}
+
+void begin(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = &scheduler().home;
+  makecontext(&fiber.context, fiber_main, 0);
+  fiber.state = State::kReady;
+  fiber.groups.clear();
+  fiber.open.clear();
 }
 
 void land(Copy& copy) {
@@ -140,27 +155,34 @@ bool release_barrier() {
   return true;
 }
 
-void run_block(int threads) {
+void run_side_by_side() {
   Scheduler& s = scheduler();
+  const int threads = static_cast<int>(s.fibers.size());
   std::vector<int> ready, later;
-  // From barrier to barrier, either all warps go on side by side, or some wait until the others can go no further: a
-  // value that is overwritten too early is seen then.
-  const auto draw_waiting = [&] { return s.random() % 2 != 0 ? s.random() : 0; };
-  uint64_t waiting = draw_waiting();
+  // From barrier to barrier, either all warps go on side by side, or some, or some blocks of a cluster, wait until the
+  // others can go no further: a value that is overwritten too early, or is no longer there, is seen then.
+  uint64_t waiting = 0;
+  int together = 32;  // threads that wait together
+  const auto draw_waiting = [&] {
+    waiting = s.random() % 2 != 0 ? s.random() : 0;
+    together = threads > static_cast<int>(s.threads) && s.random() % 4 != 0 ? static_cast<int>(s.threads) : 32;
+  };
+  draw_waiting();
   for (;;) {
     ready.clear();
     later.clear();
     bool all_done = true;
     for (int i = 0; i < threads; ++i) {
       if (s.fibers[static_cast<size_t>(i)].state == State::kReady)
-        ((waiting >> (i / 32) & 1) != 0 ? later : ready).push_back(i);
+        ((waiting >> (i / together % 64) & 1) != 0 ? later : ready).push_back(i);
       all_done &= s.fibers[static_cast<size_t>(i)].state == State::kDone;
     }
     if (all_done) return;
+    if (ready.empty() && !later.empty() && release_barrier()) continue;  // on without those that wait
     if (ready.empty()) ready.swap(later);
     if (ready.empty()) {
       if (!release_barrier()) fail("threads wait for each other at different places");
-      waiting = draw_waiting();
+      draw_waiting();
       continue;
     }
     // Everyone that can run runs once before the next look: cheap, and the order is still random.
@@ -194,13 +216,33 @@ void fail(const std::string& what) {
   _Exit(3);
 }
 
-void barrier() { barrier_of(0, static_cast<int>(scheduler().fibers.size())); }
+void barrier() { barrier_of(0, static_cast<int>(scheduler().threads)); }
+
+void barrier_of_cluster() {
+  Fiber& self = *scheduler().current;
+  self.state = State::kAtBarrier;
+  self.first = 0;
+  self.count = scheduler().fibers.size();
+  leave_fiber(false);
+}
+
+const void* in_block(const void* own, size_t bytes, int block) {
+  Scheduler& s = scheduler();
+  const Fiber& self = *s.current;
+  const size_t other = static_cast<size_t>(block) * s.threads;
+  if (block < 0 || other >= s.fibers.size()) fail("there is no such block in the cluster");
+  const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(own) - self.smem);
+  if (offset % 16 != 0 || offset + bytes > s.smem_bytes) fail("a load of what is not shared memory, or not aligned");
+  for (size_t i = other; i < other + s.threads; ++i)
+    if (s.fibers[i].state == State::kDone) fail("a load from a block of the cluster one of whose threads has ended");
+  return s.fibers[other].smem + offset;
+}
 
 void barrier_of(int first, int count) {
   Fiber& self = *scheduler().current;
   if (self.position.thread < first || self.position.thread >= first + count) fail("a thread at a barrier of others");
   self.state = State::kAtBarrier;
-  self.first = static_cast<size_t>(first);
+  self.first = self.base + static_cast<size_t>(first);
   self.count = static_cast<size_t>(count);
   leave_fiber(false);
 }
@@ -211,7 +253,7 @@ void warp_together(const char* name, void* argument, void (*all)(void* const (&a
   self.operation = name;
   self.argument = argument;
   self.state = State::kInWarp;
-  Fiber* warp = &s.fibers[static_cast<size_t>(self.position.thread / 32 * 32)];
+  Fiber* warp = &s.fibers[self.base + static_cast<size_t>(self.position.thread / 32 * 32)];
   void* arguments[32];
   bool complete = true;
   for (int lane = 0; lane < 32; ++lane) {
@@ -315,7 +357,7 @@ void wait_products(int pending) {
 }
 
 void run_blocks(const std::type_info& kernel, int threads, int64_t x, int64_t y, int64_t z, size_t smem_bytes,
-                void (*run)(void*, unsigned char*), void* context) {
+                int64_t cluster, void (*run)(void*, unsigned char*), void* context) {
   Scheduler& s = scheduler();
   int status = 0;
   const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(kernel.name(), nullptr, nullptr, &status),
@@ -323,42 +365,45 @@ void run_blocks(const std::type_info& kernel, int threads, int64_t x, int64_t y,
   s.kernel = name.get();
   if (threads % 32 != 0) fail("threads must be a multiple of 32");
   if (y > 65535 || z > 65535) fail("a grid is at most 65535 in y and z");
+  if (cluster < 1 || cluster > 8 || z % cluster != 0) fail("a cluster is 1 to 8 blocks, by which z can be divided");
   s.ran.insert(s.kernel);
-  if (s.fibers.size() < static_cast<size_t>(threads)) s.fibers = std::vector<Fiber>(static_cast<size_t>(threads));
-  s.fibers.resize(static_cast<size_t>(threads));
+  s.threads = static_cast<size_t>(threads);
+  s.smem_bytes = smem_bytes;
+  const size_t together = s.threads * static_cast<size_t>(cluster);
+  if (s.fibers.size() < together) s.fibers = std::vector<Fiber>(together);
+  s.fibers.resize(together);
   s.run = run;
   s.run_context = context;
 
-  std::vector<int64_t> order(static_cast<size_t>(x * y * z));
+  std::vector<int64_t> order(static_cast<size_t>(x * y * z / cluster));
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[s.random() % i]);
-  for (int64_t block : order) {
-    const std::unique_ptr<unsigned char, void (*)(void*)> smem(
-        static_cast<unsigned char*>(aligned_alloc(1024, (smem_bytes + 1023) / 1024 * 1024 + 1024)), free);
-    // Exactly the bytes asked for: what lies behind them is not the kernel's.
-    s.smem = smem.get();
-    memset(s.smem, 0xff, smem_bytes);
+  const size_t memory = (smem_bytes + 1023) / 1024 * 1024 + 1024;
+  for (int64_t first : order) {
+    std::vector<std::unique_ptr<unsigned char, void (*)(void*)>> held;
+    for (int64_t block = 0; block < cluster; ++block) {
+      held.emplace_back(static_cast<unsigned char*>(aligned_alloc(1024, memory)), free);
+      // Exactly the bytes asked for: what lies behind them is not the kernel's.
+      unsigned char* smem = held.back().get();
+      memset(smem, 0xff, smem_bytes);
 #ifdef SIMT_ASAN
-    __asan_poison_memory_region(s.smem + smem_bytes, (smem_bytes + 1023) / 1024 * 1024 + 1024 - smem_bytes);
+      __asan_poison_memory_region(smem + smem_bytes, memory - smem_bytes);
 #endif
-    for (int i = 0; i < threads; ++i) {
-      Fiber& fiber = s.fibers[static_cast<size_t>(i)];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = &s.home;
-      makecontext(&fiber.context, fiber_main, 0);
-      fiber.state = State::kReady;
-      fiber.position = Position{i, {block % x, block / x % y, block / x / y}};
-      fiber.groups.clear();
-      fiber.open.clear();
+      for (int i = 0; i < threads; ++i) {
+        const size_t base = static_cast<size_t>(block) * s.threads;
+        Fiber& fiber = s.fibers[base + static_cast<size_t>(i)];
+        begin(fiber);
+        fiber.base = base;
+        fiber.smem = smem;
+        fiber.position = Position{i, {first % x, first / x % y, first / x / y * cluster + block}};
+      }
     }
-    run_block(threads);
+    run_side_by_side();
     for (Fiber& fiber : s.fibers)
       for (const std::vector<Copy>& group : fiber.groups)
         if (!group.empty()) fail("a thread ended with asynchronous copies under way");
 #ifdef SIMT_ASAN
-    __asan_unpoison_memory_region(s.smem, (smem_bytes + 1023) / 1024 * 1024 + 1024);
+    for (const auto& smem : held) __asan_unpoison_memory_region(smem.get(), memory);
 #endif
   }
 }
@@ -387,6 +432,12 @@ void cp_async16(void* shared, const void* global, bool valid) {
   simt::copy_later(shared, valid ? global : nullptr, 16);
 }
 void cp_async4(void* shared, const void* global, bool valid) { simt::copy_later(shared, valid ? global : nullptr, 4); }
+
+Vector16<float> load_from_block(const float* own, int block) {
+  Vector16<float> v;
+  memcpy(&v, simt::in_block(own, sizeof(v), block), sizeof(v));
+  return v;
+}
 
 uint32_t atomic_add(uint32_t* p, uint32_t value) {
   const uint32_t old = *p;

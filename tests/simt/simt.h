@@ -31,7 +31,10 @@ const Position& position();
 // each lane.
 void warp_together(const char* name, void* argument, void (*all)(void* const (&arguments)[32]));
 void barrier();
-void barrier_of(int first, int count);                      // of these threads alone
+void barrier_of(int first, int count);  // of these threads alone
+void barrier_of_cluster();
+// What a block of the cluster has in its shared memory where this one has `own`.
+const void* in_block(const void* own, size_t bytes, int block);
 void copy_later(void* to, const void* from, size_t bytes);  // zeros where from is null
 void commit_copies();
 void wait_copies(int pending);
@@ -44,13 +47,14 @@ void wait_products(int pending);
 
 // Around it ----------------------------------------------------------------------------------------------------------
 
+// cluster: so many blocks that follow each other in z run side by side.
 void run_blocks(const std::type_info& kernel, int threads, int64_t x, int64_t y, int64_t z, size_t smem_bytes,
-                void (*run)(void* context, unsigned char* smem), void* context);
+                int64_t cluster, void (*run)(void* context, unsigned char* smem), void* context);
 
 template <class K>
-void run_grid(const typename K::Params& p, int64_t x, int64_t y, int64_t z, int64_t smem_bytes) {
+void run_grid(const typename K::Params& p, int64_t x, int64_t y, int64_t z, int64_t smem_bytes, int64_t cluster) {
   run_blocks(
-      typeid(K), K::kThreads, x, y, z, static_cast<size_t>(smem_bytes),
+      typeid(K), K::kThreads, x, y, z, static_cast<size_t>(smem_bytes), cluster,
       [](void* context, unsigned char* smem) { K::run(*static_cast<const typename K::Params*>(context), smem); },
       const_cast<void*>(static_cast<const void*>(&p)));
 }
@@ -135,6 +139,8 @@ inline int64_t block_z() { return simt::position().block[2]; }
 
 inline void sync_threads() { simt::barrier(); }
 inline void sync_part(int part, int threads) { simt::barrier_of(part * threads, threads); }
+inline void cluster_sync() { simt::barrier_of_cluster(); }
+Vector16<float> load_from_block(const float* own, int block);
 inline void sync_warp() {
   simt::warp_together("sync_warp", nullptr, [](void* const(&)[32]) {});
 }
