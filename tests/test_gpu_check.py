@@ -158,7 +158,9 @@ def test_the_groups_of_runs_are_those_that_have_limits() -> None:
     limited = [group for groups in gpu_check.BENCH_GROUPS.values() for group in groups]
     assert sorted(limited) == sorted(gpu_runs.GROUPS)
     # What takes minutes to compile is not in what is to end within nine.
-    assert "autotune" not in " ".join(run for g in gpu_check.BENCH_GROUPS["bench"] for run in gpu_runs.GROUPS[g].values())
+    assert "autotune" not in " ".join(
+        run for g in gpu_check.BENCH_GROUPS["bench"] for run in gpu_runs.GROUPS[g].values()
+    )
     assert sum(len(group) for group in gpu_runs.GROUPS.values()) == len(gpu_runs.RUNS)
 
 

@@ -187,6 +187,36 @@ def test_a_replay_of_old_weights_is_dropped() -> None:
     assert torch.equal(after, Engine(model, torch.float32).decode(semantic, acoustic, None))
 
 
+def test_codes_of_a_shape_seen_before_start_their_recording_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Repeating()
+    model, semantic, acoustic = recorded_model(recorder)
+    graphs = model._engine_state[1]
+    shapes = [(1, 5), (2, 5), (1, 8)]
+    for batch, frames in shapes[1:]:
+        for _ in range(2):
+            model.decode_from_codes(*codes_for(graphs.engine, batch, frames))
+    for _ in range(2):
+        model.decode_from_codes(semantic, None)
+
+    def fail(*args: Any) -> None:
+        raise AssertionError("there was more to find out")
+
+    monkeypatch.setattr(graphs, "replay_decode", fail)
+    before = recorder.replayed
+    for seed, (batch, frames) in enumerate(2 * shapes):
+        codes = codes_for(graphs.engine, batch, frames, seed)
+        assert torch.equal(model.decode_from_codes(*codes), graphs.engine.decode(*codes, None))
+    assert torch.equal(model.decode_from_codes(semantic), graphs.engine.decode(semantic, None, None))
+    assert recorder.replayed == before + 7
+    for other in ((semantic.int(), acoustic), (semantic, acoustic[:, :1]), (semantic[..., :4], acoustic[..., :4])):
+        with pytest.raises(AssertionError, match="more to find out"):
+            model.decode_from_codes(*other)
+    with pytest.raises(AssertionError, match="more to find out"):
+        model.decode_from_codes(semantic, acoustic, lengths=torch.tensor([5]))
+    with pytest.raises(ValueError, match="semantic_codes must be"):
+        model.decode_from_codes(None, acoustic)
+
+
 def test_a_recording_made_in_inference_mode_serves_calls_outside_of_it() -> None:
     with torch.inference_mode():
         model, semantic, acoustic = recorded_model(Repeating())
