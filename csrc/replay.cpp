@@ -2,6 +2,7 @@
 
 #ifdef DCX_WITH_CUDA
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <optional>
@@ -89,6 +90,9 @@ class Replay {
     C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
     if (status != cudaStreamCaptureStatusNone) return std::nullopt;
     wait(stream);
+    // Memory first: once a stream's pass is under way its state goes on.
+    const at::NoGradGuard no_gradients;
+    at::Tensor audio = out.has_value() ? *out : at::empty_like(output_);
     TakeCodesParams p{};
     p.parts[0] = codes_part(inputs_[0].first, semantic, inputs_[0].second);
     if (acoustic.has_value()) p.parts[1] = codes_part(inputs_[1].first, *acoustic, inputs_[1].second);
@@ -100,12 +104,12 @@ class Replay {
     launch_take_codes_cuda(context_, p);
     look.record();
     C10_CUDA_CHECK(cudaGraphLaunch(exec_, stream));
-    const at::NoGradGuard no_gradients;
-    at::Tensor audio = out.has_value() ? *out : at::Tensor();
-    if (audio.defined())
+    try {
       audio.copy_(output_);
-    else
-      audio = output_.clone();
+    } catch (...) {
+      release(stream);
+      throw;
+    }
     release(stream);
     return audio;
   }
@@ -120,13 +124,12 @@ class Replay {
            codes.device() == to.device() && codes.sizes() == to.sizes() && codes.layout() == at::kStrided;
   }
 
-  // The last use may have been on another stream.
+  // The last use may have been on another stream. Handles do not tell: one that was destroyed may be given out again.
   void wait(cudaStream_t stream) {
-    if (used_ && stream != last_) free_->make_wait(stream);
+    if (used_) free_->make_wait(stream);
   }
   void release(cudaStream_t stream) {
     free_->record(stream);
-    last_ = stream;
     used_ = true;
   }
 
@@ -136,7 +139,6 @@ class Replay {
   cudaGraphExec_t exec_ = nullptr;
   CudaContext context_;
   std::optional<Event> free_;
-  cudaStream_t last_ = nullptr;
   bool used_ = false;
 };
 
@@ -153,7 +155,8 @@ void bind_replay(pybind11::module_& module) {
       .def(pybind11::init<pybind11::object, std::vector<std::pair<at::Tensor, int64_t>>, at::Tensor>(),
            pybind11::arg("graph"), pybind11::arg("inputs"), pybind11::arg("output"))
       .def("start", &Replay::start, pybind11::arg("look"), pybind11::arg("semantic"), pybind11::arg("acoustic"),
-           pybind11::arg("out"), "The audio, or None where nothing was started.")
+           pybind11::arg("out"), pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "The audio, or None where nothing was started.")
       .def("wait", pybind11::overload_cast<>(&Replay::wait), "Makes the current stream wait for the last use.")
       .def("release", pybind11::overload_cast<>(&Replay::release), "Ends a use on the current stream.");
 }

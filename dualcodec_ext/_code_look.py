@@ -35,9 +35,9 @@ class CodeLook:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # None: on the CPU. Else the compiled module's, with the event that says when `wrong` stands.
-        self.compiled: Any = _compiled().Look(device.index or 0) if device.type == "cuda" else None
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # or calls outside of it could not clear it
+            # None: on the CPU. Else the compiled module's, with the event that says when `wrong` stands.
+            self.compiled: Any = _compiled().Look(device.index or 0) if device.type == "cuda" else None
             self._wrong = torch.zeros(1, dtype=torch.int64) if self.compiled is None else self.compiled.wrong
 
     def take(self, inputs: Sequence[CodeInput], codes: Sequence[Tensor]) -> None:
@@ -47,13 +47,14 @@ class CodeLook:
             inputs: one or two.
             codes: for each, of any device and integer type.
         """
-        self._wrong.zero_()
         codes = [c.to(self._device) for c in codes]
         if self.compiled is None:
+            self._wrong.zero_()
             for given, c in zip(inputs, codes, strict=True):
                 given.to[..., : c.shape[-1]].copy_(c)
                 self._wrong |= ((c < 0) | (c >= given.entries)).any()
             return
+        self.compiled.clear()
         parts: list[Any] = [x for given, c in zip(inputs, codes, strict=True) for x in (given.to, c, given.entries)]
         torch.ops.dualcodec_ext.take_codes(*(parts if len(inputs) == 2 else [*parts, None, None, 0]), self._wrong)
         self.compiled.record()
@@ -75,7 +76,8 @@ class Again(Protocol):
             out: what the audio is written to; None: a new tensor.
 
         Returns:
-            The audio; None, and nothing was started, where codes are not so, or this is no moment for a replay.
+            The audio, with the output's strides unless it is `out`; None, and nothing was started, where codes are not
+            so, or this is no moment for a replay.
         """
         ...
 
@@ -108,7 +110,7 @@ class PlainAgain:
         if not look.fine():  # where lookups would raise
             return None
         self._replay()
-        return self._output.clone() if out is None else out.copy_(self._output)
+        return (torch.empty_like(self._output) if out is None else out).copy_(self._output)
 
     def wait(self) -> None:
         pass
@@ -134,8 +136,8 @@ class _CompiledAgain:
         return audio
 
 
-def again_of(replay: Callable[[], object], inputs: Sequence[CodeInput], output: Tensor) -> Again:
-    """Return what starts a recording of a decode.
+def again_of(replay: Callable[[], object], inputs: Sequence[CodeInput], output: Tensor) -> Again | None:
+    """Return what starts a recording of a decode; None on a GPU for what is no CUDA graph.
 
     Args:
         replay: runs the recording.
@@ -145,7 +147,7 @@ def again_of(replay: Callable[[], object], inputs: Sequence[CodeInput], output: 
     graph = getattr(replay, "__self__", None)
     if isinstance(graph, torch.cuda.CUDAGraph):
         return _CompiledAgain(graph, inputs, output)
-    return PlainAgain(replay, inputs, output)
+    return PlainAgain(replay, inputs, output) if output.device.type == "cpu" else None
 
 
 def _compiled() -> Any:

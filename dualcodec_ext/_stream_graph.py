@@ -220,7 +220,10 @@ class GraphDecoder(DecoderState):
             return
         names = ["semantic"] if acoustic is None else ["semantic", "acoustic"]
         inputs = [CodeInput(made.inputs[name], self._quantizers[name].codebooks.shape[1]) for name in names]
-        self._again[shape] = made, again_of(made.replay, inputs, made.outputs[0])
+        audio = made.outputs[0]  # [B, 1, S], of whatever strides its one channel has
+        again = again_of(made.replay, inputs, audio.as_strided(audio.shape, (audio.stride(0), audio.shape[2], 1)))
+        if again is not None:
+            self._again[shape] = made, again
 
     def _bring(self, made: _Recording, given: dict[str, Tensor], slots: tuple[int, ...]) -> None:
         """Bring codes to where the pass reads them; `check` looks at those of all slots, others are in range."""

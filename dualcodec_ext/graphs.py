@@ -200,14 +200,26 @@ class Graphs:
             recording = self._again.get(shape)
             if recording is None or recording.again is None:
                 return None
-            look = self._looks.pop() if self._looks else CodeLook(self.engine.device)
-            audio = recording.again.start(look, semantic, acoustic, None)
-            if audio is not None:
-                self._rows.pop("decode", None)
-                self._recordings.move_to_end(recording.key)
-        answer = audio is not None and self.chosen() and holds() and look.fine()
-        self._looks.append(look)
-        return audio if answer else None
+            if not self._looks:
+                return None  # its memory is no recording's own, and can't be taken where a capture is under way
+            look = self._looks.pop()
+            started = True
+            try:
+                audio = recording.again.start(look, semantic, acoustic, None)
+                started = audio is not None
+            finally:
+                if not started:
+                    self._looks.append(look)  # of one that failed the kernel may still run
+            if audio is None:
+                return None
+            self._rows.pop("decode", None)
+            self._recordings.move_to_end(recording.key)
+        try:
+            held = self.chosen() and holds()
+        finally:
+            fine = look.fine()  # its kernel has ended, so that the next call may have the look
+            self._looks.append(look)
+        return audio if held and fine else None
 
     def _decode(
         self, semantic: Tensor, acoustic: Tensor | None, frame_lengths: Tensor | None, holds: Callable[[], bool] | None

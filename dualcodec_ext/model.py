@@ -324,12 +324,9 @@ class DualCodec(reference.DualCodec):
         Its weights are looked at while the GPU works on them already, and what comes of old ones is dropped.
         """
         state = self._engine_state
-        if state is None or not state[1].records:
+        if state is None or not state[1].records or not state[1].chosen():
             return None
-        graphs = state[1]
-        if not graphs.chosen():
-            return None
-        audio: Tensor | None = graphs.replay_decode(semantic, acoustic, own, lambda: self._holds(state))
+        audio: Tensor | None = state[1].replay_decode(semantic, acoustic, own, lambda: self._holds(state))
         return audio
 
     def _again(self, semantic: Tensor, acoustic: Tensor | None) -> Tensor | None:
@@ -344,8 +341,9 @@ class DualCodec(reference.DualCodec):
             return held
 
         audio: Tensor | None = state[1].decode_again(semantic, acoustic, holds)
-        if not held and self._engine_state is state:
-            self._engine_state = None  # its weights are old: it need not be replayed once more
+        if not held:
+            with _building:  # its weights are old: it need not be replayed once more
+                self._engine_state = None if self._engine_state is state else self._engine_state
         return audio
 
     def _holds(self, state: tuple[Any, Any]) -> bool:

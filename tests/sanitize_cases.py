@@ -51,6 +51,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"cin": 96, "cout": 200, "taps": 1, "activation": "gelu", "residual": True, "steps": 30},
         {"cin": 768, "cout": 48, "taps": 7, "dilation": 9, "padding": (54, 0), "steps": 6},  # few rows
         {"cin": 33, "cout": 19, "taps": 3, "dilation": 2, "steps": 30},
+        # Clusters of 2, 3 and 8 blocks, and so many of 8 that each has one warpgroup.
+        {"cin": 512, "cout": 96, "taps": 3, "steps": 150},
+        {"cin": 192, "cout": 72, "taps": 11, "padding": (5, 5), "steps": 150},
+        {"cin": 768, "cout": 200, "taps": 7, "padding": (3, 3), "steps": 150},
+        {"cin": 1024, "cout": 600, "taps": 7, "padding": (3, 3), "steps": 150},
     ],
     "snake_upsample1d": [
         {"cin": 192, "cout": 96, "stride": 4, "steps": 40},

@@ -90,6 +90,37 @@ def test_what_is_left_to_others(model: dx.DualCodec) -> None:
         assert graphs.decode_again(semantic, acoustic, lambda: True) is None
 
 
+def test_calls_outside_of_inference_mode_behind_those_inside(model: dx.DualCodec) -> None:
+    with torch.inference_mode():
+        semantic, acoustic = drawn(model, 1, 8)
+        for _ in range(3):
+            wanted = model.decode_from_codes(semantic, acoustic)
+    semantic, acoustic = semantic.clone(), acoustic.clone()
+    for given in (semantic, semantic.int()):
+        assert torch.equal(model.decode_from_codes(given, acoustic), wanted)
+    with pytest.raises(ValueError, match="semantic_codes must be in"):
+        model.decode_from_codes(semantic - 10**6, acoustic)
+
+
+def test_what_is_refused_once_the_gpu_works(model: dx.DualCodec) -> None:
+    """A backend that can't run, and answers that are dropped on another stream: nothing of them is left."""
+    semantic, acoustic = drawn(model, 2, 16)
+    wanted = model._engine().engine.decode(semantic, acoustic, None)
+    graphs = model._engine()
+    for _ in range(3):
+        assert torch.equal(model.decode_from_codes(semantic, acoustic), wanted)
+    looks = len(graphs._looks)
+    for _ in range(3):
+        with dx.backend("cpu"), pytest.raises(dx.BackendError):
+            model.decode_from_codes(semantic, acoustic)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert graphs.decode_again(semantic - 10**6, acoustic, lambda: False) is None
+        assert torch.equal(model.decode_from_codes(semantic, acoustic), wanted)
+    assert len(graphs._looks) == looks == 1
+    model.release()
+    assert torch.equal(model.decode_from_codes(semantic, acoustic), wanted)
+
+
 def test_weights_that_change(model: dx.DualCodec) -> None:
     semantic, acoustic = drawn(model, 1, 8)
     before = [model.decode_from_codes(semantic, acoustic) for _ in range(3)][-1]
@@ -168,9 +199,16 @@ def test_steps_of_streams(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
             audio = decoder.step(*frame, out=out)
             assert out is None or audio.data_ptr() == out.data_ptr()
         assert decoder.sample_counts == [hop] * batch and decoder.frame_counts == [at + 1] * batch
+        assert audio.stride() == (hop, hop, 1)
         parts.append(audio.clone())
     assert torch.equal(torch.cat(parts, -1), wanted)
     assert slow == [0, 10, 12, 14, 17]
+    at = 24
+    kept, on_host = decoder.state_dict(), torch.empty(batch, 1, hop)
+    on_device = decoder.step(semantic[..., :1], acoustic[..., :1]).cpu()
+    decoder.load_state_dict(kept)
+    assert decoder.step(semantic[..., :1], acoustic[..., :1], out=on_host) is on_host
+    assert torch.equal(on_host, on_device)
     with pytest.raises(dx.DualCodecError, match="out must be"):
         decoder.step(semantic[..., :1], acoustic[..., :1], out=torch.empty(batch, 1, hop - 1, device="cuda"))
     if batch > 1:  # one slot takes part, then all again

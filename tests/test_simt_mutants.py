@@ -80,7 +80,9 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         "one output, out of bounds, shared memory: no place for the last tap": Mutant(
             TAPS, "int64_t{kTaps} * pitch(p)", "int64_t{kTaps - 1} * pitch(p)"
         ),
-        "warpgroups, missing barrier": Mutant(WGMMA, "        fence_async();\n        sync_threads();\n", ""),
+        "warpgroups, missing barrier": Mutant(
+            WGMMA, "          sync_part(0, kThreads);  // both roles", "          ;  // both roles"
+        ),
         "warpgroups, missing cp.async wait": Mutant(WGMMA, "cp_async_wait<kAhead - 1>();", "cp_async_wait<8>();"),
         "warpgroups, products are not waited for": Mutant(WGMMA, "            wgmma_wait<1>();\n", ""),
         "warpgroups, wrong tap": Mutant(WGMMA, "now.tap * tap_bytes", "now.tap * kPanelRowBytes"),
@@ -100,19 +102,19 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             WGMMA, "there && static_cast<unsigned>(t)", "static_cast<unsigned>(t)"
         ),
         "a cluster, missing barrier: sums are added up early": Mutant(
-            WGMMA, "        cluster_sync();\n        const int first", "        const int first"
+            WGMMA, "        cluster_sync();\n        const int share", "        const int share"
         ),
         "a cluster, missing barrier: a block ends while others read its sums": Mutant(
-            WGMMA, "        cluster_sync();  // until then", "        // until then"
+            WGMMA, "    if (spread) cluster_wait();", "    "
         ),
         "a cluster, missing barrier: rows are finished early": Mutant(
-            WGMMA, "        sync_threads();\n        Finish::run(p, at, mine", "        Finish::run(p, at, mine"
+            WGMMA, "    sync_threads();\n    if (spread)", "    if (spread)"
         ),
         "a cluster, the last range is left out": Mutant(
             FINISH, "if (range < ranges) parts[range]", "if (range == 0 || range < ranges - 1) parts[range]"
         ),
         "a cluster, dropped tail: the last rows": Mutant(
-            WGMMA, "end = kTileRows * (range + 1) / p.ranges", "end = first + kTileRows / p.ranges / 2"
+            WGMMA, "end = kTileRows * (share + 1) / p.ranges", "end = first + kTileRows / p.ranges / 2"
         ),
         "few rows, missing barrier: multiplied before all are there": Mutant(
             FEW, "wait_pending(issued - turn - 1);\n      sync_threads();\n", "wait_pending(issued - turn - 1);\n"

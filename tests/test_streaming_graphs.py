@@ -191,7 +191,7 @@ def test_a_step_starts_two_things_beside_its_replay(monkeypatch: pytest.MonkeyPa
         if at == 8:
             # The codes, in, by one kernel; the audio, out; and the wait for that kernel, on the host. Without a CUDA
             # graph they are looked at before the replay, too.
-            assert counted.names == ["take", "fine", "clone", "fine"]
+            assert counted.names == ["take", "fine", "copy_", "fine"]
     # Elsewhere than the last step, with a mask: as at the first time.
     assert counted.names == ["take", "copy_", "fine"]
 

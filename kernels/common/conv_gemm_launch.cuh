@@ -174,6 +174,7 @@ bool fit_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   p.row_buffers = static_cast<int>(
       minimum(ceil_div(int64_t{K::kAhead + 1}, p.per_tap ? 1 : fewest) + 1, p.per_tap ? chunks * most : chunks));
   spread_ranges<K>(context, plan, 1);
+  if (p.spread && p.ranges > K::kMostRanges) return false;
   plan.partial_floats = 0;  // a cluster's blocks keep their sums
   plan.smem_bytes = K::smem_bytes(p);
   if (plan.smem_bytes > context.shared_bytes) return false;
@@ -338,6 +339,7 @@ bool plan_wgmma(const CudaContext& context, ConvGemmPlan& plan) {
   // Narrow tiles where all of them are on the device at once.
   const bool at_once = ceil_div(p.batch * p.rows, int64_t{64}) * run_tiles(p, 32) <= context.multiprocessors;
   if (at_once && fit_wgmma<typename Kernels::Frame>(context, plan)) return true;
+  // By arithmetic, not timed: a second warpgroup where two blocks with it are all that a multiprocessor has.
   const int64_t tiles = ceil_div(p.batch * p.rows, int64_t{64}) * run_tiles(p, 64);
   const int64_t blocks = tiles * (tiles < context.multiprocessors ? p.ranges : 1);
   if (blocks <= 2 * int64_t{context.multiprocessors} && fit_wgmma<typename Kernels::Helped>(context, plan)) return true;

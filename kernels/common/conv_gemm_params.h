@@ -48,7 +48,7 @@ struct ConvGemmParams {
   const float* after_alpha;  // [columns], where out_alpha is null: Snake on what would be written; null: none
   int64_t snaked;            // bytes from y, plain then, to what takes after_alpha's Snake of it; 0: y takes it
   const int64_t* lengths;    // [B], null: in_steps each
-  float* partial;            // one tile's sums per block, where ranges run in blocks of their own
+  float* partial;            // one tile's sums per block, where ranges run in blocks of their own that are no cluster
   uint32_t* counters;        // [tiles], zeros, and left so
   int64_t batch, in_steps, in_channels, columns, columns_padded;
   int64_t out_steps;        // of the op
@@ -73,7 +73,7 @@ struct ConvGemmParams {
   int row_buffers;
   int stages;              // of weights
   int64_t walking_blocks;  // of the grid, where blocks take tile after tile
-  bool spread;             // a block per range
+  bool spread;             // a block per range; of conv_wgmma.cuh a cluster of them
   int64_t step_columns;    // columns of one output step (conv_wgmma.cuh: columns counts those of a run)
   ConvRun runs[kMostRuns];
   int run_count;

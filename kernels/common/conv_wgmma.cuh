@@ -287,7 +287,10 @@ struct ConvWgmma {
       for (int step = 0; step < count; ++step) {
         cp_async_wait<kAhead - 1>();
         fence_async();
-        sync_threads();
+        if constexpr (kHelpers > 0)
+          sync_part(0, kThreads);  // both roles come here, each at a place of its own
+        else
+          sync_threads();
         if constexpr (role.multiplies)
           multiply(sums, moved(first_rows, now.rows * row_bytes + group_rows + now.tap * tap_bytes),
                    moved(first_stage, stage * kStageBytes));
@@ -335,21 +338,24 @@ struct ConvWgmma {
     sync_threads();  // the operands' memory is free
     float* shared_sums = reinterpret_cast<float*>(smem);
     if (multiplies) store(total, shared_sums);
-    using Finish = ConvFinish<T, kTileRows, kColumns, kThreads, kSumLd>;
+    const float* finished = shared_sums;
+    int first = 0, end = kTileRows;
+    const bool spread = kRanged && p.spread;
     if constexpr (kRanged) {
-      if (p.spread) {
+      if (spread) {
         cluster_sync();
-        const int first = kTileRows * range / p.ranges, end = kTileRows * (range + 1) / p.ranges;
+        const int share = static_cast<int>(block_z());
+        first = kTileRows * share / p.ranges;
+        end = kTileRows * (share + 1) / p.ranges;
         float* mine = shared_sums + kTileRows * kSumLd;
         add_ranges<kThreads, kColumns, kSumLd, kMostRanges>(shared_sums + first * kSumLd, mine, end - first, p.ranges);
-        sync_threads();
-        Finish::run(p, at, mine, first, end);
-        cluster_sync();  // until then others read this block's sums
-        return;
+        finished = mine;
       }
     }
     sync_threads();
-    Finish::run(p, at, shared_sums, 0, kTileRows);
+    if (spread) cluster_arrive();
+    ConvFinish<T, kTileRows, kColumns, kThreads, kSumLd>::run(p, at, finished, first, end);
+    if (spread) cluster_wait();  // until then others read this block's sums
   }
 };
 

@@ -245,6 +245,17 @@ DCX_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory");
 #endif
 }
+// Its halves, for who has nothing to show: this block has what it loaded from others; all others have what they did.
+DCX_DEVICE void cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+DCX_DEVICE void cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
 // What another block of the cluster, by its number, has where this one has `own`: 16 bytes of shared memory.
 DCX_DEVICE Vector16<float> load_from_block(const float* own, int block) {
   Vector16<float> v{};

@@ -1,4 +1,5 @@
-// Tensor cores' fragments: how a warp's lanes hold matrices, and their products.
+// Tensor cores' fragments: how a warp's lanes hold matrices, and their products; and what device.cuh names that needs
+// nothing of the scheduler: votes, copies, atomics.
 #include <string.h>
 
 #include "../../kernels/common/device.cuh"
@@ -103,6 +104,47 @@ void mma_16x8x16_bytes(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b) {
         of(lane)->d[i] = sum;
       }
   });
+}
+
+uint32_t ballot(bool value) {
+  struct Vote {
+    bool value;
+    uint32_t result;
+  } mine{value, 0};
+  simt::warp_together("ballot", &mine, [](void* const(&all)[32]) {
+    uint32_t result = 0;
+    for (int lane = 0; lane < 32; ++lane)
+      result |= static_cast<uint32_t>(static_cast<const Vote*>(all[lane])->value) << lane;
+    for (void* lane : all) static_cast<Vote*>(lane)->result = result;
+  });
+  return mine.result;
+}
+
+void cp_async16(void* shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
+    simt::fail("cp.async: both addresses must be aligned to 16 bytes");
+  simt::copy_later(shared, valid ? global : nullptr, 16);
+}
+void cp_async4(void* shared, const void* global, bool valid) { simt::copy_later(shared, valid ? global : nullptr, 4); }
+
+Vector16<float> load_from_block(const float* own, int block) {
+  Vector16<float> v;
+  memcpy(&v, simt::in_block(own, sizeof(v), block), sizeof(v));
+  return v;
+}
+
+uint32_t atomic_add(uint32_t* p, uint32_t value) {
+  const uint32_t old = *p;
+  *p = old + value;
+  return old;
+}
+uint32_t atomic_count(uint32_t* p, uint32_t last) {
+  const uint32_t old = *p;
+  *p = old >= last ? 0 : old + 1;
+  return old;
+}
+void atomic_min(int64_t* p, int64_t value) {
+  if (value < *p) *p = value;
 }
 
 }  // namespace dcx

@@ -37,7 +37,7 @@ struct GroupProduct {
   bool done;
 };
 
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
+enum class State { kReady, kAtBarrier, kInCluster, kInWarp, kDone };
 
 struct Fiber {
   ucontext_t context;
@@ -46,6 +46,7 @@ struct Fiber {
   State state = State::kReady;
   size_t first = 0, count = 0;  // the fibers that meet at the barrier where this one waits
   size_t base = 0;              // the first fiber of its block
+  size_t arrived = 0;           // how often, in its cluster
   unsigned char* smem = nullptr;
   Position position;
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
@@ -119,6 +120,7 @@ void begin(Fiber& fiber) {
   fiber.context.uc_link = &scheduler().home;
   makecontext(&fiber.context, fiber_main, 0);
   fiber.state = State::kReady;
+  fiber.arrived = 0;
   fiber.groups.clear();
   fiber.open.clear();
 }
@@ -130,6 +132,20 @@ void land(Copy& copy) {
     memcpy(copy.to, copy.from, copy.bytes);
   else
     memset(copy.to, 0, copy.bytes);
+}
+
+// Lets threads go on that wait for their cluster, if all have arrived; false: there are none.
+bool release_cluster() {
+  Scheduler& s = scheduler();
+  size_t least = s.fibers.front().arrived;
+  for (const Fiber& fiber : s.fibers) least = fiber.arrived < least ? fiber.arrived : least;
+  bool any = false;
+  for (Fiber& fiber : s.fibers) {
+    if (fiber.state != State::kInCluster || fiber.arrived > least) continue;
+    fiber.state = State::kReady;
+    any = true;
+  }
+  return any;
 }
 
 // Lets the threads of one barrier past it, any of those at which all of its threads are; false: there is none.
@@ -148,7 +164,7 @@ bool release_barrier() {
     }
     if (all) whole.push_back(&fiber);
   }
-  if (whole.empty()) return false;
+  if (whole.empty()) return release_cluster();
   const Fiber& one = *whole[s.random() % whole.size()];
   const size_t first = one.first, end = one.first + one.count;
   for (size_t i = first; i < end; ++i) s.fibers[i].state = State::kReady;
@@ -218,11 +234,10 @@ void fail(const std::string& what) {
 
 void barrier() { barrier_of(0, static_cast<int>(scheduler().threads)); }
 
-void barrier_of_cluster() {
-  Fiber& self = *scheduler().current;
-  self.state = State::kAtBarrier;
-  self.first = 0;
-  self.count = scheduler().fibers.size();
+void arrive_in_cluster() { ++scheduler().current->arrived; }
+
+void wait_for_cluster() {
+  scheduler().current->state = State::kInCluster;
   leave_fiber(false);
 }
 
@@ -409,48 +424,3 @@ void run_blocks(const std::type_info& kernel, int threads, int64_t x, int64_t y,
 }
 
 }  // namespace simt
-
-namespace dcx {
-
-uint32_t ballot(bool value) {
-  struct Vote {
-    bool value;
-    uint32_t result;
-  } mine{value, 0};
-  simt::warp_together("ballot", &mine, [](void* const(&all)[32]) {
-    uint32_t result = 0;
-    for (int lane = 0; lane < 32; ++lane)
-      result |= static_cast<uint32_t>(static_cast<const Vote*>(all[lane])->value) << lane;
-    for (void* lane : all) static_cast<Vote*>(lane)->result = result;
-  });
-  return mine.result;
-}
-
-void cp_async16(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
-    simt::fail("cp.async: both addresses must be aligned to 16 bytes");
-  simt::copy_later(shared, valid ? global : nullptr, 16);
-}
-void cp_async4(void* shared, const void* global, bool valid) { simt::copy_later(shared, valid ? global : nullptr, 4); }
-
-Vector16<float> load_from_block(const float* own, int block) {
-  Vector16<float> v;
-  memcpy(&v, simt::in_block(own, sizeof(v), block), sizeof(v));
-  return v;
-}
-
-uint32_t atomic_add(uint32_t* p, uint32_t value) {
-  const uint32_t old = *p;
-  *p = old + value;
-  return old;
-}
-uint32_t atomic_count(uint32_t* p, uint32_t last) {
-  const uint32_t old = *p;
-  *p = old >= last ? 0 : old + 1;
-  return old;
-}
-void atomic_min(int64_t* p, int64_t value) {
-  if (value < *p) *p = value;
-}
-
-}  // namespace dcx

@@ -32,7 +32,8 @@ const Position& position();
 void warp_together(const char* name, void* argument, void (*all)(void* const (&arguments)[32]));
 void barrier();
 void barrier_of(int first, int count);  // of these threads alone
-void barrier_of_cluster();
+void arrive_in_cluster();
+void wait_for_cluster();  // until all threads have arrived as often as this one
 // What a block of the cluster has in its shared memory where this one has `own`.
 const void* in_block(const void* own, size_t bytes, int block);
 void copy_later(void* to, const void* from, size_t bytes);  // zeros where from is null
@@ -139,7 +140,12 @@ inline int64_t block_z() { return simt::position().block[2]; }
 
 inline void sync_threads() { simt::barrier(); }
 inline void sync_part(int part, int threads) { simt::barrier_of(part * threads, threads); }
-inline void cluster_sync() { simt::barrier_of_cluster(); }
+inline void cluster_arrive() { simt::arrive_in_cluster(); }
+inline void cluster_wait() { simt::wait_for_cluster(); }
+inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
 Vector16<float> load_from_block(const float* own, int block);
 inline void sync_warp() {
   simt::warp_together("sync_warp", nullptr, [](void* const(&)[32]) {});
