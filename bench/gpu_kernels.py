@@ -2,14 +2,13 @@
 
 Random weights in bfloat16; of 12hz_v1 `d32` is a decode of 32 x 10 s, `e` encodes without the semantic model, `f`
 decodes one frame; `s` is a step of StreamingDecoder, of 12hz_causal. Kernels come up before the one in front has ended
-and wait for it, so that their times hold some waiting and add up to more than the call. Nothing is compared with peers
-here: `python -m bench` does that.
+and wait for it, so that their times (`us`) hold some waiting and add up to more than the call; `later_us`, how much
+later each ends than all in front, adds up to it. Nothing is compared with peers here: `python -m bench` does that.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import functools
 import json
@@ -26,7 +25,7 @@ import torch
 import dualcodec_ext as dx
 
 from .machine import commit
-from .ours import require_module, unrecorded
+from .ours import require_module
 
 CALLS = {"d1": (1, 125), "d32": (32, 125), "f1": (1, 1), "f32": (32, 1), "e1": (1, 125), "e32": (32, 125)}
 CALLS |= {"s1": (1, 1), "s32": (32, 1)}
@@ -38,15 +37,20 @@ def kernels(events: Sequence[Mapping[str, Any]], calls: int) -> list[dict[str, A
     one row."""
     ran = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])
     found: list[dict[str, Any]] = []
-    for event in ran[len(ran) - len(ran) // calls :]:
+    own = ran[len(ran) - len(ran) // calls :]
+    ended = own[0]["ts"] if own else 0.0
+    for event in own:
         name = re.sub(r"\(.*", "", event["name"].replace("void ", "").replace("dcx::", ""))
-        row = {"kernel": name, "grid": event["args"]["grid"], "count": 1, "us": event["dur"]}
+        end = event["ts"] + event["dur"]
+        later, ended = max(0.0, end - ended), max(ended, end)
+        row = {"kernel": name, "grid": event["args"]["grid"], "count": 1, "us": event["dur"], "later_us": later}
         same = next((r for r in found[-3:] if (r["kernel"], r["grid"]) == (row["kernel"], row["grid"])), None)
         if same is None:
             found.append(row)
         else:
             same["count"] += 1
             same["us"] += row["us"]
+            same["later_us"] += row["later_us"]
     return found
 
 
@@ -66,7 +70,7 @@ def _call(model: dx.DualCodec, config: dx.DualCodecConfig, name: str) -> Callabl
 
 
 def measure(model: dx.DualCodec, config: dx.DualCodecConfig, name: str) -> dict[str, Any]:
-    """Best and median milliseconds of a replayed call, and the kernels of an eager one, or of a stream's replay."""
+    """Best and median milliseconds of a replayed call, and its kernels."""
     call, samples = _call(model, config, name), []
     for _ in range(4):
         call()
@@ -77,12 +81,11 @@ def measure(model: dx.DualCodec, config: dx.DualCodecConfig, name: str) -> dict[
             call()
         torch.cuda.synchronize()
         samples.append((time.perf_counter() - start) / _REPEATS * 1e3)
-    with contextlib.nullcontext() if name[0] == "s" else unrecorded(model):
-        call()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(3):
-                call()
-            torch.cuda.synchronize()
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profile.export_chrome_trace(str(path))
@@ -121,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run["calls"][name] = found = measure(model(preset), dx.DualCodecConfig.preset(preset), name)
             print(f"{name}: {found['median_ms']:.3f} ms, best {found['best_ms']:.3f} ms")
             for row in found["kernels"]:
-                print(f"  {row['count']:3d} x {row['us'] / row['count']:9.1f} us  {row['grid']} {row['kernel']}")
+                each, later = (row[what] / row["count"] for what in ("us", "later_us"))
+                print(f"  {row['count']:3d} x {each:9.1f} us, {later:7.1f} later  {row['grid']} {row['kernel']}")
     if args.json:
         Path(args.json).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     return 0

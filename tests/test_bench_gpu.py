@@ -27,6 +27,13 @@ def test_kernels_of_the_last_call_in_order_close_ones_together() -> None:
     ]
 
 
+def test_how_much_later_kernels_end_adds_up_to_the_call() -> None:
+    """The second comes up while the first runs, the third ends before the second."""
+    trace = [event(0.0, "void a()", 5.0, 1), event(1.0, "void b()", 9.0, 1), event(2.0, "void c()", 3.0, 1)]
+    found = gpu_kernels.kernels([*trace, event(11.0, "void d()", 2.0, 1)], 1)
+    assert [row["later_us"] for row in found] == [5.0, 5.0, 0.0, 3.0]
+
+
 def test_a_call_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_kernels.main(["--calls", "d1,d64"])
