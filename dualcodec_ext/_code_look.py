@@ -26,6 +26,13 @@ class CodeInput:
     entries: int
 
 
+def shapes_of(semantic: object, acoustic: object) -> tuple[torch.Size, torch.Size | None] | None:
+    """Return the shapes of codes as they were given, by which a recording is found; None where they are no codes."""
+    if not isinstance(semantic, Tensor) or not isinstance(acoustic, Tensor | None):
+        return None
+    return semantic.shape, None if acoustic is None else acoustic.shape
+
+
 class CodeLook:
     """Brings the codes of one call at a time into a recording's inputs, and looks at them.
 

@@ -7,7 +7,7 @@ zeros by bounds that are an input, in a recording of its own: past their first f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._code_look import Again, CodeInput, CodeLook, again_of
+from ._code_look import Again, CodeInput, CodeLook, again_of, shapes_of
 from ._stream_cpu import DecoderState
 from ._stream_passes import EncoderState
 from ._stream_plan import Layer
@@ -204,7 +204,7 @@ class GraphDecoder(DecoderState):
             The audio, a tensor of its own or `out`; None where there is no such recording, or a code is out of range,
             and then no state has changed.
         """
-        made, again = self._again.get((semantic.shape, None if acoustic is None else acoustic.shape), (None, None))
+        made, again = self._again.get(shapes_of(semantic, acoustic), (None, None))
         if made is None or again is None or len(made.slots) < self._recorded.batch or self._look is None:
             return None
         if out is not None and not (
@@ -215,15 +215,17 @@ class GraphDecoder(DecoderState):
         return audio if audio is not None and self._look.fine() else None
 
     def _keep(self, made: _Recording, semantic: Tensor, acoustic: Tensor | None) -> None:
-        shape = semantic.shape, None if acoustic is None else acoustic.shape
+        shape = shapes_of(semantic, acoustic)
         if shape in self._again:
             return
-        names = ["semantic"] if acoustic is None else ["semantic", "acoustic"]
-        inputs = [CodeInput(made.inputs[name], self._quantizers[name].codebooks.shape[1]) for name in names]
+        inputs = self._code_inputs(made, ["semantic"] if acoustic is None else ["semantic", "acoustic"])
         audio = made.outputs[0]  # [B, 1, S], of whatever strides its one channel has
         again = again_of(made.replay, inputs, audio.as_strided(audio.shape, (audio.stride(0), audio.shape[2], 1)))
         if again is not None:
             self._again[shape] = made, again
+
+    def _code_inputs(self, made: _Recording, names: Iterable[str]) -> list[CodeInput]:
+        return [CodeInput(made.inputs[name], self._quantizers[name].codebooks.shape[1]) for name in names]
 
     def _bring(self, made: _Recording, given: dict[str, Tensor], slots: tuple[int, ...]) -> None:
         """Bring codes to where the pass reads them; `check` looks at those of all slots, others are in range."""
@@ -234,9 +236,7 @@ class GraphDecoder(DecoderState):
         elif given:
             if self._look is None:
                 self._look = CodeLook(self._recorded.device)
-            entries = [self._quantizers[name].codebooks.shape[1] for name in given]
-            inputs = [CodeInput(made.inputs[name], n) for name, n in zip(given, entries, strict=True)]
-            self._look.take(inputs, list(given.values()))
+            self._look.take(self._code_inputs(made, given), list(given.values()))
             self._looked_at = made, given
 
     def check(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._code_look import Again, CodeInput, CodeLook, again_of
+from ._code_look import Again, CodeInput, CodeLook, again_of, shapes_of
 from .engine import Engine
 from .errors import DualCodecError
 from .ops import _common
@@ -97,9 +97,9 @@ class _Recording:
     again: Again | None = None  # of a decode without lengths: starts it for codes of its own shape
 
     @property
-    def shape(self) -> tuple[torch.Size, torch.Size | None]:
+    def shape(self) -> Any:
         """Of the codes that `again` takes, semantic and acoustic."""
-        return self.codes[0].to.shape, self.codes[1].to.shape if len(self.codes) > 1 else None
+        return shapes_of(self.codes[0].to, self.codes[1].to if len(self.codes) > 1 else None)
 
     def wait(self) -> None:
         """Make the current stream wait for the last use, which may have been on another one."""
@@ -191,9 +191,7 @@ class Graphs:
         Returns:
             The audio; None also where there is no such recording.
         """
-        if not isinstance(semantic, Tensor) or not isinstance(acoustic, Tensor | None):
-            return None
-        shape = semantic.shape, None if acoustic is None else acoustic.shape
+        shape = shapes_of(semantic, acoustic)
         if shape not in self._again or _common.asked_backend() == "reference":
             return None
         with self._lock:

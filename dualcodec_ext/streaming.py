@@ -163,9 +163,7 @@ class StreamingDecoder(Slots):
 
     def _step_again(self, semantic: Tensor, acoustic: Tensor | None, out: Tensor | None) -> Tensor | None:
         """A step of all slots that has been before, on a GPU, before its arguments are checked; None: none of those."""
-        if not isinstance(self._run, GraphDecoder) or not isinstance(semantic, Tensor):
-            return None
-        if not isinstance(acoustic, Tensor | None) or min(self._frames) * self._hop < self._delay:
+        if not isinstance(self._run, GraphDecoder) or min(self._frames) * self._hop < self._delay:
             return None
         audio = self._run.run_again(semantic, acoustic, out)
         if audio is not None:
